@@ -1,0 +1,56 @@
+# make demo   set up everything in .venv, then train, reload and merge on real text (about 5 minutes on 2 CPU cores)
+# make test   set up everything in .venv, then run the tests
+# make lint   style checks        make clean   remove .venv and build products
+#
+# PYTHON    interpreter to start from, >= 3.10 (default python3)
+# TORCH     what to install as torch; by default a CPU build where no NVIDIA GPU is found
+
+PYTHON ?= python3
+TORCH_VERSION ?= 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint clean setup
+.DELETE_ON_ERROR:
+
+demo: setup
+	$(BIN)/python -m ept.demo --output runs/demo
+
+test: setup
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+setup: $(VENV)/installed
+
+$(VENV)/python-ready:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) must be Python >= 3.10 (make PYTHON=... names another)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade "pip>=24" "setuptools>=77"
+	@touch $@
+
+# A CPU wheel of torch is labelled +cpu and lives outside PyPI: taken from wherever pip is set up to look, else through
+# uv, which knows where PyTorch keeps it; PyPI's CUDA build works on a CPU too and is the last resort.
+$(VENV)/torch-ready: $(VENV)/python-ready
+ifdef TORCH
+	$(BIN)/python -m pip install -q "$(TORCH)"
+else ifeq ($(HAS_GPU),yes)
+	$(BIN)/python -m pip install -q "torch>=2.6"
+else
+	$(BIN)/python -m pip install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
+	  || { $(BIN)/python -m pip install -q uv && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend cpu "torch==$(TORCH_VERSION)"; } \
+	  || $(BIN)/python -m pip install -q "torch==$(TORCH_VERSION)"
+endif
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch-ready pyproject.toml setup.py
+	$(BIN)/python -m pip install -q -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs ./*.egg-info
