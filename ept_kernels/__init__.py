@@ -1,0 +1,16 @@
+"""Kernels of Expert Pyramid Tuning: tensors in, tensors out. Importing touches no GPU and needs neither Triton nor nvcc."""
+
+from .dispatch import available_backends, backend_for
+from .folding import fold_kernels
+from .functional import pyramid_delta, pyramid_linear, pyramid_weight
+from .geometry import PyramidGeometry
+
+__all__ = [
+    "PyramidGeometry",
+    "available_backends",
+    "backend_for",
+    "fold_kernels",
+    "pyramid_delta",
+    "pyramid_linear",
+    "pyramid_weight",
+]

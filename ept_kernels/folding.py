@@ -1,0 +1,44 @@
+"""Fold experts of the same scale into one kernel per scale, before any large tensor is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .geometry import PyramidGeometry
+
+
+def fold_kernels(kernels: Sequence[Tensor], gates: Tensor, scaling: float, geometry: PyramidGeometry) -> Tensor:
+    """``Kbar_k[g] = scaling * s_k * sum_{e: k_e = k} gates[g, e] K_e``, packed scale after scale (spec identity 2).
+
+    Args:
+        kernels: one ``[k_e, k_e]`` per expert, in the order of ``geometry.kernel_sizes``.
+        gates: ``[G, E]``, 0 where the router did not select the expert; fp32 or fp64.
+        scaling: ``alpha / r``.
+        geometry: the layer's sizes.
+
+    Returns:
+        ``[G, folded_size]`` in the dtype of ``gates``; differentiable in ``kernels`` and ``gates``.
+
+    Raises:
+        ValueError: the number or a shape of the kernels, or the width of ``gates``, does not fit the geometry.
+    """
+    sizes = tuple(kernel.shape[0] for kernel in kernels)
+    if sizes != geometry.kernel_sizes:
+        raise ValueError(f"kernels must have the sizes {geometry.kernel_sizes}, got {sizes}")
+    if gates.dim() != 2 or gates.shape[1] != geometry.num_experts:
+        raise ValueError(f"gates must be [groups, {geometry.num_experts} experts], got {list(gates.shape)}")
+    by_scale = sorted(range(len(sizes)), key=sizes.__getitem__)
+    if by_scale != list(range(len(sizes))):
+        columns = gates.unbind(1)
+        gates = torch.stack([columns[expert] for expert in by_scale], dim=1)
+    counts = [sizes.count(k) for k in geometry.scales]
+    entries = torch.cat([kernels[expert].reshape(-1) for expert in by_scale]).to(gates.dtype)
+    tables = entries.split([count * k * k for count, k in zip(counts, geometry.scales, strict=True)])
+    blocks = [
+        (gate * (scaling * alp)) @ table.view(count, -1)
+        for gate, table, count, alp in zip(gates.split(counts, 1), tables, counts, geometry.alp_factors, strict=True)
+    ]
+    return torch.cat(blocks, dim=1)

@@ -1,0 +1,136 @@
+"""The public functions: validate, flatten rows, follow autocast, call the op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops as _ops  # noqa: F401  (registers torch.ops.ept)
+from .geometry import PyramidGeometry
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {meaning} {list(shape)}, got {list(tensor.shape)}")
+
+
+def _check_adapter(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeometry) -> None:
+    _expect("A", A, (geometry.rank, geometry.seed_width), "[r, ceil(in / k_min)] =")
+    _expect("B", B, (geometry.seed_height, geometry.rank), "[ceil(out / k_min), r] =")
+    if folded.dim() != 2 or folded.shape[1] != geometry.folded_size:
+        raise ValueError(f"folded must be [groups, {geometry.folded_size}], got {list(folded.shape)}")
+    if A.dtype != B.dtype:
+        raise ValueError(f"A and B must have one dtype, got {A.dtype} and {B.dtype}")
+
+
+def _check_rows(x: Tensor, folded: Tensor, groups: Tensor | None, geometry: PyramidGeometry) -> None:
+    if x.dim() == 0 or x.shape[-1] != geometry.in_features:
+        raise ValueError(f"x must be [..., in_features={geometry.in_features}], got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating-point tensor, got {x.dtype}")
+    if groups is None:
+        if folded.shape[0] != 1:
+            raise ValueError(f"groups may be None only for one folded kernel, got {folded.shape[0]} of them")
+        return
+    if groups.dim() != 1 or groups.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"groups must be a 1-D tensor of int64 or int32, got {list(groups.shape)} of {groups.dtype}")
+    rows, count = x.shape[:-1].numel(), groups.shape[0]
+    if rows % count if count else rows:
+        raise ValueError(f"groups must have a length that divides the {rows} rows of x, got {count}")
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def pyramid_weight(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeometry) -> Tensor:
+    """Dense update of every group, ``sum_k crop((B_k A_k) kron Kbar_k[g])`` (spec identity 5).
+
+    Args:
+        A: ``[r, ceil(in / k_min)]``, B: ``[ceil(out / k_min), r]``, one floating dtype.
+        folded: ``[G, folded_size]``, packed as ``fold_kernels`` packs.
+        geometry: the layer's sizes.
+
+    Returns:
+        ``[G, out, in]`` in the dtype of A, differentiable once in A, B and folded.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit the geometry.
+    """
+    _check_adapter(A, B, folded, geometry)
+    with torch.autocast(A.device.type, enabled=False):  # a merge is exact in the dtype of A, whatever surrounds it
+        return torch.ops.ept.pyramid_weight(
+            A, B, folded, geometry.in_features, geometry.out_features, list(geometry.scales)
+        )
+
+
+def pyramid_delta(
+    x: Tensor, A: Tensor, B: Tensor, folded: Tensor, groups: Tensor | None, geometry: PyramidGeometry
+) -> Tensor:
+    """The adapter's output for any base layer (spec section 2): ``sum_k B_k (A_k X) Kbar_k[g]^T``.
+
+    Args:
+        x: ``[..., in]``, any floating dtype; rows are its leading dimensions in row-major order.
+        A: ``[r, ceil(in / k_min)]``, B: ``[ceil(out / k_min), r]``; fp32 beside half inputs is usual.
+        folded: ``[G, folded_size]``, packed as ``fold_kernels`` packs, already holding ``alpha / r``, ALP and gates.
+        groups: ``[N]`` rows of ``folded``, one for every ``T / N`` consecutive rows (N = 1, the batch, or T); None with G = 1.
+        geometry: the layer's sizes.
+
+    Returns:
+        ``[..., out]`` in the dtype of x (autocast's, where that is on), differentiable once in x, A, B and folded.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit, or groups that do not divide the rows.
+    """
+    _check_adapter(A, B, folded, geometry)
+    _check_rows(x, folded, groups, geometry)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return pyramid_delta(x.to(dtype), A, B, folded, groups, geometry)
+    delta = torch.ops.ept.pyramid_delta(
+        x.reshape(-1, geometry.in_features), A, B, folded, groups, geometry.out_features, list(geometry.scales)
+    )
+    return delta.view(*x.shape[:-1], geometry.out_features)
+
+
+def pyramid_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    folded: Tensor,
+    groups: Tensor | None,
+    geometry: PyramidGeometry,
+) -> Tensor:
+    """``x @ weight.T + bias`` and the adapter's output in one call. See ``pyramid_delta`` for x, A, B, folded and groups.
+
+    Args:
+        weight: ``[out, in]`` in the dtype of x. bias: ``[out]`` or None.
+
+    Returns:
+        ``[..., out]`` in the dtype of x (autocast's, where that is on).
+
+    Raises:
+        ValueError: as ``pyramid_delta``, and a weight or bias of another shape or dtype.
+    """
+    _check_adapter(A, B, folded, geometry)
+    _check_rows(x, folded, groups, geometry)
+    _expect("weight", weight, (geometry.out_features, geometry.in_features), "[out, in] =")
+    if bias is not None:
+        _expect("bias", bias, (geometry.out_features,), "[out] =")
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            cast_bias = None if bias is None else bias.to(dtype)
+            return pyramid_linear(x.to(dtype), weight.to(dtype), cast_bias, A, B, folded, groups, geometry)
+    if weight.dtype != x.dtype:
+        raise ValueError(f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
+    output = torch.ops.ept.pyramid_linear(
+        x.reshape(-1, geometry.in_features), weight, bias, A, B, folded, groups, list(geometry.scales)
+    )
+    return output.view(*x.shape[:-1], geometry.out_features)

@@ -1,0 +1,138 @@
+"""``torch.library`` ops: schemas, fake implementations, autograd. Each real implementation asks ``dispatch`` for a backend.
+
+Rows are 2-D here; ``functional`` validates, flattens and handles autocast. ``groups [N]`` gives the row of ``folded`` for
+each of N equal runs of consecutive rows (N divides T: 1, one a sample, or one a row); None means row 0 for all.
+Backward saves only what forward was given, so a layer keeps x and tiny tensors alive. The backward ops have no
+derivative of their own: a second differentiation raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .dispatch import backend_for
+
+_library = torch.library.Library("ept", "DEF")
+
+_library.define(
+    "pyramid_weight(Tensor A, Tensor B, Tensor folded, int in_features, int out_features, int[] scales) -> Tensor"
+)
+_library.define(
+    "pyramid_weight_backward(Tensor grad, Tensor A, Tensor B, Tensor folded, int[] scales, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "pyramid_delta(Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int out_features, int[] scales) -> Tensor"
+)
+_library.define(
+    "pyramid_delta_backward(Tensor grad, Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int[] scales,"
+    " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "pyramid_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor folded, Tensor? groups,"
+    " int[] scales) -> Tensor"
+)
+_library.define(
+    "pyramid_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor folded, Tensor? groups,"
+    " int[] scales, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _implement(op: str) -> None:
+    def kernel(*args):
+        result = getattr(backend_for(args[0].device), op)(*args)
+        if isinstance(result, tuple):  # an op cannot return None: an empty tensor stands for "not asked for"
+            return tuple(args[0].new_empty(0) if part is None else part.contiguous() for part in result)
+        return result.contiguous()
+
+    _library.impl(op, kernel, "CompositeExplicitAutograd")
+
+
+for _op in ("pyramid_weight", "pyramid_delta", "pyramid_linear"):
+    _implement(_op)
+    _implement(f"{_op}_backward")
+
+
+@torch.library.register_fake("ept::pyramid_weight", lib=_library)
+def _(A: Tensor, B: Tensor, folded: Tensor, in_features: int, out_features: int, scales: Sequence[int]) -> Tensor:
+    return A.new_empty(folded.shape[0], out_features, in_features)
+
+
+@torch.library.register_fake("ept::pyramid_delta", lib=_library)
+def _(x, A, B, folded, groups, out_features, scales) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.register_fake("ept::pyramid_linear", lib=_library)
+def _(x, weight, bias, A, B, folded, groups, scales) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _fake_gradients(grad: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    pairs = zip(inputs, needs, strict=True)
+    return tuple(tensor.new_empty(tensor.shape) if need else grad.new_empty(0) for tensor, need in pairs)
+
+
+@torch.library.register_fake("ept::pyramid_weight_backward", lib=_library)
+def _(grad, A, B, folded, scales, needs):
+    return _fake_gradients(grad, (A, B, folded), needs)
+
+
+@torch.library.register_fake("ept::pyramid_delta_backward", lib=_library)
+def _(grad, x, A, B, folded, groups, scales, needs):
+    return _fake_gradients(grad, (x, A, B, folded), needs)
+
+
+@torch.library.register_fake("ept::pyramid_linear_backward", lib=_library)
+def _(grad, x, weight, A, B, folded, groups, scales, needs):
+    return _fake_gradients(grad, (x, A, B, folded), needs)
+
+
+def _asked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+
+
+def _weight_setup(ctx, inputs, output) -> None:
+    A, B, folded, _, _, ctx.scales = inputs
+    ctx.save_for_backward(A, B, folded)
+
+
+def _weight_backward(ctx, grad):
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.ept.pyramid_weight_backward(grad, *ctx.saved_tensors, ctx.scales, needs)
+    return *_asked(gradients, needs), None, None, None
+
+
+def _delta_setup(ctx, inputs, output) -> None:
+    x, A, B, folded, groups, _, ctx.scales = inputs
+    ctx.save_for_backward(x, A, B, folded, groups)
+
+
+def _delta_backward(ctx, grad):
+    needs = list(ctx.needs_input_grad[:4])
+    gradients = torch.ops.ept.pyramid_delta_backward(grad, *ctx.saved_tensors, ctx.scales, needs)
+    return *_asked(gradients, needs), None, None, None
+
+
+def _linear_setup(ctx, inputs, output) -> None:
+    x, weight, _, A, B, folded, groups, ctx.scales = inputs
+    ctx.save_for_backward(x, weight, A, B, folded, groups)
+
+
+def _linear_backward(ctx, grad):
+    need_x, need_weight, need_bias, *need_adapter = ctx.needs_input_grad[:6]
+    needs = [need_x, *need_adapter]
+    gradients = torch.ops.ept.pyramid_linear_backward(grad, *ctx.saved_tensors, ctx.scales, needs)
+    grad_x, *grad_adapter = _asked(gradients, needs)
+    # The base is frozen in EPT, but an op must not drop a gradient that somebody asks for.
+    grad_weight = grad.T @ ctx.saved_tensors[0] if need_weight else None
+    grad_bias = grad.sum(0) if need_bias else None
+    return grad_x, grad_weight, grad_bias, *grad_adapter, None, None
+
+
+torch.library.register_autograd("ept::pyramid_weight", _weight_backward, setup_context=_weight_setup, lib=_library)
+torch.library.register_autograd("ept::pyramid_delta", _delta_backward, setup_context=_delta_setup, lib=_library)
+torch.library.register_autograd("ept::pyramid_linear", _linear_backward, setup_context=_linear_setup, lib=_library)

@@ -1,0 +1,104 @@
+"""``EPT_BACKEND=reference``: the definition behind the ops, dense updates and all. Slow; for checking other backends.
+
+Forward calls ``reference.py``. Backward is written out from the same definition: the gradient of a dense update, pulled
+back through the deconvolution with ``conv2d`` (its adjoint) one scale at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .geometry import PyramidGeometry
+
+name = "reference"
+
+
+def _geometry(A: Tensor, in_features: int, out_features: int, scales: Sequence[int]) -> PyramidGeometry:
+    return PyramidGeometry(in_features, out_features, A.shape[0], tuple(scales))
+
+
+def pyramid_weight(
+    A: Tensor, B: Tensor, folded: Tensor, in_features: int, out_features: int, scales: Sequence[int]
+) -> Tensor:
+    return reference.pyramid_weight(A, B, folded, _geometry(A, in_features, out_features, scales))
+
+
+def pyramid_delta(
+    x: Tensor, A: Tensor, B: Tensor, folded: Tensor, groups: Tensor | None, out_features: int, scales: Sequence[int]
+) -> Tensor:
+    return reference.pyramid_delta(x, A, B, folded, groups, _geometry(A, x.shape[1], out_features, scales))
+
+
+def pyramid_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    folded: Tensor,
+    groups: Tensor | None,
+    scales: Sequence[int],
+) -> Tensor:
+    return F.linear(x, weight, bias) + pyramid_delta(x, A, B, folded, groups, weight.shape[0], scales)
+
+
+def pyramid_weight_backward(
+    grad: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int], needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    _, out_features, in_features = grad.shape
+    geometry = _geometry(A, in_features, out_features, scales)
+    grad_A, grad_B, grad_folded = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(folded)
+    for group in range(len(folded)):
+        for scale, k in enumerate(geometry.scales):
+            width, height, start = geometry.widths[scale], geometry.heights[scale], geometry.offsets[scale]
+            kernel = folded[group, start : start + k * k].view(k, k).to(A.dtype)
+            padded = F.pad(grad[group], (0, width * k - in_features, 0, height * k - out_features))
+            seed_grad = F.conv2d(padded[None, None], kernel[None, None], stride=k)[0, 0]  # [height, width]
+            grad_A[:, :width] += B[:height].T @ seed_grad
+            grad_B[:height] += seed_grad @ A[:, :width].T
+            seed = B[:height] @ A[:, :width]
+            kernel_grad = torch.einsum("iajq,ij->aq", padded.view(height, k, width, k), seed)
+            grad_folded[group, start : start + k * k] = kernel_grad.reshape(-1)
+    results = (grad_A, grad_B, grad_folded)
+    return tuple(result if need else None for result, need in zip(results, needs, strict=True))
+
+
+def pyramid_delta_backward(
+    grad: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    folded: Tensor,
+    groups: Tensor | None,
+    scales: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    in_features, out_features = x.shape[1], grad.shape[1]
+    row_group = reference.row_groups(len(x), groups, x.device)
+    grad_x = None
+    if needs[0]:
+        weight = pyramid_weight(A, B, folded, in_features, out_features, scales).to(x.dtype)
+        grad_x = torch.einsum("to,toi->ti", grad, weight[row_group])
+    member = (row_group[None] == torch.arange(len(folded), device=x.device)[:, None]).to(x.dtype)  # [G, T]
+    grad_weight = torch.einsum("gt,to,ti->goi", member, grad, x).to(A.dtype)
+    return grad_x, *pyramid_weight_backward(grad_weight, A, B, folded, scales, needs[1:])
+
+
+def pyramid_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    folded: Tensor,
+    groups: Tensor | None,
+    scales: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    grad_x, *rest = pyramid_delta_backward(grad, x, A, B, folded, groups, scales, needs)
+    return None if grad_x is None else grad_x + grad @ weight, *rest
