@@ -1,0 +1,38 @@
+"""Expert Pyramid Tuning: one frozen model, many tasks (arXiv 2603.12577). Importing registers EPT with PEFT."""
+
+from .config import EPTConfig
+from .context import use_tasks
+from .introspection import (
+    adapters,
+    parameter_breakdown,
+    print_parameter_breakdown,
+    routing,
+    task_embeddings,
+    task_names,
+)
+from .linear import EPTLinear
+from .losses import contrastive_loss
+from .optim import parameter_groups
+from .tasks import TaskTable
+from .tuner import EPTModel
+from .tuner.register import register as _register
+from .version import __version__
+
+__all__ = [
+    "EPTConfig",
+    "EPTLinear",
+    "EPTModel",
+    "TaskTable",
+    "__version__",
+    "adapters",
+    "contrastive_loss",
+    "parameter_breakdown",
+    "parameter_groups",
+    "print_parameter_breakdown",
+    "routing",
+    "task_embeddings",
+    "task_names",
+    "use_tasks",
+]
+
+_register()

@@ -1,0 +1,135 @@
+"""The trainable part of one adapted layer: seed, kernels and gate, and what follows from them and a task."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ept_kernels import PyramidGeometry, fold_kernels, pyramid_weight
+
+from .config import EPTConfig
+from .context import current
+from .router import route
+from .tasks import TaskIds, TaskTable
+
+#: Standard deviation of the seed factors A and B at the start.
+SEED_STD = 0.35
+
+
+class PyramidAdapter(nn.Module):
+    """Parameters of Expert Pyramid Tuning for one linear map, without the map (spec section 1).
+
+    Args:
+        in_features, out_features: sizes of the map.
+        config: the adapter's hyperparameters.
+        task_table: the embeddings, shared by all layers of a model. Referenced, not registered: its owner saves it.
+
+    Attributes:
+        A: ``[r, ceil(in / k_min)]``, B: ``[ceil(out / k_min), r]``, the factors of the seed.
+        kernels: one ``[k_e, k_e]`` per expert, zero at first: the layer starts as an exact no-op.
+        gate: ``[E, task_embedding_dim]``.
+
+    Raises:
+        ValueError: a scale larger than the map.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: EPTConfig,
+        task_table: TaskTable,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.geometry = PyramidGeometry(in_features, out_features, config.r, config.kernel_sizes, config.alp_scaling)
+        self.scaling = config.lora_alpha / config.r
+        self.top_k = config.top_k
+        self.init_seed = config.init_seed
+        self.dropout = nn.Dropout(config.lora_dropout)
+        self._task_table = (task_table,)
+        factory = {"device": device, "dtype": dtype}
+        self.A = nn.Parameter(torch.empty(config.r, self.geometry.seed_width, **factory))
+        self.B = nn.Parameter(torch.empty(self.geometry.seed_height, config.r, **factory))
+        self.kernels = nn.ParameterList(nn.Parameter(torch.empty(k, k, **factory)) for k in config.kernel_sizes)
+        self.gate = nn.Parameter(torch.empty(self.geometry.num_experts, task_table.dim, **factory))
+        self.reset_adapter_parameters()
+
+    @property
+    def task_table(self) -> TaskTable:
+        return self._task_table[0]
+
+    @torch.no_grad()
+    def reset_adapter_parameters(self) -> None:
+        """Gaussian seed (README, "Why these defaults"), zero kernels, Kaiming gate."""
+        nn.init.normal_(self.A, std=SEED_STD)
+        if self.init_seed == "zero":
+            nn.init.zeros_(self.B)
+        else:
+            nn.init.normal_(self.B, std=SEED_STD)
+        for kernel in self.kernels:
+            nn.init.zeros_(kernel)
+        nn.init.kaiming_uniform_(self.gate, a=math.sqrt(5))
+
+    def route(self, task_ids: TaskIds | None = None) -> tuple[Tensor, Tensor]:
+        """Experts and weights of each given task: ``(expert_index [G, top_k], gates [G, top_k])``.
+
+        Raises:
+            ValueError, TypeError: as ``TaskTable.resolve``.
+        """
+        return route(self.gate, self.task_table.embed(self.task_table.resolve(task_ids)), self.top_k)
+
+    def fold(self, tasks: int | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Folded kernels ``[G, folded_size]`` of resolved tasks, and ``groups`` as the ops take them.
+
+        A batch with more samples than tasks routes every task once; a smaller one routes its samples.
+        """
+        table, groups = self.task_table, None
+        if isinstance(tasks, Tensor) and tasks.dim() and len(tasks) > table.num_tasks:
+            embeddings, groups = table.weight, tasks
+        else:
+            embeddings = table.embed(tasks)
+            if len(embeddings) != 1:
+                groups = torch.arange(len(embeddings), device=embeddings.device)
+        index, gates = route(self.gate, embeddings, self.top_k)
+        dense = gates.new_zeros(len(gates), self.geometry.num_experts).scatter(1, index, gates)
+        with torch.autocast(dense.device.type, enabled=False):
+            return fold_kernels(self.kernels, dense, self.scaling, self.geometry), groups
+
+    def delta_weight(self, task: int | str | None = None) -> Tensor:
+        """The dense update of one task, ``[out, in]`` in the adapter's dtype; differentiable.
+
+        Raises:
+            ValueError, TypeError: unknown task, or none with more than one task.
+        """
+        if task is not None and not isinstance(task, (int, str)):
+            raise TypeError(f"task must be an id or a name, got {type(task).__name__}")
+        folded, _ = self.fold(self.task_table.resolve(task))
+        return pyramid_weight(self.A, self.B, folded, self.geometry)[0]
+
+    def tasks_for(self, x: Tensor, task_ids: TaskIds | None) -> int | Tensor:
+        """Resolved tasks of a call: the argument, else the current context's, checked against the batch of x.
+
+        Raises:
+            ValueError, TypeError: as ``TaskTable.resolve``, or a number of ids that does not fit the batch.
+        """
+        explicit = task_ids is not None
+        if not explicit and self.task_table.num_tasks > 1:
+            context = current()
+            if context is not None:
+                context.collect(x, self.task_table.dim)
+                task_ids = context.task_ids
+        tasks = self.task_table.resolve(task_ids)
+        if isinstance(tasks, Tensor) and tasks.dim():
+            batch = x.shape[0] if x.dim() > 1 else 1
+            # Inside a model a layer may see beams, windows or flattened tokens: whole multiples, sample by sample.
+            several = not explicit and len(tasks) > 0 and batch % len(tasks) == 0
+            if not (several or batch == len(tasks)):
+                raise ValueError(
+                    f"task_ids must hold one id for each of the {batch} samples of x {list(x.shape)}, got {len(tasks)}"
+                )
+        return tasks

@@ -1,0 +1,164 @@
+"""The tasks of the forward pass under way, for layers that are called without ``task_ids``.
+
+A model calls its linears with nothing but x. The caller's ``task_ids`` therefore travel beside the call, in a context
+variable: each thread (and each asynchronous task) has its own, so concurrent passes do not see each other's tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tasks import TaskIds
+
+
+@dataclass
+class TaskContext:
+    """Tasks of one forward pass.
+
+    Attributes:
+        task_ids: as the caller gave them, or resolved; None with a single task.
+        attention_mask: ``[batch, sequence]``, 1 for tokens and 0 for padding, or None.
+        pooled: inputs of adapted layers, pooled to ``[batch, d]``, for the contrastive loss; None does not collect.
+        owner: the model whose forward pass this is, or None for a block of the caller's.
+        outer: the context that this one hides.
+    """
+
+    task_ids: TaskIds | None
+    attention_mask: Tensor | None = None
+    pooled: list[Tensor] | None = None
+    owner: nn.Module | None = field(default=None, repr=False)
+    outer: TaskContext | None = field(default=None, repr=False)
+    _last: Tensor | None = field(default=None, repr=False)
+
+    def collect(self, x: Tensor, dim: int) -> None:
+        """Pool the input of an adapted layer over its tokens, if it has the width ``dim`` of the task embeddings.
+
+        Detached: the loss moves the embeddings towards the representations, not the other way round. Layers that read the
+        same tensor (query, key and value) count once.
+        """
+        if self.pooled is None or x.shape[-1] != dim or x.dim() not in (2, 3) or x is self._last:
+            return
+        self._last = x
+        rows = x.detach()
+        if rows.dim() == 3:
+            rows = masked_mean(rows, self.attention_mask)
+        self.pooled.append(rows)
+
+
+def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the tokens that ``mask`` keeps, in at least fp32. x ``[batch, sequence, d]`` -> ``[batch, d]``.
+
+    A mask of another shape (cross attention, decoders) is ignored; a sample without tokens gives zeros.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if mask is None or mask.shape != x.shape[:2]:
+        return x.mean(1, dtype=dtype)
+    weights = mask.to(dtype).unsqueeze(-1)
+    return (x.to(dtype) * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+_current: ContextVar[TaskContext | None] = ContextVar("ept_task_context", default=None)
+
+
+class _Traced:
+    """The context while ``torch.compile`` traces a model: Dynamo cannot read a context variable.
+
+    Set and restored inside one traced region, so at run time it is constantly None and threads do not meet here. A layer
+    compiled without its model falls through to the context variable: a graph break, never a stale task.
+    """
+
+    context: TaskContext | None = None
+
+
+_traced = _Traced()
+
+
+def current() -> TaskContext | None:
+    """The context of the pass under way in this thread, or None."""
+    if torch.compiler.is_compiling() and _traced.context is not None:
+        return _traced.context
+    return _current.get()
+
+
+def push(context: TaskContext) -> None:
+    """Make ``context`` current until ``pop``."""
+    if torch.compiler.is_compiling():
+        context.outer, _traced.context = _traced.context, context
+    else:
+        context.outer = _current.get()
+        _current.set(context)
+
+
+def pop(context: TaskContext) -> None:
+    """Make the context current that was so before ``push(context)``."""
+    if torch.compiler.is_compiling():
+        _traced.context = context.outer
+    else:
+        _current.set(context.outer)
+    context.outer = context._last = None
+
+
+@contextmanager
+def activate(context: TaskContext) -> Iterator[TaskContext]:
+    """Make ``context`` current inside the block."""
+    push(context)
+    try:
+        yield context
+    finally:
+        pop(context)
+
+
+@contextmanager
+def use_tasks(task_ids: TaskIds, attention_mask: Tensor | None = None) -> Iterator[TaskContext]:
+    """Give ``task_ids`` to every ``EPTLinear`` called inside the block, for code that calls layers with x alone.
+
+    Args:
+        task_ids: an id or name for the whole batch, one for each sample, or an integer tensor ``[batch]``.
+        attention_mask: ``[batch, sequence]``, for the contrastive loss's pooling.
+
+    Yields:
+        The context; pass it to ``ept.contrastive_loss`` after the forward pass.
+    """
+    with activate(TaskContext(task_ids, attention_mask, pooled=[])) as context:
+        yield context
+
+
+class _CheckpointWithTasks:
+    """A model's checkpointing function, made to recompute under the tasks that it first ran with.
+
+    Recomputation happens during backward, when the pass's context is gone (and in another thread on a GPU).
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        context = current()
+        if context is None:
+            return self.checkpoint(function, *args, **kwargs)
+        first_run = True
+
+        def run(*inner: Any, **inner_kwargs: Any) -> Any:
+            nonlocal first_run
+            if first_run:
+                first_run = False
+                return function(*inner, **inner_kwargs)
+            with activate(TaskContext(context.task_ids, context.attention_mask)):
+                return function(*inner, **inner_kwargs)
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+def checkpoint_with_tasks(model: nn.Module) -> None:
+    """Make every checkpointing function that transformers put on ``model`` recompute under the right tasks."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and not isinstance(function, _CheckpointWithTasks):
+            module._gradient_checkpointing_func = _CheckpointWithTasks(function)

@@ -1,0 +1,172 @@
+"""``EPTLinear``: a drop-in for ``nn.Linear`` whose trainable part is an expert pyramid."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ept_kernels import pyramid_delta, pyramid_linear
+
+from .adapter import PyramidAdapter
+from .config import EPTConfig
+from .context import current
+from .merging import WeightStash, check_merged_task, merged_weight
+from .tasks import TaskIds, TaskTable
+
+
+class EPTLinear(PyramidAdapter):
+    """``y = x W0^T + b + (alpha / r) sum_e g_e(task) s_e dropout(x) W_e^T`` with W0 and b frozen (spec section 1).
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``. With a half dtype the adapter stays fp32.
+        config: the adapter's hyperparameters.
+        task_table: task embeddings shared with other layers; whoever made the table saves it. None: the layer has its own.
+
+    Attributes:
+        weight ``[out, in]``, bias ``[out]`` or None: frozen.
+        A, B, kernels, gate: trainable, see ``PyramidAdapter``.
+
+    Raises:
+        ValueError: sizes that do not fit (a scale larger than the layer, a task table of another number of tasks).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: EPTConfig,
+        task_table: TaskTable | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        weight_dtype = dtype or torch.get_default_dtype()
+        adapter_dtype = torch.promote_types(weight_dtype, torch.float32)
+        owned = None
+        if task_table is None:
+            width = config.task_embedding_dim or in_features
+            owned = TaskTable(config.num_tasks, width, config.task_names, device=device, dtype=adapter_dtype)
+        elif task_table.num_tasks != config.num_tasks:
+            raise ValueError(f"task_table has {task_table.num_tasks} tasks, but config.num_tasks is {config.num_tasks}")
+        super().__init__(in_features, out_features, config, task_table or owned, device=device, dtype=adapter_dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.task_embeddings = owned
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features, device=device, dtype=weight_dtype), requires_grad=False
+        )
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=weight_dtype), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+        self.stash = WeightStash()
+        self.merged_task: int | None = None
+        self._reset_base_parameters()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: EPTConfig, task_table: TaskTable | None = None) -> EPTLinear:
+        """Adapt an existing ``nn.Linear``; its parameters are shared, not copied, and become frozen.
+
+        Raises:
+            TypeError: not an ``nn.Linear``.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        with torch.device("meta"):  # sizes are checked before anything is allocated or changed
+            layer = cls(
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                config=config,
+                task_table=task_table,
+                dtype=linear.weight.dtype,
+            )
+        frozen = {name: getattr(linear, name) for name in ("weight", "bias") if getattr(linear, name) is not None}
+        for name, parameter in frozen.items():
+            setattr(layer, name, parameter.requires_grad_(False))
+        layer.to_empty_adapter(linear.weight.device)
+        return layer.train(linear.training)
+
+    def to_empty_adapter(self, device: torch.device) -> None:
+        """Give the adapter's parameters (not the base's) storage on ``device`` and fresh initial values."""
+        for module in self.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and parameter.is_meta and name not in ("weight", "bias"):
+                    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device))
+        if self.task_embeddings is not None and self.task_embeddings.weight.is_meta:
+            table = self.task_embeddings
+            table.weight = nn.Parameter(torch.empty_like(table.weight, device=device))
+            table.reset_parameters()
+        self.reset_adapter_parameters()
+
+    def _reset_base_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def reset_parameters(self) -> None:
+        """Fresh base and adapter, as after construction."""
+        self._reset_base_parameters()
+        self.reset_adapter_parameters()
+
+    @property
+    def merged(self) -> bool:
+        """Whether a task's update is in ``weight``."""
+        return self.merged_task is not None
+
+    def forward(self, x: Tensor, task_ids: TaskIds | None = None) -> Tensor:
+        """x ``[..., in]`` -> ``[..., out]``.
+
+        Args:
+            x: any floating dtype that the base weight takes; its first dimension is the batch.
+            task_ids: an id or name for all, or one for each sample; None where ``config.num_tasks`` is 1, or inside
+                ``ept.use_tasks``.
+
+        Raises:
+            ValueError, TypeError: missing, unknown or out-of-range task ids, a wrong number of them, x of another width.
+        """
+        if self.merged:
+            return self._forward_merged(x, task_ids)
+        folded, groups = self.fold(self.tasks_for(x, task_ids))
+        if self.training and self.dropout.p > 0:
+            base = F.linear(x, self.weight, self.bias)
+            return base + pyramid_delta(self.dropout(x), self.A, self.B, folded, groups, self.geometry)
+        return pyramid_linear(x, self.weight, self.bias, self.A, self.B, folded, groups, self.geometry)
+
+    def _forward_merged(self, x: Tensor, task_ids: TaskIds | None) -> Tensor:
+        if task_ids is None and self.task_table.num_tasks > 1:
+            context = current()
+            task_ids = None if context is None else context.task_ids
+        if task_ids is not None:
+            check_merged_task(self.task_table.resolve(task_ids), self.merged_task)
+        return F.linear(x, self.weight, self.bias)
+
+    def merge(self, task: int | str | None = None) -> None:
+        """Put one task's update into ``weight``: zero inference cost until ``unmerge``.
+
+        Raises:
+            ValueError: already merged, an unknown task, or a result that is not finite; nothing is changed then.
+        """
+        if self.merged:
+            raise ValueError(f"task {self.merged_task} is already merged into the weight; unmerge it first")
+        resolved = self.task_table.resolve(task)
+        if not isinstance(resolved, int):
+            raise TypeError(f"task must be one id or name, got {task!r}")
+        self.stash.swap_in(self.weight, merged_weight(self.weight, [self], resolved))
+        self.merged_task = resolved
+
+    def unmerge(self) -> None:
+        """Restore the original ``weight`` bit for bit; does nothing where nothing is merged."""
+        if self.merged:
+            self.stash.swap_out(self.weight)
+            self.merged_task = None
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"r={self.geometry.rank}, kernel_sizes={self.geometry.kernel_sizes}, top_k={self.top_k}"
+        )

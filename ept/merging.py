@@ -1,0 +1,67 @@
+"""Merge one task's update into a frozen weight, and take it out again to the bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import PyramidAdapter
+
+
+def merged_weight(weight: Tensor, adapters: list[PyramidAdapter], task: int, *, transposed: bool = False) -> Tensor:
+    """``weight + sum of the adapters' updates`` for one task, added in the adapters' precision and rounded once.
+
+    Args:
+        weight: ``[out, in]``, or ``[in, out]`` with ``transposed`` (GPT-2's ``Conv1D``).
+        task: resolved id.
+
+    Raises:
+        ValueError: the result is not finite; nothing has been changed then.
+    """
+    with torch.no_grad():
+        total = weight
+        for adapter in adapters:
+            delta = adapter.delta_weight(task)
+            total = total.to(torch.promote_types(total.dtype, delta.dtype)) + (delta.T if transposed else delta)
+        total = total.to(weight.dtype)
+    if not torch.isfinite(total).all():
+        raise ValueError(f"merging task {task} gives a weight that is not finite; nothing was changed")
+    return total
+
+
+def check_merged_task(tasks: int | Tensor, merged_task: int) -> None:
+    """Refuse a call for another task than the one whose update is in the weight.
+
+    Raises:
+        ValueError: another task.
+    """
+    message = f"task_ids must be {merged_task}, the task that is merged into the weight; unmerge first"
+    if isinstance(tasks, int):
+        if tasks != merged_task:
+            raise ValueError(f"{message} (got {tasks})")
+    elif torch.compiler.is_compiling():
+        torch._assert_async((tasks == merged_task).all(), message)
+    else:
+        try:
+            torch._assert_async((tasks == merged_task).all(), message)
+        except RuntimeError as error:
+            raise ValueError(f"{message} (got {tasks.tolist()})") from error
+
+
+class WeightStash(nn.Module):
+    """The original weight beside a merged one: moves with its module, is never saved.
+
+    Merging swaps the parameter's storage instead of adding into it, so taking the update out restores the same bits.
+    """
+
+    original: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("original", None, persistent=False)
+
+    def swap_in(self, parameter: nn.Parameter, merged: Tensor) -> None:
+        self.original, parameter.data = parameter.data, merged
+
+    def swap_out(self, parameter: nn.Parameter) -> None:
+        parameter.data, self.original = self.original, None

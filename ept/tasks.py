@@ -1,0 +1,104 @@
+"""Tasks: the shared embedding table, and what callers may pass as ``task_ids``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: What callers may pass: one id or name for the whole batch, one for every sample, or a tensor of ids.
+TaskIds = int | str | Sequence[int] | Sequence[str] | Tensor
+
+
+class TaskTable(nn.Module):
+    """One learned vector per task, shared by every layer of an adapter (spec section 3).
+
+    Args:
+        num_tasks: rows T.
+        dim: width of an embedding.
+        names: optional T distinct names.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        dim: int,
+        names: Sequence[str] | None = None,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_tasks, self.dim = num_tasks, dim
+        self.names = tuple(names) if names is not None else None
+        self.weight = nn.Parameter(torch.empty(num_tasks, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+
+    def extra_repr(self) -> str:
+        return f"num_tasks={self.num_tasks}, dim={self.dim}, names={self.names}"
+
+    def resolve(self, task_ids: TaskIds | None) -> int | Tensor:
+        """Validate ``task_ids``: an int or scalar tensor for the whole batch, or int64 ``[N]``, on the table's device.
+
+        Ids in a tensor are checked without a host synchronisation: at once on a CPU, by a device-side assertion on a GPU.
+
+        Raises:
+            ValueError: missing with more than one task, an id out of range, an unknown name, a tensor of another shape.
+            TypeError: neither an integer, a name, a sequence of these, nor an integer tensor.
+        """
+        if task_ids is None:
+            if self.num_tasks == 1:
+                return 0
+            raise ValueError(f"task_ids is missing: this adapter has {self.num_tasks} tasks ({self._allowed()})")
+        if isinstance(task_ids, Tensor):
+            return self._resolve_tensor(task_ids)
+        if isinstance(task_ids, (int, str)):
+            return self._resolve_one(task_ids)
+        if isinstance(task_ids, Sequence):
+            ids = [self._resolve_one(task) for task in task_ids]
+            return torch.tensor(ids, dtype=torch.long, device=self.weight.device)
+        raise TypeError(
+            f"task_ids must be an integer, a name, a sequence of these or an integer tensor, got {type(task_ids).__name__}"
+        )
+
+    def embed(self, tasks: int | Tensor) -> Tensor:
+        """Embeddings of resolved ids: ``[1, d]`` for one id, ``[N, d]`` for ``[N]``."""
+        if isinstance(tasks, int):
+            return self.weight[tasks : tasks + 1]
+        return F.embedding(tasks.reshape(-1), self.weight)
+
+    def _allowed(self) -> str:
+        names = f", or a name among {', '.join(self.names)}" if self.names else ""
+        return f"allowed: 0 to {self.num_tasks - 1}{names}"
+
+    def _resolve_one(self, task: object) -> int:
+        if isinstance(task, str):
+            if self.names is None or task not in self.names:
+                raise ValueError(f"task_ids names the unknown task {task!r}; {self._allowed()}")
+            return self.names.index(task)
+        if isinstance(task, bool) or not isinstance(task, int):
+            raise TypeError(f"task_ids must hold integers or names, got {task!r}")
+        if not 0 <= task < self.num_tasks:
+            raise ValueError(f"task_ids holds {task}; {self._allowed()}")
+        return task
+
+    def _resolve_tensor(self, ids: Tensor) -> Tensor:
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"task_ids must be an integer tensor, got {ids.dtype}")
+        if ids.dim() > 1:
+            raise ValueError(f"task_ids must be a scalar or 1-D tensor, got shape {list(ids.shape)}")
+        message = f"task_ids holds an id out of range; {self._allowed()}"
+        in_range = ((ids >= 0) & (ids < self.num_tasks)).all()
+        if torch.compiler.is_compiling():
+            torch._assert_async(in_range, message)
+        else:
+            try:
+                torch._assert_async(in_range, message)
+            except RuntimeError as error:
+                raise ValueError(f"{message}, got {ids.tolist()}") from error
+        return ids.to(device=self.weight.device, dtype=torch.long)

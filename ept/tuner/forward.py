@@ -1,0 +1,48 @@
+"""Small helpers that carry ``task_ids`` through calls of somebody else's model."""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .model import EPTModel
+
+_BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
+
+
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Samples in a call's inputs, or None where no usual input is found."""
+    candidates = [kwargs.get(name) for name in _BATCHED] + list(args)
+    sizes = (value.shape[0] for value in candidates if isinstance(value, Tensor) and value.dim() > 1)
+    return next(sizes, None)
+
+
+@lru_cache(maxsize=64)
+def _forward_takes_task_ids(model_class: type[nn.Module]) -> bool:
+    return "task_ids" in inspect.signature(model_class.forward).parameters
+
+
+def takes_task_ids(model: nn.Module) -> bool:
+    """Whether the wrapped model itself wants the task ids, for example to choose a head."""
+    return _forward_takes_task_ids(type(model))
+
+
+class TaskGenerate:
+    """``generate`` of an adapted model: keeps ``task_ids`` away from transformers, which would refuse the keyword.
+
+    An object, not a closure, so that ``copy.deepcopy`` of the model rebinds it to the copy.
+    """
+
+    def __init__(self, model: nn.Module, tuner: EPTModel) -> None:
+        self.model, self.tuner = model, tuner
+
+    def __call__(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        generate = type(self.model).generate
+        if task_ids is None:  # an outer ept.use_tasks may give them; forward checks
+            return generate(self.model, *args, **kwargs)
+        with self.tuner.generating(task_ids):
+            return generate(self.model, *args, **kwargs)

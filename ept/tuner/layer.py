@@ -1,0 +1,146 @@
+"""The PEFT layer: any number of named adapters around a frozen base layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ept_kernels import pyramid_delta, pyramid_linear
+
+from ..adapter import PyramidAdapter
+from ..config import EPTConfig
+from ..merging import WeightStash, merged_weight
+from ..tasks import TaskTable
+
+
+def base_features(layer: nn.Module) -> tuple[int, int]:
+    """``(in_features, out_features)`` of a layer that EPT can adapt.
+
+    Raises:
+        TypeError: another kind of layer.
+    """
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return layer.in_features, layer.out_features
+    raise TypeError(f"EPT adapts nn.Linear and layers like it, and GPT-2's Conv1D; got {type(layer).__name__}")
+
+
+class EPTLinearLayer(nn.Module, BaseTunerLayer):
+    """A base layer and its EPT adapters, by name.
+
+    Args:
+        base_layer: ``nn.Linear``, anything with ``in_features`` and ``out_features`` that maps ``[..., in]`` to
+            ``[..., out]``, or ``Conv1D``.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("ept_adapters",)
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_features(self.get_base_layer())
+        self.ept_adapters = nn.ModuleDict()
+        self.ept_stash = WeightStash()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+
+    def update_layer(
+        self, adapter_name: str, config: EPTConfig, task_table: TaskTable, inference_mode: bool = False
+    ) -> None:
+        """Add an adapter, freshly initialised, beside the base weight."""
+        base = self.get_base_layer()
+        device, dtype = self._get_base_layer_device_and_dtype(base)
+        half = dtype is None or not dtype.is_floating_point or dtype.itemsize < 4
+        self.ept_adapters[adapter_name] = PyramidAdapter(
+            self.in_features, self.out_features, config, task_table, dtype=torch.float32 if half else dtype
+        ).train(self.training)
+        self._move_adapter_to_device_of_base_layer(adapter_name, device)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version also casts to the base's dtype; the adapter of a half base stays fp32.
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        adapter = self.ept_adapters[adapter_name] if adapter_name in self.ept_adapters else None
+        if adapter is not None and device is not None and not any(p.is_meta for p in adapter.parameters()):
+            adapter.to(device)
+
+    def enabled_adapters(self) -> list[PyramidAdapter]:
+        """The adapters that take part in a forward pass."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [self.ept_adapters[name] for name in self.active_adapters if name in self.ept_adapters]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x ``[..., in]`` -> ``[..., out]``; tasks come from the model's forward or ``ept.use_tasks``."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapters = self.enabled_adapters()
+        if len(adapters) == 1 and not args and not kwargs and self._fusable(adapters[0]):
+            adapter = adapters[0]
+            folded, groups = adapter.fold(adapter.tasks_for(x, None))
+            base = self.base_layer
+            weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+            return pyramid_linear(x, weight, base.bias, adapter.A, adapter.B, folded, groups, adapter.geometry)
+        output = self.base_layer(x, *args, **kwargs)
+        for adapter in adapters:
+            folded, groups = adapter.fold(adapter.tasks_for(x, None))
+            rows = adapter.dropout(x).to(output.dtype)
+            output = output + pyramid_delta(rows, adapter.A, adapter.B, folded, groups, adapter.geometry)
+        return output
+
+    def _fusable(self, adapter: PyramidAdapter) -> bool:
+        """Whether base and adapter may run as one op: a plain dense base that nobody has hooked or patched."""
+        base = self.base_layer
+        plain = type(base) in (nn.Linear, Conv1D) and "forward" not in base.__dict__
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        return plain and not hooked and not (adapter.training and adapter.dropout.p > 0)
+
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, task: int | None = None
+    ) -> None:
+        """Put the update of one task into the base weight. Always safe: a result that is not finite is refused.
+
+        Args:
+            adapter_names: default: the active ones.
+            task: resolved id; None where the adapter has one task.
+
+        Raises:
+            ValueError: no task given with more than one, already merged, a base weight that is not a dense float, or a
+                result that is not finite; nothing is changed then.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        adapters = [self.ept_adapters[name] for name in names if name in self.ept_adapters]
+        if not adapters:
+            return
+        if self.merged:
+            raise ValueError(f"adapters {self.merged_adapters} are already merged; unmerge them first")
+        base = self.get_base_layer()
+        if not getattr(base, "weight", None) is not None or not base.weight.is_floating_point():
+            raise ValueError(
+                f"cannot merge into {type(base).__name__}: its weight is not a dense floating-point tensor"
+            )
+        resolved = adapters[0].task_table.resolve(task)
+        transposed = isinstance(base, Conv1D)
+        self.ept_stash.swap_in(base.weight, merged_weight(base.weight, adapters, resolved, transposed=transposed))
+        self.merged_adapters = list(names)
+
+    def unmerge(self) -> None:
+        """Restore the base weight bit for bit; does nothing where nothing is merged."""
+        if self.merged:
+            self.ept_stash.swap_out(self.get_base_layer().weight)
+            self.merged_adapters = []
+
+    def get_delta_weight(self, adapter_name: str, task: int | str | None = None) -> Tensor:
+        """The dense update of one adapter and task, ``[out, in]``."""
+        return self.ept_adapters[adapter_name].delta_weight(task)
+
+    def __repr__(self) -> str:
+        return "ept." + super().__repr__()

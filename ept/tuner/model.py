@@ -1,0 +1,277 @@
+"""The PEFT tuner: injects EPT layers, carries ``task_ids`` to them, merges one task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from ..config import EPTConfig
+from ..context import TaskContext, activate, checkpoint_with_tasks, current, pop, push
+from ..losses import contrastive_task_loss
+from ..merging import check_merged_task
+from ..tasks import TaskIds, TaskTable
+from .checkpoint import check_adapter_state
+from .forward import TaskGenerate, batch_size, takes_task_ids
+from .layer import EPTLinearLayer
+from .targets import embedding_width, target_features
+
+
+class EPTModel(BaseTuner):
+    """Expert Pyramid Tuning around a model; made by ``peft.get_peft_model(model, EPTConfig(...))``.
+
+    ``model(**batch, task_ids=...)`` and ``model.generate(..., task_ids=...)`` take an id or a name for the whole batch, or
+    one for each sample (a list or a tensor ``[batch]``). With one task they may be left out. Inside the model the first
+    dimension of an adapted layer's input must run over the samples (beams, windows or tokens of a sample consecutive).
+    """
+
+    uses_shared_state = True
+    prefix = "ept_"
+    tuner_layer_cls = EPTLinearLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
+
+    # ---- injection
+
+    def _pre_injection_hook(self, model: nn.Module, config: EPTConfig, adapter_name: str) -> None:
+        self.ept_task_tables = nn.ModuleDict()
+        self.merged_task: int | None = None
+        self._trained: TaskContext | None = None
+
+    def _post_injection_hook(self, model: nn.Module, config: EPTConfig, adapter_name: str) -> None:
+        self._hooks = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+        if hasattr(model, "generate"):
+            model.generate = TaskGenerate(model, self)
+
+    def _prepare_model(self, peft_config: EPTConfig, model: nn.Module) -> None:
+        """Last stop before PEFT changes the model: check the targets, make the adapter's task table."""
+        (adapter_name,) = (name for name, config in self.peft_config.items() if config is peft_config)
+        features = target_features(model, peft_config)
+        width = peft_config.task_embedding_dim or embedding_width(features)
+        weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+        device = weight.device if weight is not None else None
+        dtype = torch.promote_types(weight.dtype, torch.float32) if weight is not None else None
+        table = TaskTable(peft_config.num_tasks, width, peft_config.task_names, device=device, dtype=dtype)
+        self.ept_task_tables[adapter_name] = table.requires_grad_(
+            not peft_config.inference_mode and adapter_name in self.active_adapters
+        )
+
+    def _create_and_replace(
+        self,
+        peft_config: EPTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        table = self.ept_task_tables[adapter_name]
+        if isinstance(target, EPTLinearLayer):
+            target.update_layer(adapter_name, peft_config, table, inference_mode=peft_config.inference_mode)
+            return
+        layer = EPTLinearLayer(target)
+        layer.train(target.training)
+        layer.set_adapter(self.active_adapters)
+        layer.update_layer(adapter_name, peft_config, table, inference_mode=peft_config.inference_mode)
+        self._replace_module(parent, target_name, layer, target)
+
+    # ---- tasks of a forward pass
+
+    def _enabled(self) -> list[str]:
+        """Names of the adapters that take part in a forward pass."""
+        layer = next((module for module in self.model.modules() if isinstance(module, EPTLinearLayer)), None)
+        if layer is None or (layer.disable_adapters and not layer.merged):
+            return []
+        return [name for name in self.active_adapters if name in self.ept_task_tables]
+
+    def _resolve(self, task_ids: TaskIds | None, batch: int | None) -> int | Tensor | None:
+        """Resolved ids for the active adapters, or None where nothing routes.
+
+        Raises:
+            ValueError, TypeError: as ``TaskTable.resolve``, or another number of ids than samples.
+        """
+        names = self._enabled()
+        if not names:
+            return None
+        resolved = [self.ept_task_tables[name].resolve(task_ids) for name in names][0]
+        if isinstance(resolved, Tensor) and resolved.dim() and batch is not None and len(resolved) != batch:
+            raise ValueError(f"task_ids must hold one id for each of the {batch} samples, got {len(resolved)}")
+        return resolved
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Forward pre-hook of the wrapped model: take ``task_ids`` out of the call, put them beside it."""
+        task_ids = kwargs.pop("task_ids", None)
+        outer = None
+        if task_ids is None and any(table.num_tasks > 1 for table in self.ept_task_tables.values()):
+            outer = current()
+        if task_ids is None and outer is not None:
+            resolved = outer.task_ids
+        elif self.merged_task is not None and task_ids is None:
+            resolved = self.merged_task
+        else:
+            resolved = self._resolve(task_ids, batch_size(args, kwargs))
+        if self.merged_task is not None and resolved is not None:
+            check_merged_task(resolved, self.merged_task)
+        config = self.peft_config.get(next(iter(self.active_adapters), None))
+        collects = self.training and config is not None and config.contrastive_weight > 0
+        context = TaskContext(resolved, kwargs.get("attention_mask"), [] if collects else None, owner=module)
+        if self.training:
+            checkpoint_with_tasks(module)
+        push(context)
+        if takes_task_ids(module):
+            kwargs["task_ids"] = resolved
+        self._trained = context if collects else None
+        return args, kwargs
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        context = current()
+        if context is not None and context.owner is module:  # not so where _enter refused the call
+            pop(context)
+
+    @contextmanager
+    def generating(self, task_ids: TaskIds | None) -> Iterator[None]:
+        """Give ``task_ids`` to every forward pass of a generation; beams of a sample share its id."""
+        with activate(TaskContext(self._resolve(task_ids, None))):
+            yield
+
+    # ---- losses
+
+    def contrastive_loss(self) -> Tensor:
+        """Unweighted contrastive loss of the last training forward. See ``ept.contrastive_loss``."""
+        name = self.active_adapters[0]
+        config, table = self.peft_config[name], self.ept_task_tables[name]
+        if config.contrastive_weight == 0 or config.num_tasks == 1:
+            return table.weight.new_zeros(())
+        if self._trained is None:
+            raise ValueError("model has no training forward yet: call it in training mode, then ept.contrastive_loss")
+        return contrastive_task_loss(self._trained.pooled, self._trained.task_ids, table, config.temperature)
+
+    # ---- adapters by name
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for name, table in self.ept_task_tables.items():
+            table.requires_grad_(name in names and not inference_mode)
+        self.merged_task = None
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        del self.ept_task_tables[adapter_name]
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for name, table in self.ept_task_tables.items():
+            table.requires_grad_(name in self.active_adapters and not self.peft_config[name].inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            if name in self.ept_task_tables:
+                self.ept_task_tables[name].requires_grad_(requires_grad)
+
+    # ---- merging
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, task: int | str | None = None
+    ) -> None:
+        """Put one task's updates into the base weights; ``unmerge_adapter`` takes them out to the bit.
+
+        Raises:
+            ValueError: no task given with more than one, an unknown task, already merged, or a result that is not finite;
+                no weight has changed then.
+        """
+        self._check_merge_allowed()
+        names = self.active_adapters if adapter_names is None else adapter_names
+        tasks = [self.ept_task_tables[name].resolve(task) for name in names if name in self.ept_task_tables]
+        if not tasks or not isinstance(tasks[0], int):
+            raise ValueError(
+                f"task must be one id or name and adapter_names one of {list(self.peft_config)}, got {task!r}"
+            )
+        layers = [module for module in self.model.modules() if isinstance(module, EPTLinearLayer)]
+        if any(layer.merged for layer in layers):
+            raise ValueError("an adapter is already merged; call unmerge_adapter first")
+        try:
+            for layer in layers:
+                layer.merge(safe_merge, adapter_names, task=tasks[0])
+        except Exception:
+            self.unmerge_adapter()
+            raise
+        self.merged_task = tasks[0]
+
+    def unmerge_adapter(self) -> None:
+        """Restore every base weight bit for bit."""
+        super().unmerge_adapter()
+        self.merged_task = None
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        task: int | str | None = None,
+    ) -> nn.Module:
+        """The base model with one task's updates in its weights and no trace of EPT.
+
+        Raises:
+            ValueError: as ``merge_adapter``.
+        """
+        if self.merged_task is None:
+            self.merge_adapter(adapter_names, safe_merge, task=task)
+        elif task is not None:
+            check_merged_task(self.ept_task_tables[self.active_adapters[0]].resolve(task), self.merged_task)
+        return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, without adapters."""
+        self.unmerge_adapter()
+        return super().unload()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for hook in self._hooks:
+            hook.remove()
+        model.__dict__.pop("generate", None)
+        return model
+
+    # ---- checkpoints
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: EPTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        marker = f".{adapter_name}."
+        expected = {
+            key: tensor
+            for key, tensor in model.state_dict().items()
+            if (".ept_adapters" + marker) in key or ("ept_task_tables" + marker) in key
+        }
+        check_adapter_state(expected, remapped)
+        return remapped
+
+
+def ept_model(model: nn.Module) -> EPTModel:
+    """The EPT tuner inside ``model``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    candidates = (model, getattr(model, "base_model", None), getattr(model, "module", None))
+    for candidate in candidates:
+        if isinstance(candidate, PeftModel):
+            candidate = candidate.base_model
+        if isinstance(candidate, EPTModel):
+            return candidate
+    raise ValueError(f"model must be a PeftModel with an EPT adapter, got {type(model).__name__}")

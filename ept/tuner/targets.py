@@ -1,0 +1,66 @@
+"""Which modules of a model an adapter will take, settled and checked before anything is changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from torch import nn
+
+from ept_kernels import PyramidGeometry
+
+from ..config import EPTConfig
+from .layer import base_features
+
+
+def target_features(model: nn.Module, config: EPTConfig) -> dict[str, tuple[int, int]]:
+    """``(in_features, out_features)`` of every module that ``config`` targets in ``model``, by name.
+
+    Raises:
+        ValueError: a name in ``target_modules`` that matches nothing, nothing matched at all, or a scale larger than a
+            targeted layer.
+        TypeError: a targeted module that EPT cannot adapt.
+    """
+    _maybe_include_all_linear_layers(config, model)
+    inside_tuner = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside_tuner)]
+    matched = [name for name in names if check_target_module_exists(config, name)]
+    if isinstance(config.target_modules, (set, list, tuple)):
+        unknown = [key for key in config.target_modules if not any(n == key or n.endswith(f".{key}") for n in names)]
+        if unknown:
+            raise ValueError(
+                f"target_modules names {sorted(unknown)}, which match no module; "
+                f"this model has linear layers named {_linear_names(model)}"
+            )
+    if not matched:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} (exclude_modules={config.exclude_modules!r}) matches no module; "
+            f"this model has linear layers named {_linear_names(model)}"
+        )
+    features = {}
+    for name in matched:
+        module = model.get_submodule(name)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        try:
+            features[name] = base_features(base)
+            PyramidGeometry(*features[name], config.r, config.kernel_sizes)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"target module {name!r}: {error}") from None
+    return features
+
+
+def embedding_width(features: dict[str, tuple[int, int]]) -> int:
+    """The commonest input width among the targets; the smaller one where two are equally common."""
+    widths = Counter(width for width, _ in features.values())
+    return min(widths, key=lambda width: (-widths[width], width))
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    names = set()
+    for name, module in model.named_modules():
+        try:
+            base_features(module)
+        except TypeError:
+            continue
+        names.add(name.rpartition(".")[2])
+    return sorted(names)
