@@ -37,9 +37,9 @@ class EPTConfig(PeftConfig):
         num_tasks: rows of the task-embedding table. Taken from ``task_names`` where that is given.
         task_names: optional names, in the order of the ids; then ``task_ids`` may be given by name.
         lora_dropout: dropout on the adapter's input, in [0, 1).
-        alp_scaling: scale ``k`` is multiplied by ``ceil(out / k) / ceil(out / k_min)``; False is the "w/o ALP" ablation.
-        task_embedding_dim: width of a task embedding. None: the commonest input width among the adapted layers, so that the
-            contrastive loss can compare the embeddings with representations.
+        alp_scaling: multiply scale ``k`` by ``ceil(out / k) / ceil(out / k_min)``; False is the ablation "w/o ALP".
+        task_embedding_dim: width of a task embedding. None: the commonest input width among the adapted layers, so that
+            the contrastive loss can compare the embeddings with representations.
         temperature: of the contrastive loss's cosine similarities.
         contrastive_weight: weight of the contrastive loss in the total; 0 switches it off.
         init_seed: "gaussian" (the method) or "zero" (the paper's ablation: ``B`` starts at zero).
@@ -60,9 +60,7 @@ class EPTConfig(PeftConfig):
     )
     top_k: int = field(default=2, metadata={"help": "Experts mixed for a task."})
     num_tasks: int = field(default=8, metadata={"help": "Rows of the task-embedding table."})
-    task_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the tasks, in the order of the ids."}
-    )
+    task_names: list[str] | None = field(default=None, metadata={"help": "Names of the tasks, by id."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     alp_scaling: bool = field(default=True, metadata={"help": "Dimension-aware scaling of the Adaptive LoRA Pruner."})
     task_embedding_dim: int | None = field(default=None, metadata={"help": "Width of a task embedding."})

@@ -40,8 +40,8 @@ class TaskContext:
     def collect(self, x: Tensor, dim: int) -> None:
         """Pool the input of an adapted layer over its tokens, if it has the width ``dim`` of the task embeddings.
 
-        Detached: the loss moves the embeddings towards the representations, not the other way round. Layers that read the
-        same tensor (query, key and value) count once.
+        Detached: the loss moves the embeddings towards the representations, not the other way round. Layers that read
+        the same tensor (query, key and value) count once.
         """
         if self.pooled is None or x.shape[-1] != dim or x.dim() not in (2, 3) or x is self._last:
             return
@@ -70,8 +70,8 @@ _current: ContextVar[TaskContext | None] = ContextVar("ept_task_context", defaul
 class _Traced:
     """The context while ``torch.compile`` traces a model: Dynamo cannot read a context variable.
 
-    Set and restored inside one traced region, so at run time it is constantly None and threads do not meet here. A layer
-    compiled without its model falls through to the context variable: a graph break, never a stale task.
+    Set and restored inside one traced region, so at run time it is constantly None and threads do not meet here. A
+    layer compiled without its model falls through to the context variable: a graph break, never a stale task.
     """
 
     context: TaskContext | None = None

@@ -23,7 +23,7 @@ class EPTLinear(PyramidAdapter):
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``. With a half dtype the adapter stays fp32.
         config: the adapter's hyperparameters.
-        task_table: task embeddings shared with other layers; whoever made the table saves it. None: the layer has its own.
+        task_table: embeddings shared with other layers; whoever made the table saves it. None: the layer has its own.
 
     Attributes:
         weight ``[out, in]``, bias ``[out]`` or None: frozen.
@@ -127,7 +127,7 @@ class EPTLinear(PyramidAdapter):
                 ``ept.use_tasks``.
 
         Raises:
-            ValueError, TypeError: missing, unknown or out-of-range task ids, a wrong number of them, x of another width.
+            ValueError, TypeError: missing or unknown task ids, a wrong number of them, x of another width.
         """
         if self.merged:
             return self._forward_merged(x, task_ids)

@@ -9,8 +9,8 @@ from torch import Tensor
 def route(gate: Tensor, embeddings: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Top-k of ``embeddings @ gate.T`` and the softmax over the selected logits; never below fp32.
 
-    With ``top_k = 1`` the softmax of one logit is the constant 1: the value stays 1 and the gradient is that of the full
-    softmax (straight-through), so that the gate learns.
+    With ``top_k = 1`` the softmax of one logit is the constant 1: the value stays 1 and the gradient is that of the
+    full softmax (straight-through), so that the gate learns.
 
     Args:
         gate: ``[E, d]``.

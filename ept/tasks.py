@@ -45,7 +45,7 @@ class TaskTable(nn.Module):
     def resolve(self, task_ids: TaskIds | None) -> int | Tensor:
         """Validate ``task_ids``: an int or scalar tensor for the whole batch, or int64 ``[N]``, on the table's device.
 
-        Ids in a tensor are checked without a host synchronisation: at once on a CPU, by a device-side assertion on a GPU.
+        Ids in a tensor are checked without a host synchronisation: at once on a CPU, by a device assertion on a GPU.
 
         Raises:
             ValueError: missing with more than one task, an id out of range, an unknown name, a tensor of another shape.
@@ -63,7 +63,8 @@ class TaskTable(nn.Module):
             ids = [self._resolve_one(task) for task in task_ids]
             return torch.tensor(ids, dtype=torch.long, device=self.weight.device)
         raise TypeError(
-            f"task_ids must be an integer, a name, a sequence of these or an integer tensor, got {type(task_ids).__name__}"
+            "task_ids must be an integer, a name, a sequence of these or an integer tensor, "
+            f"got {type(task_ids).__name__}"
         )
 
     def embed(self, tasks: int | Tensor) -> Tensor:

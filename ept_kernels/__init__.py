@@ -1,4 +1,4 @@
-"""Kernels of Expert Pyramid Tuning: tensors in, tensors out. Importing touches no GPU and needs neither Triton nor nvcc."""
+"""Kernels of Expert Pyramid Tuning: tensors in, tensors out. Importing touches no GPU and needs no toolchain."""
 
 from .dispatch import available_backends, backend_for
 from .folding import fold_kernels

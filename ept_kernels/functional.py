@@ -76,7 +76,8 @@ def pyramid_delta(
         x: ``[..., in]``, any floating dtype; rows are its leading dimensions in row-major order.
         A: ``[r, ceil(in / k_min)]``, B: ``[ceil(out / k_min), r]``; fp32 beside half inputs is usual.
         folded: ``[G, folded_size]``, packed as ``fold_kernels`` packs, already holding ``alpha / r``, ALP and gates.
-        groups: ``[N]`` rows of ``folded``, one for every ``T / N`` consecutive rows (N = 1, the batch, or T); None with G = 1.
+        groups: ``[N]`` rows of ``folded``, one for every ``T / N`` consecutive rows of x (N = 1, the batch, or T); None
+            with G = 1.
         geometry: the layer's sizes.
 
     Returns:
@@ -107,7 +108,7 @@ def pyramid_linear(
     groups: Tensor | None,
     geometry: PyramidGeometry,
 ) -> Tensor:
-    """``x @ weight.T + bias`` and the adapter's output in one call. See ``pyramid_delta`` for x, A, B, folded and groups.
+    """``x @ weight.T + bias`` and the adapter's output in one call; x, A, B, folded, groups as in ``pyramid_delta``.
 
     Args:
         weight: ``[out, in]`` in the dtype of x. bias: ``[out]`` or None.

@@ -14,18 +14,18 @@ def _positive_int(name: str, value: object) -> int:
 
 @dataclass(frozen=True)
 class PyramidGeometry:
-    """Sizes of an Expert Pyramid Tuning layer (arXiv 2603.12577, section 3).
+    """Sizes of an Expert Pyramid Tuning layer (arXiv 2603.12577).
 
     Args:
         in_features: width of the layer's input.
         out_features: width of its output.
         rank: rank ``r`` of the shared seed ``Z = B @ A``.
-        kernel_sizes: scale ``k_e`` of every expert, in the order of the experts; repeats are experts of the same scale.
+        kernel_sizes: scale ``k_e`` of every expert, in their order; repeats are experts of the same scale.
         alp_scaling: multiply scale ``k`` by ``h_k / h`` (the share of the seed's rows that it uses).
 
     Attributes (derived):
         scales: the distinct kernel sizes, ascending; ``S`` of them.
-        widths, heights: columns of ``A`` and rows of ``B`` that each scale reads, ``ceil(in / k)`` and ``ceil(out / k)``.
+        widths, heights: columns of ``A`` and rows of ``B`` that a scale reads, ``ceil(in / k)`` and ``ceil(out / k)``.
         alp_factors: the dimension-aware scale ``s_k`` of each scale.
         offsets: where each scale's ``k * k`` block starts in a packed folded kernel ``[G, folded_size]``.
         columns: where each scale's ``r * k`` block starts in a row of intermediates ``[T, shrink_size]``.

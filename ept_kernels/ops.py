@@ -1,7 +1,7 @@
-"""``torch.library`` ops: schemas, fake implementations, autograd. Each real implementation asks ``dispatch`` for a backend.
+"""``torch.library`` ops: schemas, fakes, autograd. Each real implementation asks ``dispatch`` for a backend.
 
-Rows are 2-D here; ``functional`` validates, flattens and handles autocast. ``groups [N]`` gives the row of ``folded`` for
-each of N equal runs of consecutive rows (N divides T: 1, one a sample, or one a row); None means row 0 for all.
+Rows are 2-D here; ``functional`` validates, flattens and handles autocast. ``groups [N]`` gives the row of ``folded``
+for each of N equal runs of consecutive rows (N divides T: 1, one a sample, or one a row); None means row 0 for all.
 Backward saves only what forward was given, so a layer keeps x and tiny tensors alive. The backward ops have no
 derivative of their own: a second differentiation raises.
 """
@@ -25,7 +25,8 @@ _library.define(
     " -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "pyramid_delta(Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int out_features, int[] scales) -> Tensor"
+    "pyramid_delta(Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int out_features, int[] scales)"
+    " -> Tensor"
 )
 _library.define(
     "pyramid_delta_backward(Tensor grad, Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int[] scales,"

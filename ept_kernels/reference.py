@@ -1,7 +1,7 @@
 """The definition of EPT in plain PyTorch, materialised and slow on purpose: the oracle of every test.
 
-Each function is differentiable by ordinary autograd and works in float64. Nothing here is tuned; read it beside the paper
-(arXiv 2603.12577): deconvolution eq. 4, Adaptive LoRA Pruner eq. 6-7, gated sum eq. 9.
+Each function is differentiable by ordinary autograd and works in float64. Nothing here is tuned; read it beside the
+paper (arXiv 2603.12577): seed, Adaptive LoRA Pruner, deconvolution, gated sum.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def deconvolve(seed: Tensor, kernel: Tensor) -> Tensor:
 
 
 def scale_weight(A: Tensor, B: Tensor, kernel: Tensor, geometry: PyramidGeometry) -> Tensor:
-    """One kernel's weight: prune the seed to its scale, deconvolve, crop. A ``[r, w]``, B ``[h, r]`` -> ``[out, in]``."""
+    """One kernel's weight: prune the seed, deconvolve, crop. A ``[r, w]``, B ``[h, r]`` -> ``[out, in]``."""
     scale = geometry.scales.index(kernel.shape[0])
     pruned_A, pruned_B = A[:, : geometry.widths[scale]], B[: geometry.heights[scale]]
     return deconvolve(pruned_B @ pruned_A, kernel)[: geometry.out_features, : geometry.in_features]
@@ -42,7 +42,7 @@ def layer_update(
 
 
 def fold_kernels(kernels: Sequence[Tensor], gates: Tensor, scaling: float, geometry: PyramidGeometry) -> Tensor:
-    """``Kbar_k = scaling * s_k * sum_{e: k_e = k} gates[:, e] * K_e``, packed. gates ``[G, E]`` -> ``[G, folded_size]``."""
+    """``Kbar_k = scaling * s_k * sum_{e: k_e = k} gates[:, e] * K_e``. gates ``[G, E]`` -> ``[G, folded_size]``."""
     folded = []
     for scale, k in enumerate(geometry.scales):
         block = torch.zeros(gates.shape[0], k, k, dtype=gates.dtype, device=gates.device)
@@ -73,7 +73,7 @@ def pyramid_weight(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeomet
 
 
 def row_groups(rows: int, groups: Tensor | None, device: torch.device) -> Tensor:
-    """The group of each of ``rows`` rows, ``[rows]``, from a table of one entry for every ``rows / N`` rows (None: all 0)."""
+    """The group of each row, ``[rows]``, from a table ``[N]`` of one entry per ``rows / N`` rows (None: all 0)."""
     if groups is None:
         return torch.zeros(rows, dtype=torch.long, device=device)
     repeats = rows // groups.shape[0] if groups.shape[0] else 0

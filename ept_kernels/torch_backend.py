@@ -19,7 +19,7 @@ name = "torch"
 
 
 def _interleave(factor: Tensor, features: int, scales: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Stack ``kron(factor[:, :ceil(features / k)], I_k)`` over the scales. factor ``[r, w]`` -> ``[r * sum(k), features]``."""
+    """Stack ``kron(factor[:, :ceil(features / k)], I_k)`` over the scales: ``[r, w]`` -> ``[r * sum(k), features]``."""
     rank = factor.shape[0]
     blocks = []
     for k in scales:
@@ -166,7 +166,7 @@ def pyramid_linear_backward(
 
 
 def _left_factor(B: Tensor, folded: Tensor, out_features: int, scales: Sequence[int]) -> Tensor:
-    """``L[g, i*k + a, (p, q)] = B[i, p] Kbar[g, a, q]``, so that the update is ``L @ Ahat``. -> ``[G, out, r * sum(k)]``."""
+    """``L[g, i*k + a, (p, q)] = B[i, p] Kbar[g, a, q]``; the update is ``L @ Ahat``. -> ``[G, out, r * sum(k)]``."""
     blocks = []
     for kernel, k in zip(folded.to(B.dtype).split([k * k for k in scales], dim=1), scales, strict=True):
         height = -(-out_features // k)

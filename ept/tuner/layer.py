@@ -68,8 +68,10 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         # PEFT's version also casts to the base's dtype; the adapter of a half base stays fp32.
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        adapter = self.ept_adapters[adapter_name] if adapter_name in self.ept_adapters else None
-        if adapter is not None and device is not None and not any(p.is_meta for p in adapter.parameters()):
+        if adapter_name not in self.ept_adapters or device is None:
+            return
+        adapter = self.ept_adapters[adapter_name]
+        if not any(parameter.is_meta for parameter in adapter.parameters()):
             adapter.to(device)
 
     def enabled_adapters(self) -> list[PyramidAdapter]:
@@ -123,13 +125,12 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             raise ValueError(f"adapters {self.merged_adapters} are already merged; unmerge them first")
         base = self.get_base_layer()
-        if not getattr(base, "weight", None) is not None or not base.weight.is_floating_point():
-            raise ValueError(
-                f"cannot merge into {type(base).__name__}: its weight is not a dense floating-point tensor"
-            )
+        weight = getattr(base, "weight", None)
+        if weight is None or not weight.is_floating_point():
+            raise ValueError(f"cannot merge into {type(base).__name__}: its weight is not a dense float tensor")
         resolved = adapters[0].task_table.resolve(task)
         transposed = isinstance(base, Conv1D)
-        self.ept_stash.swap_in(base.weight, merged_weight(base.weight, adapters, resolved, transposed=transposed))
+        self.ept_stash.swap_in(weight, merged_weight(weight, adapters, resolved, transposed=transposed))
         self.merged_adapters = list(names)
 
     def unmerge(self) -> None:

@@ -26,9 +26,10 @@ from .targets import embedding_width, target_features
 class EPTModel(BaseTuner):
     """Expert Pyramid Tuning around a model; made by ``peft.get_peft_model(model, EPTConfig(...))``.
 
-    ``model(**batch, task_ids=...)`` and ``model.generate(..., task_ids=...)`` take an id or a name for the whole batch, or
-    one for each sample (a list or a tensor ``[batch]``). With one task they may be left out. Inside the model the first
-    dimension of an adapted layer's input must run over the samples (beams, windows or tokens of a sample consecutive).
+    ``model(**batch, task_ids=...)`` and ``model.generate(..., task_ids=...)`` take an id or a name for the whole batch,
+    or one for each sample (a list or a tensor ``[batch]``). With one task they may be left out. Inside the model the
+    first dimension of an adapted layer's input must run over the samples (beams, windows or tokens of a sample
+    consecutive).
     """
 
     uses_shared_state = True
@@ -102,7 +103,9 @@ class EPTModel(BaseTuner):
         names = self._enabled()
         if not names:
             return None
-        resolved = [self.ept_task_tables[name].resolve(task_ids) for name in names][0]
+        resolved = self.ept_task_tables[names[0]].resolve(task_ids)
+        for name in names[1:]:  # the other active adapters must know these ids too
+            self.ept_task_tables[name].resolve(task_ids)
         if isinstance(resolved, Tensor) and resolved.dim() and batch is not None and len(resolved) != batch:
             raise ValueError(f"task_ids must hold one id for each of the {batch} samples, got {len(resolved)}")
         return resolved
@@ -188,16 +191,14 @@ class EPTModel(BaseTuner):
         """Put one task's updates into the base weights; ``unmerge_adapter`` takes them out to the bit.
 
         Raises:
-            ValueError: no task given with more than one, an unknown task, already merged, or a result that is not finite;
-                no weight has changed then.
+            ValueError: no task given with more than one, an unknown task, already merged, or a result that is not
+                finite; no weight has changed then.
         """
         self._check_merge_allowed()
         names = self.active_adapters if adapter_names is None else adapter_names
         tasks = [self.ept_task_tables[name].resolve(task) for name in names if name in self.ept_task_tables]
         if not tasks or not isinstance(tasks[0], int):
-            raise ValueError(
-                f"task must be one id or name and adapter_names one of {list(self.peft_config)}, got {task!r}"
-            )
+            raise ValueError(f"task must be one id or name for an adapter among {list(self.peft_config)}, got {task!r}")
         layers = [module for module in self.model.modules() if isinstance(module, EPTLinearLayer)]
         if any(layer.merged for layer in layers):
             raise ValueError("an adapter is already merged; call unmerge_adapter first")

@@ -1,4 +1,4 @@
-"""Make PEFT know EPT: importing ``ept`` is all that a saved adapter needs to load. See ``peft_type`` for the how and why."""
+"""Make PEFT know EPT: importing ``ept`` is all that a saved adapter needs to load (``peft_type`` says how and why)."""
 
 from __future__ import annotations
 

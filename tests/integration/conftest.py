@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised models of every architecture that the README names, with an EPT adapter that does something."""
+"""Tiny, randomly initialised models of every architecture that the README names, adapted by EPT."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ CASES = {
 def awaken(model: nn.Module, std: float = 0.3) -> nn.Module:
     """Fresh random kernels: an adapter that changes the output."""
     for name, parameter in model.named_parameters():
-        if ".kernels." in name:
+        if "kernels." in name:
             nn.init.normal_(parameter, std=std)
     return model
 

@@ -1,0 +1,83 @@
+"""The built package: what is in it, and what importing it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():  # a copy: a build leaves folders behind
+        if (REPOSITORY / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((REPOSITORY / name).read_bytes())
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(source),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_two_packages_and_the_command(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {"ept", "ept_kernels"}
+    sources = {str(p.relative_to(REPOSITORY)) for top in tops for p in (REPOSITORY / top).rglob("*.py")}
+    assert sources == {name for name in names if name.endswith(".py")}
+    assert "ept-train = ept.train:main" in entry_points
+
+
+def test_wheel_imports_by_itself_without_cuda_or_triton(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    script = """
+import sys
+sys.modules["triton"] = None  # importing it would raise
+import ept, ept_kernels, torch
+assert ept.__file__.startswith(sys.argv[1]), ept.__file__
+assert not torch.cuda.is_initialized()
+for optional in ("matplotlib", "datasets", "sklearn", "rich"):
+    assert optional not in sys.modules, f"import ept pulls in {optional}"
+layer = ept.EPTLinear(12, 16, config=ept.EPTConfig(num_tasks=1))
+print(layer(torch.ones(2, 12)).shape)
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, str(tmp_path / "site")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[2, 16]" in done.stdout
+
+
+def test_kernels_never_import_ept() -> None:
+    for path in (REPOSITORY / "ept_kernels").rglob("*.py"):
+        for line in path.read_text().splitlines():
+            assert not line.startswith(("import ept.", "from ept ", "from ept.")), f"{path.name}: {line}"
+            assert line.strip() != "import ept", path.name
