@@ -14,9 +14,6 @@ from .context import current
 from .router import route
 from .tasks import TaskIds, TaskTable
 
-#: Standard deviation of the seed factors A and B at the start.
-SEED_STD = 0.35
-
 
 class PyramidAdapter(nn.Module):
     """Parameters of Expert Pyramid Tuning for one linear map, without the map (spec section 1).
@@ -65,12 +62,12 @@ class PyramidAdapter(nn.Module):
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
-        """Gaussian seed (README, "Why these defaults"), zero kernels, Kaiming gate."""
-        nn.init.normal_(self.A, std=SEED_STD)
+        """Gaussian seed of variance 1/in and 1/out (README, "Why these defaults"), zero kernels, Kaiming gate."""
+        nn.init.normal_(self.A, std=self.geometry.in_features**-0.5)
         if self.init_seed == "zero":
             nn.init.zeros_(self.B)
         else:
-            nn.init.normal_(self.B, std=SEED_STD)
+            nn.init.normal_(self.B, std=self.geometry.out_features**-0.5)
         for kernel in self.kernels:
             nn.init.zeros_(kernel)
         nn.init.kaiming_uniform_(self.gate, a=math.sqrt(5))

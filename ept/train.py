@@ -1,0 +1,78 @@
+"""``ept-train``: train one adapter on several tasks from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from ept.data import DataError, load_tasks
+from ept.models import ModelError
+from ept.training.checkpoints import newest_checkpoint
+from ept.training.console import quieten_libraries
+from ept.training.files import read_json
+from ept.training.options import RunSettings, build_parser, parse
+from ept.training.run import CHECKPOINT_FOLDER, METRICS_FILE, SETTINGS_FILE, make_adapted, train
+
+# What may change between a run and its resumption; all else decides the result.
+_FREE = {"output", "save_steps", "resume", "overwrite", "quiet"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``ept-train`` with these arguments (None: the process's); 0 on success.
+
+    Raises:
+        SystemExit: code 2, after a message that names the option, if one is bad; nothing has been written then.
+    """
+    parser = build_parser()
+    settings = parse(parser, argv)
+    _check_output(parser, settings)
+    quieten_libraries()
+    try:
+        tasks = load_tasks(settings.data, settings.tasks)
+    except DataError as error:
+        parser.error(f"argument --data or --tasks: {error}")
+    try:
+        model, tokenizer = make_adapted(settings, tasks)
+    except ModelError as error:
+        parser.error(f"argument --model: {error}")
+    except ValueError as error:
+        parser.error(f"argument --model, --tasks or --target-modules: {error}")
+    train(settings, tasks, model, tokenizer, Console())
+    return 0
+
+
+def _check_output(parser: argparse.ArgumentParser, settings: RunSettings) -> None:
+    output = Path(settings.output)
+    if output.exists() and not output.is_dir():
+        parser.error(f"argument --output: {str(output)!r} is a file; a folder is needed")
+    existing = next((path for path in (output, *output.absolute().parents) if path.exists()), output)
+    if not os.access(existing, os.W_OK):
+        parser.error(f"argument --output: {str(existing)!r} cannot be written to")
+    if settings.resume:
+        _check_resumable(parser, settings, output)
+    elif not settings.overwrite and any((output / name).exists() for name in (METRICS_FILE, CHECKPOINT_FOLDER)):
+        parser.error(f"argument --output: {str(output)!r} holds an earlier run; add --resume or --overwrite")
+
+
+def _check_resumable(parser: argparse.ArgumentParser, settings: RunSettings, output: Path) -> None:
+    if newest_checkpoint(output / CHECKPOINT_FOLDER) is None:
+        parser.error(f"argument --resume: no complete checkpoint in {str(output / CHECKPOINT_FOLDER)!r}")
+    try:
+        earlier = read_json(output / SETTINGS_FILE)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(f"argument --resume: the earlier run's settings cannot be read: {error}")
+    for name, value in asdict(settings).items():
+        value = list(value) if isinstance(value, tuple) else value
+        if name not in _FREE and earlier.get(name) != value:
+            option = "--no-alp-scaling" if name == "alp_scaling" else f"--{name.replace('_', '-')}"
+            parser.error(f"argument {option}: {value!r} differs from {earlier.get(name)!r} of the run to resume")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

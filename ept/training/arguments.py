@@ -1,0 +1,60 @@
+"""``EPTTrainingArguments``: the recipe's defaults, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from ept.optim import KERNEL_LR_RATIO
+from ept.training.sampler import TASK_BATCHING
+
+
+@dataclass
+class EPTTrainingArguments(TrainingArguments):
+    """``transformers.TrainingArguments`` with EPT's recipe as defaults and the options of multi-task training.
+
+    Args (beyond those of transformers):
+        kernel_lr_ratio: learning rate of the deconvolution kernels relative to ``learning_rate``; EPT adapters only.
+        task_batching: ``mixed`` draws the task of every sample, ``single`` that of every batch.
+        max_length: tokens of a row at most.
+        max_new_tokens: length limit of a generated answer (text-to-label models under evaluation).
+        eval_limit: score this many validation rows a task at most; None: all.
+
+    ``metric_for_best_model`` is the mean of the tasks' headline metrics (``mean``) if ``load_best_model_at_end`` is
+    set.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
+    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up steps; below 1: share of all steps."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs; see TaskBalancedSampler for their length."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Samples of a training batch."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Samples of an evaluation batch."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two entries of the log."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step as well."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: the collators need all columns."})
+    kernel_lr_ratio: float = field(
+        default=KERNEL_LR_RATIO, metadata={"help": "Learning rate of the kernels relative to the rest."}
+    )
+    task_batching: str = field(default="mixed", metadata={"help": "'mixed' or 'single'."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of a row at most."})
+    max_new_tokens: int = field(default=16, metadata={"help": "Length limit of a generated answer."})
+    eval_limit: int | None = field(default=None, metadata={"help": "Validation rows scored per task; None: all."})
+
+    def __post_init__(self) -> None:
+        if self.task_batching not in TASK_BATCHING:
+            raise ValueError(f"task_batching must be one of {', '.join(TASK_BATCHING)}, got {self.task_batching!r}")
+        if not self.kernel_lr_ratio > 0:
+            raise ValueError(f"kernel_lr_ratio must be a number > 0, got {self.kernel_lr_ratio!r}")
+        for name, least in (("max_length", 8), ("max_new_tokens", 1), ("eval_limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: rows are text, which no model's forward takes")
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "mean"
+        super().__post_init__()

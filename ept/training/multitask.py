@@ -1,0 +1,162 @@
+"""One encoder, one linear head per task: the classification model that adapters are trained in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from ept.data import TaskSpec
+
+# Regression heads learn labels mapped linearly from the task's label_range onto this interval.
+REGRESSION_TARGETS = (0.0, 1.0)
+
+
+class TaskHeads(nn.Module):
+    """All heads of a multi-task model, evaluated as one linear map.
+
+    PEFT cannot wrap a bare ``nn.ModuleDict`` in ``modules_to_save``, so the dict lives inside this module. Task i's
+    head is ``by_task["head_" + name]`` with weight ``[num_labels_i, hidden]``; the prefix keeps names such as
+    ``type`` apart from the attributes of ``nn.ModuleDict``.
+    """
+
+    def __init__(self, hidden_size: int, specs: Sequence[TaskSpec]) -> None:
+        super().__init__()
+        self.by_task = nn.ModuleDict({f"head_{spec.name}": nn.Linear(hidden_size, spec.num_labels) for spec in specs})
+        widths = torch.tensor([spec.num_labels for spec in specs])
+        slots = torch.arange(int(widths.max()))
+        starts = widths.cumsum(0) - widths
+        exists = slots < widths[:, None]
+        self.register_buffer("_exists", exists, persistent=False)  # [T, max_labels]
+        self.register_buffer(
+            "_columns", (starts[:, None] + slots).where(exists, 0), persistent=False
+        )  # [T, max_labels]
+
+    def forward(self, pooled: Tensor, task_ids: Tensor) -> Tensor:
+        """Logits ``[batch, max_labels]`` of pooled ``[batch, hidden]`` under each sample's own head (``[batch]``).
+
+        Labels that a sample's task does not have get -inf, so softmax and argmax need no further mask.
+        """
+        heads = list(self.by_task.values())
+        weight = torch.cat([head.weight for head in heads])  # [sum of num_labels, hidden]
+        bias = torch.cat([head.bias for head in heads])
+        every = F.linear(pooled.to(weight.dtype), weight, bias)
+        return every.gather(1, self._columns[task_ids]).masked_fill(~self._exists[task_ids], float("-inf"))
+
+
+class MultiTaskEncoder(nn.Module):
+    """A text encoder, masked mean pooling and one linear head per task.
+
+    Task i of ``specs`` has id i. The heads are trained and saved with an adapter through ``modules_to_save=["heads"]``.
+
+    Args:
+        encoder: a model that returns ``last_hidden_state [batch, length, hidden]`` and has ``config.hidden_size``.
+        specs: the tasks, in the order of their ids.
+
+    Raises:
+        ValueError: no task, a name twice, a regression task without ``label_range``, or a multiple-choice task.
+    """
+
+    accepts_loss_kwargs = (
+        False  # the loss is the batch mean; transformers' Trainer divides it by the accumulation steps
+    )
+
+    def __init__(self, encoder: nn.Module, specs: Sequence[TaskSpec]) -> None:
+        super().__init__()
+        _check_specs(specs)
+        self.encoder = encoder
+        self.config = encoder.config
+        self.specs = tuple(specs)
+        self.heads = TaskHeads(encoder.config.hidden_size, specs)
+        ranges = [spec.label_range if spec.kind == "regression" else REGRESSION_TARGETS for spec in specs]
+        low, high = torch.tensor(ranges, dtype=torch.float32).unbind(1)
+        self.register_buffer("_low", low, persistent=False)  # [T]
+        self.register_buffer("_width", high - low, persistent=False)  # [T]
+        is_regression = torch.tensor([spec.kind == "regression" for spec in specs])
+        self.register_buffer("_is_regression", is_regression, persistent=False)  # [T]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        task_ids: Tensor | int | None = None,
+        labels: Tensor | None = None,
+        **encoder_options: object,
+    ) -> SequenceClassifierOutput:
+        """Logits of every sample under its task's head and, given labels, the mean of the samples' losses.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: int64 ``[batch, length]``; the last only if the encoder has it.
+            task_ids: one id for the batch or int64 ``[batch]``; None, where there is one task.
+            labels: ``[batch]``, class indices or regression labels in the unit of ``label_range``.
+
+        Returns:
+            ``loss`` (scalar or None) and ``logits [batch, max_labels]``, -inf where a task has fewer labels.
+
+        Raises:
+            ValueError: task_ids missing with several tasks, or not one a sample.
+        """
+        task_ids = self._task_ids(task_ids, input_ids)
+        if token_type_ids is not None:
+            encoder_options["token_type_ids"] = token_type_ids
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_options).last_hidden_state
+        mask = attention_mask[..., None].to(hidden.dtype)
+        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1)
+        logits = self.heads(pooled, task_ids)
+        loss = None if labels is None else self.sample_losses(logits, labels, task_ids).mean()
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def activation_checkpointing_enable(self, **options: object) -> None:
+        """Recompute the encoder's activations in the backward pass, as transformers' models do; same options."""
+        self.encoder.activation_checkpointing_enable(**options)
+
+    def sample_losses(self, logits: Tensor, labels: Tensor, task_ids: Tensor) -> Tensor:
+        """Loss of every sample, fp32 ``[batch]``: cross entropy, or squared error on ``REGRESSION_TARGETS``.
+
+        Both are computed for all samples and selected by task, so no sample's task is ever read back to the host.
+        Under a regression head the cross entropy of its only label is exactly 0 and passes no gradient.
+        """
+        logits = logits.float()
+        is_regression = self._is_regression[task_ids]
+        classes = labels.long().masked_fill(is_regression, 0)
+        low, high = REGRESSION_TARGETS
+        wanted = (labels.float() - self._low[task_ids]) / self._width[task_ids] * (high - low) + low
+        squared_error = (logits[:, 0] - wanted).square().where(is_regression, 0.0)
+        return F.cross_entropy(logits, classes, reduction="none") + squared_error
+
+    def predict(self, logits: Tensor, task_ids: Tensor | int | None = None) -> Tensor:
+        """What the logits ``[batch, max_labels]`` say, fp32 ``[batch]``: class index, or label in its own unit."""
+        task_ids = self._task_ids(task_ids, logits)
+        low, high = REGRESSION_TARGETS
+        value = (logits[:, 0].float() - low) / (high - low) * self._width[task_ids] + self._low[task_ids]
+        return value.where(self._is_regression[task_ids], logits.argmax(1).float())
+
+    def _task_ids(self, task_ids: Tensor | int | None, like: Tensor) -> Tensor:
+        batch = like.shape[0]
+        if task_ids is None and len(self.specs) > 1:
+            raise ValueError(
+                f"task_ids is missing: there are {len(self.specs)} tasks; pass one id a sample, int64 [{batch}]"
+            )
+        if not isinstance(task_ids, Tensor):
+            return torch.full((batch,), task_ids or 0, dtype=torch.int64, device=like.device)
+        if task_ids.dim() and task_ids.shape != (batch,):
+            raise ValueError(f"task_ids has shape {list(task_ids.shape)}; one id a sample is needed: [{batch}]")
+        return task_ids.expand(batch)
+
+
+def _check_specs(specs: Sequence[TaskSpec]) -> None:
+    names = [spec.name for spec in specs]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"specs has the tasks {names}; at least one task is needed, each name once")
+    for spec in specs:
+        if spec.kind == "multiple_choice":
+            raise ValueError(
+                f"specs: task {spec.name!r} is multiple choice, which a classification head cannot answer; "
+                "use a text-to-label model (T5 or a causal language model)"
+            )
+        if spec.kind == "regression" and spec.label_range is None:
+            raise ValueError(f"specs: regression task {spec.name!r} has no label_range; give (lowest, highest) label")

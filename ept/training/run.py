@@ -1,0 +1,179 @@
+"""One training run from settings to files: adapter, metrics, pictures."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, set_seed
+
+import ept
+from ept import models
+from ept.data import TaskData
+from ept.training import plots
+from ept.training.arguments import EPTTrainingArguments
+from ept.training.checkpoints import newest_checkpoint
+from ept.training.evaluate import baselines
+from ept.training.files import write_atomically, write_json
+from ept.training.inspection import ept_config
+from ept.training.options import RunSettings
+from ept.training.report import device_name, results_table, versions, write_metrics
+from ept.training.saving import load_base, save_trained
+from ept.training.trainer import EPTTrainer
+
+SETTINGS_FILE = "settings.json"
+METRICS_FILE = "metrics.json"
+CHECKPOINT_FOLDER = "checkpoints"
+PICTURE_FOLDER = "pictures"
+
+_TASK_TYPES = {"encoder": None, "seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}  # PEFT's names
+
+Results = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run found (``{task: {metric: value}}`` each) and the files it wrote, by what they are."""
+
+    before: Results
+    after: Results
+    baseline: Results
+    files: dict[str, Path]
+
+
+def make_adapted(settings: RunSettings, tasks: Sequence[TaskData]) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The base model with a new EPT adapter, and its tokenizer; a pure function of the settings.
+
+    Raises:
+        ept.models.ModelError: the model cannot be had.
+        ValueError: the model cannot learn a task, or the adapter does not fit the model.
+    """
+    set_seed(settings.seed)
+    model, tokenizer, kind = load_base(settings.model, [task.spec for task in tasks])
+    targets = settings.target_modules
+    config = ept.EPTConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        kernel_sizes=settings.kernel_sizes,
+        top_k=settings.top_k,
+        task_names=[task.spec.name for task in tasks],
+        lora_dropout=settings.dropout,
+        alp_scaling=settings.alp_scaling,
+        temperature=settings.temperature,
+        contrastive_weight=settings.contrastive_weight,
+        init_seed=settings.init_seed,
+        target_modules=models.target_modules(model) if targets is None else list(targets),
+        modules_to_save=["heads"] if kind == "encoder" else None,
+        task_type=_TASK_TYPES[kind],
+    )
+    return get_peft_model(model, config), tokenizer
+
+
+def training_arguments(settings: RunSettings) -> EPTTrainingArguments:
+    """The trainer's arguments for these settings."""
+    return EPTTrainingArguments(
+        output_dir=str(Path(settings.output) / CHECKPOINT_FOLDER),
+        learning_rate=settings.lr,
+        kernel_lr_ratio=settings.kernel_lr_ratio,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        task_batching=settings.task_batching,
+        seed=settings.seed,
+        eval_limit=settings.eval_limit,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=2,
+        disable_tqdm=settings.quiet,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def train(
+    settings: RunSettings,
+    tasks: Sequence[TaskData],
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> RunResult:
+    """Train, score before and after, and write everything below ``settings.output``.
+
+    ``model`` is freshly made by `make_adapted`. Files of an earlier run are replaced one by one as the new ones are
+    ready. In a distributed run every process trains and only the first one writes and prints; the others' results have
+    no files.
+    """
+    output = Path(settings.output)
+    trainer = EPTTrainer(model, training_arguments(settings), tasks=tasks, processing_class=tokenizer)
+    parameters = {**ept.parameter_breakdown(model), "all": sum(p.numel() for p in model.parameters())}
+    device = device_name(trainer.args.device)
+    writes = trainer.is_world_process_zero()
+    if writes:
+        if not settings.resume:
+            for checkpoint in (output / CHECKPOINT_FOLDER).glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        write_json(output / SETTINGS_FILE, asdict(settings))
+    if writes and not settings.quiet:
+        _print_start(console, device, parameters, tasks)
+    baseline, before = baselines(tasks, settings.eval_limit), trainer.evaluate_by_task()
+    checkpoint = newest_checkpoint(output / CHECKPOINT_FOLDER) if settings.resume else None
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    after = trainer.evaluate_by_task()
+    history = trainer.state.log_history
+    trainer.accelerator.end_training()
+    if not writes:
+        return RunResult(before, after, baseline, {})
+    specs = [task.spec for task in tasks]
+    files = {
+        "adapter": save_trained(output, model, tokenizer, specs, base_model=settings.model),
+        "metrics": write_metrics(
+            output / METRICS_FILE,
+            specs,
+            before=before,
+            after=after,
+            baseline=baseline,
+            settings=asdict(settings),
+            device=device,
+            parameters=parameters,
+            history=history,
+        ),
+        "pictures": draw(output / PICTURE_FOLDER, model, history),
+    }
+    console.print(results_table(specs, before, after, baseline))
+    for what, path in files.items():
+        console.print(f"{what:9} {path}", soft_wrap=True, highlight=False)
+    return RunResult(before, after, baseline, files)
+
+
+def draw(folder: Path, model: PeftModel, history: Sequence[Mapping[str, float]]) -> Path:
+    """Draw loss curves, expert use and, for two tasks or more, the map of the task embeddings; replaces ``folder``."""
+    names = ept.task_names(model)
+
+    def write(new: Path) -> None:
+        plots.loss_curves(history, new / "loss.png")
+        plots.expert_use(ept.routing(model), ept_config(model).kernel_sizes, names, new / "expert_use.png")
+        if len(names) > 1:
+            plots.task_map(ept.task_embeddings(model), names, new / "task_embeddings.png")
+
+    return write_atomically(folder, write)
+
+
+def _print_start(console: Console, device: str, parameters: Mapping[str, int], tasks: Sequence[TaskData]) -> None:
+    found = versions()
+    shown = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers", "peft"))
+    console.print(f"device {device}; {shown}", highlight=False, soft_wrap=True)
+    trained = {name: count for name, count in parameters.items() if name != "all"}
+    total, share = sum(trained.values()), sum(trained.values()) / parameters["all"]
+    parts = ", ".join(f"{name} {count:,}" for name, count in trained.items())
+    console.print(
+        f"trainable {total:,} of {parameters['all']:,} ({share:.2%}): {parts}", highlight=False, soft_wrap=True
+    )
+    rows = ", ".join(f"{task.spec.name} {len(task.train):,} + {len(task.validation):,}" for task in tasks)
+    console.print(f"rows (train + validation): {rows}", highlight=False, soft_wrap=True)

@@ -1,0 +1,83 @@
+"""Keeping a trained adapter with all that is needed to use it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ept import models
+from ept.data import TaskSpec
+from ept.training.files import read_json, write_atomically, write_json
+from ept.training.multitask import MultiTaskEncoder
+
+ADAPTER_FOLDER = "adapter"
+TASKS_FILE = "ept_tasks.json"
+_FORMAT = 1
+
+
+def load_base(name: str, specs: Sequence[TaskSpec]) -> tuple[nn.Module, PreTrainedTokenizerBase, str]:
+    """A model ready for an adapter (an encoder with its heads on), its tokenizer and its kind.
+
+    Raises:
+        ept.models.ModelError: see `ept.models.load`.
+        ValueError: a task that an encoder cannot learn.
+    """
+    loaded = models.load(name)
+    model = MultiTaskEncoder(loaded.model, specs) if loaded.kind == "encoder" else loaded.model
+    return model, loaded.tokenizer, loaded.kind
+
+
+def save_trained(
+    output_dir: str | Path,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    specs: Sequence[TaskSpec],
+    *,
+    base_model: str,
+) -> Path:
+    """Write ``<output_dir>/adapter``: PEFT's adapter files, the tokenizer, and the tasks and base model's name.
+
+    Either the whole folder is replaced or nothing is. Returns its path.
+    """
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        content = {"format": _FORMAT, "base_model": base_model, "tasks": [asdict(spec) for spec in specs]}
+        write_json(folder / TASKS_FILE, content)
+
+    return write_atomically(Path(output_dir) / ADAPTER_FOLDER, write)
+
+
+def load_trained(output_dir: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase, list[TaskSpec]]:
+    """The model with its trained adapter, in evaluation mode, its tokenizer, and the tasks in the order of their ids.
+
+    Args:
+        output_dir: what ``ept-train --output`` named, or its ``adapter`` folder.
+
+    Raises:
+        FileNotFoundError: no trained adapter there.
+        ValueError: its task file is damaged or of another format.
+    """
+    folder = Path(output_dir)
+    if not (folder / TASKS_FILE).is_file():
+        folder = folder / ADAPTER_FOLDER
+    if not (folder / TASKS_FILE).is_file():
+        raise FileNotFoundError(
+            f"output_dir {str(output_dir)!r} holds no trained adapter ({ADAPTER_FOLDER}/{TASKS_FILE})"
+        )
+    content = read_json(folder / TASKS_FILE)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{str(folder / TASKS_FILE)!r} is not of format {_FORMAT}")
+    specs = [_spec(entry) for entry in content["tasks"]]
+    base, tokenizer, _ = load_base(content["base_model"], specs)
+    return PeftModel.from_pretrained(base, folder).eval(), tokenizer, specs
+
+
+def _spec(entry: dict[str, object]) -> TaskSpec:
+    return TaskSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})

@@ -1,0 +1,47 @@
+"""The README's Python blocks, run as they stand, with tiny random models in place of the hub's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from .conftest import CASES
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def _blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        transformers.AutoModelForSeq2SeqLM, "from_pretrained", lambda name: CASES["t5"].build(), raising=True
+    )
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda name: CASES["llama"].build(), raising=True
+    )
+    ids = torch.randint(3, 64, (2, 6))
+    namespace = {"input_ids": ids, "labels": ids.clone()}
+    blocks = _blocks()
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), namespace)
+    assert namespace["y"].shape == (16, 128, 768)
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+    assert type(namespace["plain"]).__name__ == "LlamaForCausalLM"
+
+
+def test_option_table_gives_the_real_defaults() -> None:
+    import ept
+
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", README.read_text(), flags=re.MULTILINE))
+    config = ept.EPTConfig()
+    for name in ("r", "lora_alpha", "kernel_sizes", "top_k", "lora_dropout", "alp_scaling", "task_embedding_dim"):
+        assert str(getattr(config, name)) == rows[name], name

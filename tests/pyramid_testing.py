@@ -1,0 +1,330 @@
+"""What the kernel and the layer tests share: an independent formulation, random problems, a recorder of tensor ops."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ept_kernels import PyramidGeometry
+
+BACKENDS = ("torch", "reference")
+
+#: The inputs of each public function that can have a gradient, in the order of its arguments.
+DIFFERENTIABLE = {
+    "pyramid_weight": ("A", "B", "folded"),
+    "pyramid_delta": ("x", "A", "B", "folded"),
+    "pyramid_linear": ("x", "weight", "bias", "A", "B", "folded"),
+}
+LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded")
+GROUPINGS = ("none", "one", "sample", "row")
+
+
+def examples(count: int) -> settings:
+    """Hypothesis settings: the same examples on every run, never a deadline."""
+    return settings(
+        max_examples=count,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+# --- an independent formulation, straight from section 1 of the specification -----------------------------------------
+
+
+def kron_weight(A: Tensor, B: Tensor, kernel: Tensor, out_features: int, in_features: int) -> Tensor:
+    """``crop((B_k A_k) kron K)``: one expert's dense update, without the ALP factor."""
+    k = kernel.shape[0]
+    height, width = -(-out_features // k), -(-in_features // k)
+    return torch.kron((B[:height, :] @ A[:, :width]).contiguous(), kernel.contiguous())[:out_features, :in_features]
+
+
+def alp_factor(out_features: int, k: int, k_min: int) -> float:
+    """``h_k / h``, the share of the seed's rows that scale k uses."""
+    return -(-out_features // k) / -(-out_features // k_min)
+
+
+# --- random problems --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one call of an op; the tensors follow from the seed."""
+
+    geometry: PyramidGeometry
+    lead: tuple[int, ...] = (3,)
+    grouping: str = "none"
+    num_groups: int = 1
+    layout: str = "contiguous"
+    bias: bool = True
+    zero_scale: bool = False
+    seed: int = 0
+
+    def tensors(self, dtype: torch.dtype = torch.float64, adapter_dtype: torch.dtype | None = None) -> Problem:
+        """The tensors of this case. A, B and folded in ``adapter_dtype`` (default: that of x)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        g, adapter = self.geometry, adapter_dtype or dtype
+
+        def normal(*shape: int, std: float = 1.0) -> Tensor:
+            return std * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        folded = normal(self.num_groups, g.folded_size, std=0.5)
+        if self.zero_scale:
+            start, k = g.offsets[-1], g.scales[-1]
+            folded[:, start : start + k * k] = 0
+        return Problem(
+            geometry=g,
+            x=_laid_out(self.layout, self.lead, g.in_features, dtype, normal),
+            weight=normal(g.out_features, g.in_features).to(dtype),
+            bias=normal(g.out_features).to(dtype) if self.bias else None,
+            A=normal(g.rank, g.seed_width).to(adapter),
+            B=normal(g.seed_height, g.rank).to(adapter),
+            folded=folded.to(adapter),
+            groups=self._groups(generator),
+            cotangent=_laid_out(self.layout, self.lead, g.out_features, dtype, normal),
+            weight_cotangent=normal(self.num_groups, g.out_features, g.in_features).to(adapter),
+        )
+
+    def _groups(self, generator: torch.Generator) -> Tensor | None:
+        rows = torch.Size(self.lead).numel()
+        counts = {"one": 1, "sample": self.lead[0] if self.lead else 1, "row": rows}
+        if self.grouping == "none":
+            return None
+        return torch.randint(self.num_groups, (counts[self.grouping],), generator=generator)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Arguments of the public functions, and cotangents of their results."""
+
+    geometry: PyramidGeometry
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    folded: Tensor
+    groups: Tensor | None
+    cotangent: Tensor
+    weight_cotangent: Tensor
+
+    def arguments(self, op: str) -> dict[str, Tensor]:
+        """The differentiable arguments of ``op`` that are present."""
+        named = {name: getattr(self, name) for name in DIFFERENTIABLE[op]}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def call(self, module: ModuleType, op: str, **replaced: Tensor) -> Tensor:
+        """``module.<op>`` on this problem, with some arguments replaced."""
+        positional = [replaced.get(name, getattr(self, name)) for name in DIFFERENTIABLE[op]]
+        if op != "pyramid_weight":
+            positional.append(self.groups)
+        return getattr(module, op)(*positional, self.geometry)
+
+    def cotangent_of(self, op: str) -> Tensor:
+        return self.weight_cotangent if op == "pyramid_weight" else self.cotangent
+
+    def evaluate(
+        self, module: ModuleType, op: str, dtype: torch.dtype | None = None, wanted: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """The output of ``op`` and the gradient of each wanted argument (default: all), by name.
+
+        ``dtype`` casts every tensor first. Strides are kept otherwise: a leaf is a detached view.
+        """
+        wanted = list(self.arguments(op)) if wanted is None else wanted
+        leaves = {
+            name: (tensor if dtype is None else tensor.to(dtype)).detach().requires_grad_(name in wanted)
+            for name, tensor in self.arguments(op).items()
+        }
+        output = self.call(module, op, **leaves)
+        gradients = torch.autograd.grad(
+            output, [leaves[name] for name in wanted], self.cotangent_of(op).to(output.dtype)
+        )
+        return {"output": output.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+def _laid_out(layout: str, lead: tuple[int, ...], features: int, dtype: torch.dtype, normal) -> Tensor:
+    if layout == "transposed":
+        return normal(features, *lead).to(dtype).movedim(0, -1)
+    if layout == "sliced":
+        return normal(*lead, features + 3).to(dtype)[..., 2 : 2 + features]
+    if layout == "strided":
+        return normal(*lead, 2 * features).to(dtype)[..., ::2]
+    if layout == "expanded":
+        return normal(*([1] * len(lead)), features).to(dtype).expand(*lead, features)
+    return normal(*lead, features).to(dtype)
+
+
+@st.composite
+def geometries(draw: st.DrawFn, largest: int = 40) -> PyramidGeometry:
+    """Any layer and pyramid: sizes that no scale divides, odd scales, k = 1, repeats in any order, rank 1 to 16."""
+    in_features, out_features = draw(st.integers(1, largest)), draw(st.integers(1, largest))
+    scale = st.integers(1, min(in_features, out_features, 9))
+    kernel_sizes = tuple(draw(st.lists(scale, min_size=1, max_size=5)))
+    return PyramidGeometry(in_features, out_features, draw(st.integers(1, 16)), kernel_sizes, draw(st.booleans()))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any call of an op: leading shape (also empty), grouping, unused groups, memory layout."""
+    grouping = draw(st.sampled_from(GROUPINGS))
+    batch, length = draw(st.integers(0, 7)), draw(st.sampled_from((0, 1, 2, 5)))
+    lead = draw(st.sampled_from(((), (batch,), (batch, length), (batch, length, 2))))
+    return Case(
+        geometry=draw(geometries()),
+        lead=lead,
+        grouping=grouping,
+        num_groups=1 if grouping == "none" else draw(st.integers(1, 9)),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        bias=draw(st.booleans()),
+        zero_scale=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of ``exact``, in float64; 0 where both are zero or empty."""
+    difference = (actual.double() - exact.double()).norm().item()
+    return difference / exact.double().norm().item() if difference else 0.0
+
+
+def assert_matches(actual: Tensor, exact: Tensor, tolerance: float, what: str = "result") -> None:
+    """Same shape, no NaN, relative error within the tolerance."""
+    assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    if exact.norm() == 0:
+        assert not actual.any(), f"{what}: expected zeros"
+        return
+    error = relative_error(actual, exact)
+    assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def assert_all_match(actual: dict[str, Tensor], exact: dict[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == exact.keys()
+    for name, tensor in actual.items():
+        assert_matches(tensor, exact[name], tolerance, name)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "tensor") -> None:
+    """Equal in every bit, NaN and the sign of zero included."""
+    assert actual.dtype == expected.dtype, what
+    assert actual.shape == expected.shape, what
+    as_bytes = [tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (actual, expected)]
+    assert torch.equal(*as_bytes), f"{what} differs"
+
+
+# --- what runs inside an op -------------------------------------------------------------------------------------------
+
+#: Operations that read a value back to the host.
+HOST_READS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "unique", "_unique2")
+
+
+class Recorder(TorchDispatchMode):
+    """Every ATen operation under way, those inside the ``ept`` ops too, with the tensors it takes and gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, list[Tensor]]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.namespace == "ept":  # step inside: a mode is off while the op that it intercepts runs
+            with self:
+                return function._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        result = function(*args, **kwargs)
+        flat, _ = torch.utils._pytree.tree_flatten((args, kwargs, result))
+        self.calls.append((str(function).split(".")[1], [value for value in flat if isinstance(value, Tensor)]))
+        return result
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+    def large(self, threshold: int, besides: Sequence[Tensor] = ()) -> list[tuple[str, list[int]]]:
+        """Operations that take or give a tensor of ``threshold`` elements or more, with the sizes of those.
+
+        Views of the tensors ``besides`` do not count.
+        """
+        known = {tensor.untyped_storage().data_ptr() for tensor in besides}
+        found = []
+        for name, tensors in self.calls:
+            large = [tensor for tensor in tensors if tensor.numel() >= threshold]
+            sizes = [tensor.numel() for tensor in large if tensor.untyped_storage().data_ptr() not in known]
+            if sizes:
+                found.append((name, sizes))
+        return found
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, ``torch.empty`` and its kin hold NaN, so that a forgotten element shows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+# --- an independent EPTLinear -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def shake(layer: torch.nn.Module, seed: int = 0, std: float = 0.5) -> torch.nn.Module:
+    """Random values for every adapter parameter: a fresh layer's kernels are zero and would hide everything."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(layer.named_parameters()):
+        if parameter.requires_grad:
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(values * (1.0 if "task" in name else std))
+    return layer
+
+
+def expected_gates(gate: Tensor, embedding: Tensor, top_k: int) -> list[tuple[int, Tensor]]:
+    """Selected experts of one task with their weights, best first (specification, section 3)."""
+    logits = [(gate[e] * embedding).sum() for e in range(len(gate))]
+    best = sorted(range(len(logits)), key=lambda e: -logits[e].item())[:top_k]
+    if top_k == 1:  # straight-through: value 1, gradient of the full softmax
+        probability = torch.exp(logits[best[0]]) / sum(torch.exp(logit) for logit in logits)
+        return [(best[0], 1 + probability - probability.detach())]
+    total = sum(torch.exp(logits[e]) for e in best)
+    return [(e, torch.exp(logits[e]) / total) for e in best]
+
+
+def expected_delta_weight(
+    parameters: dict[str, Tensor], config, task: int, out_features: int, in_features: int
+) -> Tensor:
+    """``(alpha / r) sum_{e in TopK(task)} g_e s_{k_e} crop((B_k A_k) kron K_e)``."""
+    total = parameters["A"].new_zeros(out_features, in_features)
+    k_min = min(config.kernel_sizes)
+    embedding = parameters["task_embeddings.weight"][task]
+    for expert, weight in expected_gates(parameters["gate"], embedding, config.top_k):
+        k = config.kernel_sizes[expert]
+        factor = alp_factor(out_features, k, k_min) if config.alp_scaling else 1.0
+        update = kron_weight(
+            parameters["A"], parameters["B"], parameters[f"kernels.{expert}"], out_features, in_features
+        )
+        total = total + weight * factor * update
+    return config.lora_alpha / config.r * total
+
+
+def expected_output(parameters: dict[str, Tensor], config, x: Tensor, tasks: Sequence[int]) -> Tensor:
+    """An ``EPTLinear`` from its definition: one dense weight for each sample of x, ``tasks[i]`` its task."""
+    weight, bias = parameters["weight"], parameters.get("bias")
+    outputs = []
+    for sample, task in zip(x, tasks, strict=True):
+        update = expected_delta_weight(parameters, config, task, *weight.shape)
+        outputs.append(sample @ (weight + update).T + (0 if bias is None else bias))
+    return torch.stack(outputs) if outputs else x.new_zeros(*x.shape[:-1], weight.shape[0])

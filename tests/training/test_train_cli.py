@@ -1,0 +1,276 @@
+"""``ept-train`` from the command line to the files, on a tiny model and a described folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from ept import demo, train
+from ept.data import TaskData, load_tasks
+from ept.training import evaluate_tasks, load_trained, newest_checkpoint
+from ept.training.files import read_json, write_json
+from ept.training.options import RunSettings, build_parser, parse
+
+PICTURES = ("loss.png", "expert_use.png", "task_embeddings.png")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, toys: SimpleNamespace, tasks: list[TaskData]) -> Path:
+    """A folder with ``model`` (tiny BERT), ``t5``, ``llama`` and ``data`` (the three toy tasks)."""
+    root = tmp_path_factory.mktemp("source")
+    for name, kind in (("model", "encoder"), ("t5", "seq2seq"), ("llama", "causal")):
+        toys.make_base(kind).save_pretrained(root / name)
+        toys.make_tokenizer(kind).save_pretrained(root / name)
+    index = {"format": 1, "tasks": {}}
+    for task in tasks:
+        spec, splits = task.spec, {}
+        (root / "data" / spec.name).mkdir(parents=True)
+        columns = dict(zip(("text", "text_pair"), spec.text_columns, strict=False))
+        for split in ("train", "validation"):
+            table = getattr(task, split)
+            table = table.remove_columns([c for c in ("text", "text_pair") if c not in columns]).rename_columns(columns)
+            table.to_parquet(str(root / "data" / spec.name / f"{split}.parquet"))
+            splits[split] = {"file": f"{spec.name}/{split}.parquet"}
+        entry = {"kind": spec.kind, "text_columns": spec.text_columns, "metric": "+".join(spec.metrics)}
+        index["tasks"][spec.name] = {**entry, "label_names": spec.label_names, "splits": splits}
+        if spec.label_range is not None:
+            index["tasks"][spec.name]["label_range"] = spec.label_range
+    (root / "data" / "index.json").write_text(json.dumps(index))
+    return root
+
+
+@pytest.fixture(scope="module")
+def command(source: Path) -> Callable[..., list[str]]:
+    """Makes the arguments of a quick run; keyword arguments add or (None) remove options."""
+
+    def make(output: Path | None, *flags: str, **options: object) -> list[str]:
+        defaults = {"model": source / "model", "data": source / "data", "lr": 0.01, "r": 2, "kernel_sizes": "1,2,2"}
+        defaults |= {"max_steps": 6, "batch_size": 8, "max_length": 32, "save_steps": 3, "dropout": 0.1}
+        named = {"output": output, **defaults, **options}
+        parts = [(f"--{n.replace('_', '-')}", str(v)) for n, v in named.items() if v is not None]
+        return [*(part for pair in parts for part in pair), "--quiet", *flags]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, command: Callable) -> Path:
+    """The output of one run."""
+    output = tmp_path_factory.mktemp("runs") / "first"
+    assert train.main(command(output)) == 0
+    return output
+
+
+def test_a_run_writes_adapter_metrics_and_pictures(finished: Path, tasks: list[TaskData]) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "metrics.json",
+        "pictures",
+        "settings.json",
+    }
+    for name in PICTURES:
+        with Image.open(finished / "pictures" / name) as picture:
+            picture.verify()
+            assert min(picture.size) > 300
+    metrics = read_json(finished / "metrics.json")
+    assert set(metrics) == {
+        "format",
+        "settings",
+        "versions",
+        "device",
+        "parameters",
+        "tasks",
+        "mean",
+        "history",
+    }
+    assert metrics["format"] == 1
+    assert metrics["settings"]["kernel_sizes"] == [1, 2, 2]
+    assert set(metrics["parameters"]) == {"seed", "kernels", "gates", "task embeddings", "other", "all"}
+    assert {"python", "torch", "transformers", "peft"} <= set(metrics["versions"])
+    assert list(metrics["tasks"]) == [task.spec.name for task in tasks]
+    for task in tasks:
+        entry = metrics["tasks"][task.spec.name]
+        assert entry["kind"] == task.spec.kind
+        assert entry["headline"] == task.spec.metrics[0]
+        for stage in ("baseline", "before", "after"):
+            assert all(isinstance(entry[stage][metric], float) for metric in task.spec.metrics)
+    for stage, mean in metrics["mean"].items():
+        headlines = [entry[stage][entry["headline"]] for entry in metrics["tasks"].values()]
+        assert mean == pytest.approx(sum(headlines) / 3)
+    assert any("contrastive_loss" in entry for entry in metrics["history"]) or len(metrics["history"]) > 0
+
+
+def test_the_adapter_reloads_and_scores_the_same(finished: Path) -> None:
+    model, tokenizer, specs = load_trained(finished)
+    assert not model.training
+    settings = read_json(finished / "settings.json")
+    tasks = load_tasks(settings["data"], None)
+    assert specs == [task.spec for task in tasks]
+    found = evaluate_tasks(model, tokenizer, tasks, max_length=settings["max_length"])
+    for name, entry in read_json(finished / "metrics.json")["tasks"].items():
+        assert {metric: entry["after"][metric] for metric in found[name]} == found[name]
+
+
+def test_the_demo_verifies_a_run(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--verify", "--output", str(finished)]) == 0
+    shown = capsys.readouterr().out
+    assert "largest difference 0.0e+00" in shown
+    assert shown.count("unmerging restores them to the bit: True") == 3
+    output = tmp_path / "tampered"
+    subprocess.run(["cp", "-r", str(finished), str(output)], check=True)
+    metrics = read_json(output / "metrics.json")
+    metrics["tasks"]["topic"]["after"]["accuracy"] += 0.01
+    write_json(output / "metrics.json", metrics)
+    assert demo.main(["--verify", "--output", str(output)]) == 1
+    assert "FAILED reloaded adapter scores the same: largest difference 1.0e-02" in capsys.readouterr().out
+
+
+def test_the_demo_asks_for_learning_on_every_task() -> None:
+    stages = {"baseline": {"accuracy": 0.5}, "before": {"accuracy": 0.5}}
+    tasks = {name: {"headline": "accuracy", **stages, "after": {"accuracy": 0.9}} for name in "ab"}
+    console = Console(file=io.StringIO())
+    assert demo._check_learning({"tasks": tasks}, console)
+    tasks["b"]["after"] = {"accuracy": 0.52}
+    assert not demo._check_learning({"tasks": tasks}, console)
+    assert "FAILED b: accuracy 0.520, baseline 0.500" in console.file.getvalue()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(finished: Path, command: Callable, tmp_path: Path) -> None:
+    output = tmp_path / "resumed"
+    output.mkdir()
+    for name in ("settings.json", "checkpoints/checkpoint-3"):
+        subprocess.run(["cp", "-r", "--parents", name, str(output)], cwd=finished, check=True)
+    broken = output / "checkpoints" / "checkpoint-5"  # as a run leaves it that is killed while writing
+    broken.mkdir()
+    (broken / "trainer_state.json").write_text('{"global_st')
+    assert newest_checkpoint(output / "checkpoints").name == "checkpoint-3"
+    assert train.main(command(output, "--resume")) == 0
+    wanted, found = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (finished, output))
+    assert wanted.keys() == found.keys()
+    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+
+
+def test_resuming_with_another_recipe_is_refused(
+    finished: Path, command: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, message in (
+        ({"lr": 0.02}, "argument --lr: 0.02 differs from 0.01 of the run to resume"),
+        ({"tasks": "topic"}, "argument --tasks: ['topic'] differs from None of the run to resume"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            train.main(command(finished, "--resume", **options))
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_replaced_only_on_request(
+    finished: Path, command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(command(finished))
+    assert stop.value.code == 2
+    assert "holds an earlier run; add --resume or --overwrite" in capsys.readouterr().err
+    output = tmp_path / "again"
+    subprocess.run(["cp", "-r", str(finished), str(output)], check=True)
+    options = {"tasks": "topic", "max_steps": 1, "save_steps": 0}
+    assert train.main(command(output, "--overwrite", **options)) == 0
+    assert list(read_json(output / "metrics.json")["tasks"]) == ["topic"]
+    assert [spec.name for spec in load_trained(output)[2]] == ["topic"]
+    assert newest_checkpoint(output / "checkpoints") is None
+    assert not (output / "pictures" / "task_embeddings.png").exists()  # one task has no map, and the old one is gone
+
+
+@pytest.mark.parametrize("model", ["t5", "llama"])
+def test_a_text_to_label_model_runs_too(source: Path, command: Callable, tmp_path: Path, model: str) -> None:
+    options = {"model": source / model, "tasks": "topic,degree", "max_steps": 1, "eval_limit": 4, "save_steps": 0}
+    assert train.main(command(tmp_path / model, **options)) == 0
+    metrics = read_json(tmp_path / model / "metrics.json")
+    assert set(metrics["tasks"]["topic"]["after"]) == {"accuracy", "unparseable"}
+    trained, tokenizer, specs = load_trained(tmp_path / model)
+    tasks = load_tasks(metrics["settings"]["data"], [spec.name for spec in specs])
+    found = evaluate_tasks(trained, tokenizer, tasks, max_length=32, limit=4)
+    assert found["topic"] == metrics["tasks"]["topic"]["after"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": "-1"}, "argument --lr: must be a number > 0, got '-1'"),
+        ({"lr": "nan"}, "argument --lr: must be a number > 0, got 'nan'"),
+        ({"kernel_lr_ratio": "0"}, "argument --kernel-lr-ratio: must be a number > 0, got '0'"),
+        ({"warmup": "-0.1"}, "argument --warmup: must be a number >= 0"),
+        ({"epochs": "0"}, "argument --epochs: must be a number > 0"),
+        ({"max_steps": "0"}, "argument --max-steps: must be an integer >= 1, got '0'"),
+        ({"batch_size": "2.5"}, "argument --batch-size: must be an integer >= 1, got '2.5'"),
+        ({"max_length": "4"}, "argument --max-length: must be an integer >= 8, got '4'"),
+        ({"r": "0"}, "argument --r: must be an integer >= 1, got '0'"),
+        ({"kernel_sizes": "2,x"}, "argument --kernel-sizes: must be integers >= 1 separated by commas, got '2,x'"),
+        ({"kernel_sizes": "2,0"}, "argument --kernel-sizes: must be integers >= 1"),
+        ({"top_k": "4"}, "argument --top-k: must be at most 3, the number of --kernel-sizes, got 4"),
+        ({"dropout": "1"}, "argument --dropout: must be a number >= 0 and < 1, got '1'"),
+        ({"task_batching": "both"}, "argument --task-batching: invalid choice: 'both'"),
+        ({"init_seed": "ones"}, "argument --init-seed: invalid choice: 'ones'"),
+        ({"tasks": "topic,,degree"}, "argument --tasks: must be names separated by commas"),
+        ({"tasks": "topic,weather"}, "argument --data or --tasks: unknown task 'weather'"),
+        ({"data": "/no/such/folder"}, "argument --data or --tasks: data source '/no/such/folder' is not a directory"),
+        ({"model": "/no/such/model"}, "argument --model: "),
+        ({"target_modules": "nothing"}, "argument --model, --tasks or --target-modules: "),
+        ({"kernel_sizes": "1,2,64"}, "argument --model, --tasks or --target-modules: "),
+        ({"output": None}, "the following arguments are required: --output"),
+    ],
+)
+def test_bad_options_are_named_before_any_work(
+    command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict, message: str
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        train.main(command(**{"output": output} | options))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_resuming_needs_a_checkpoint(command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(command(tmp_path, "--resume"))
+    assert "argument --resume: no complete checkpoint in" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(command(tmp_path, "--resume", "--overwrite"))
+    assert "argument --resume: not together with --overwrite" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file_is_refused(
+    command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        train.main(command(tmp_path / "file"))
+    assert "is a file; a folder is needed" in capsys.readouterr().err
+
+
+def test_the_parser_has_every_setting_and_its_default() -> None:
+    parser = build_parser()
+    assert parse(parser, ["--output", "x"]) == RunSettings(output="x")
+    changed = parse(parser, ["--output", "x", "--no-alp-scaling", "--target-modules", "q,v", "--warmup", "500"])
+    assert changed == RunSettings(output="x", alp_scaling=False, target_modules=("q", "v"), warmup=500.0)
+    assert "peak learning rate (default: " in parser.format_help()
+
+
+def test_a_folder_without_an_adapter_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no trained adapter"):
+        load_trained(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "ept_tasks.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="is not of format 1"):
+        load_trained(tmp_path)
