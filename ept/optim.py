@@ -1,4 +1,4 @@
-"""Parameter groups: which learning rate each part of an adapter wants."""
+"""Parameter groups: which learning rate each part of an adapter wants (README, "Why these defaults")."""
 
 from __future__ import annotations
 
@@ -9,21 +9,32 @@ from torch import nn
 from .adapter import PyramidAdapter
 from .tasks import TaskTable
 
-#: Learning rate of the kernels over that of everything else (README, "Why these defaults").
+#: Learning rate of the kernels over the base rate.
 KERNEL_LR_RATIO = 10.0
+
+#: Learning rate of the gates over the base rate, for one entry of a task embedding; divided by the embedding's width.
+GATE_LR_RATIO = 8.0
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, *, kernel_lr_ratio: float = KERNEL_LR_RATIO, weight_decay: float = 0.0
+    model: nn.Module,
+    lr: float,
+    *,
+    kernel_lr_ratio: float = KERNEL_LR_RATIO,
+    gate_lr_ratio: float = GATE_LR_RATIO,
+    weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Groups for any torch optimizer: kernels at ``lr * kernel_lr_ratio``, everything else trainable at ``lr``.
+    """Groups for any torch optimizer: kernels at ``lr * kernel_lr_ratio``, gates at ``lr * gate_lr_ratio / d``.
+
+    A gate's logit sums d products, one per entry of a task embedding, and an Adam step moves every entry by the learning
+    rate: at ``lr`` itself a logit would move by about ``lr * d`` a step, and routing would be settled by the first few.
 
     Adapter parameters get no weight decay: an optimizer that decays would pull the kernels of unselected experts, whose
     gradient is zero, towards zero. Other trainable parameters (heads) get ``weight_decay``.
 
     Args:
         model: a PEFT model, or any module that holds ``EPTLinear`` layers.
-        lr: base learning rate.
+        lr: base learning rate: seed, task embeddings, and whatever else is trainable.
 
     Returns:
         Non-empty groups, each with "params", "lr", "weight_decay" and a "name".
@@ -31,26 +42,31 @@ def parameter_groups(
     Raises:
         ValueError: a rate that is not positive, or nothing trainable.
     """
-    if not lr > 0:
-        raise ValueError(f"lr must be > 0, got {lr!r}")
-    if not kernel_lr_ratio > 0:
-        raise ValueError(f"kernel_lr_ratio must be > 0, got {kernel_lr_ratio!r}")
+    for name, rate in (("lr", lr), ("kernel_lr_ratio", kernel_lr_ratio), ("gate_lr_ratio", gate_lr_ratio)):
+        if not rate > 0:
+            raise ValueError(f"{name} must be > 0, got {rate!r}")
     kernels: dict[int, nn.Parameter] = {}
-    routed: dict[int, nn.Parameter] = {}
+    gates: dict[int, dict[int, nn.Parameter]] = {}
+    shared: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, PyramidAdapter):
             kernels |= {id(kernel): kernel for kernel in module.kernels}
-            routed |= {id(p): p for p in (module.A, module.B, module.gate)}
+            gates.setdefault(module.gate.shape[1], {})[id(module.gate)] = module.gate
+            shared |= {id(factor): factor for factor in (module.A, module.B)}
         elif isinstance(module, TaskTable):
-            routed[id(module.weight)] = module.weight
-    others = [p for p in model.parameters() if id(p) not in kernels and id(p) not in routed]
+            shared[id(module.weight)] = module.weight
+    adapter = {*kernels, *shared, *(key for group in gates.values() for key in group)}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in adapter]
     groups = [
-        {"name": "kernels", "params": list(kernels.values()), "lr": lr * kernel_lr_ratio, "weight_decay": 0.0},
-        {"name": "seed and router", "params": list(routed.values()), "lr": lr, "weight_decay": 0.0},
+        {"name": "seed and task embeddings", "params": list(shared.values()), "lr": lr, "weight_decay": 0.0},
         {"name": "other", "params": others, "lr": lr, "weight_decay": weight_decay},
+        {"name": "kernels", "params": list(kernels.values()), "lr": lr * kernel_lr_ratio, "weight_decay": 0.0},
     ]
+    for width, group in gates.items():
+        rate = lr * gate_lr_ratio / width
+        groups.append({"name": f"gates of width {width}", "params": list(group.values()), "lr": rate, "weight_decay": 0.0})
     for group in groups:
-        group["params"] = [p for p in group["params"] if p.requires_grad]
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError("model has no trainable parameters")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from ept.optim import KERNEL_LR_RATIO
+from ept.optim import GATE_LR_RATIO, KERNEL_LR_RATIO
 from ept.training.sampler import TASK_BATCHING
 
 
@@ -16,6 +16,7 @@ class EPTTrainingArguments(TrainingArguments):
 
     Args (beyond those of transformers):
         kernel_lr_ratio: learning rate of the deconvolution kernels relative to ``learning_rate``; EPT adapters only.
+        gate_lr_ratio: that of the gates, divided by the width of a task embedding (``ept.parameter_groups``).
         task_batching: ``mixed`` draws the task of every sample, ``single`` that of every batch.
         max_length: tokens of a row at most.
         max_new_tokens: length limit of a generated answer (text-to-label models under evaluation).
@@ -39,6 +40,9 @@ class EPTTrainingArguments(TrainingArguments):
     kernel_lr_ratio: float = field(
         default=KERNEL_LR_RATIO, metadata={"help": "Learning rate of the kernels relative to the rest."}
     )
+    gate_lr_ratio: float = field(
+        default=GATE_LR_RATIO, metadata={"help": "Learning rate of the gates relative to the rest, times their width."}
+    )
     task_batching: str = field(default="mixed", metadata={"help": "'mixed' or 'single'."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a row at most."})
     max_new_tokens: int = field(default=16, metadata={"help": "Length limit of a generated answer."})
@@ -47,8 +51,9 @@ class EPTTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.task_batching not in TASK_BATCHING:
             raise ValueError(f"task_batching must be one of {', '.join(TASK_BATCHING)}, got {self.task_batching!r}")
-        if not self.kernel_lr_ratio > 0:
-            raise ValueError(f"kernel_lr_ratio must be a number > 0, got {self.kernel_lr_ratio!r}")
+        for name in ("kernel_lr_ratio", "gate_lr_ratio"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be a number > 0, got {getattr(self, name)!r}")
         for name, least in (("max_length", 8), ("max_new_tokens", 1), ("eval_limit", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -27,6 +27,7 @@ class RunSettings:
     tasks: tuple[str, ...] | None = None
     lr: float = _default(EPTTrainingArguments, "learning_rate")
     kernel_lr_ratio: float = _default(EPTTrainingArguments, "kernel_lr_ratio")
+    gate_lr_ratio: float = _default(EPTTrainingArguments, "gate_lr_ratio")
     warmup: float = _default(EPTTrainingArguments, "warmup_steps")
     weight_decay: float = _default(EPTTrainingArguments, "weight_decay")
     epochs: float = _default(EPTTrainingArguments, "num_train_epochs")
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     recipe = parser.add_argument_group("recipe")
     _add(recipe, "lr", "peak learning rate", type=_number(above=0))
     _add(recipe, "kernel-lr-ratio", "learning rate of the kernels relative to the rest", type=_number(above=0))
+    _add(recipe, "gate-lr-ratio", "that of the gates, times the embeddings' width", type=_number(above=0))
     _add(recipe, "warmup", "warm-up steps; below 1: share of all steps", type=_number(least=0))
     _add(recipe, "weight-decay", "AdamW's weight decay", type=_number(least=0))
     _add(recipe, "epochs", "passes over as many samples as all tasks have", type=_number(above=0))

@@ -80,6 +80,7 @@ def training_arguments(settings: RunSettings) -> EPTTrainingArguments:
         output_dir=str(Path(settings.output) / CHECKPOINT_FOLDER),
         learning_rate=settings.lr,
         kernel_lr_ratio=settings.kernel_lr_ratio,
+        gate_lr_ratio=settings.gate_lr_ratio,
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         num_train_epochs=settings.epochs,

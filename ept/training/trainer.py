@@ -149,9 +149,8 @@ class EPTTrainer(Trainer):
                 self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
                 kernel_lr_ratio=self.args.kernel_lr_ratio,
+                gate_lr_ratio=self.args.gate_lr_ratio,
             )
-            # The log shows the first group's rate: let that be learning_rate itself.
-            groups.sort(key=lambda group: group["lr"] != self.args.learning_rate)
             self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(model)
 

@@ -179,17 +179,19 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(
     assert (halves - whole).norm() < (0.3 if kind == "seq2seq" else 1e-4) * whole.norm()
 
 
-def test_kernels_have_their_own_learning_rate(
+def test_kernels_and_gates_have_their_own_learning_rates(
     adapted: Callable, trainer: Callable, small_tasks: list[TaskData]
 ) -> None:
     model = adapted("encoder", small_tasks)
-    run = trainer(model, "encoder", small_tasks, kernel_lr_ratio=7.0, learning_rate=1e-3)
+    run = trainer(model, "encoder", small_tasks, kernel_lr_ratio=7.0, gate_lr_ratio=4.0, learning_rate=1e-3)
     groups = run.create_optimizer().param_groups
     kernels = {id(p) for name, p in model.named_parameters() if ".kernels." in name}
-    assert kernels
+    gates = {id(p): p.shape[1] for name, p in model.named_parameters() if name.endswith(".gate")}
+    (width,) = set(gates.values())
     assert groups[0]["lr"] == 1e-3  # the rate that the log shows
     for group in groups:
-        ratio = 7.0 if {id(p) for p in group["params"]} == kernels else 1.0
+        members = {id(p) for p in group["params"]}
+        ratio = 7.0 if members == kernels else 4.0 / width if members == set(gates) else 1.0
         assert group["lr"] == pytest.approx(ratio * 1e-3)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(p.numel() for group in groups for p in group["params"]) == trained

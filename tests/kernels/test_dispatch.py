@@ -1,0 +1,75 @@
+"""One place chooses the backend: automatic, forced, refused; importing needs no GPU and no heavy library."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from pyramid_testing import Case
+
+import ept_kernels
+from ept_kernels import PyramidGeometry, available_backends, backend_for, reference_backend, torch_backend
+
+CPU = torch.device("cpu")
+PROBLEM = Case(PyramidGeometry(6, 6, 2, (2, 3))).tensors()
+
+
+def test_the_names_that_may_be_forced() -> None:
+    assert {"torch", "reference"} <= set(available_backends())
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_automatic_choice(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EPT_BACKEND", raising=False)
+    if value is not None:
+        monkeypatch.setenv("EPT_BACKEND", value)
+    assert backend_for(CPU).name in available_backends()
+    assert backend_for(CPU).name != "reference", "the slow definition serves only when asked for"
+
+
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_forced_choice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPT_BACKEND", name)
+    assert backend_for(CPU).name == name
+
+
+@pytest.mark.parametrize("op", ["pyramid_weight", "pyramid_delta", "pyramid_linear"])
+@pytest.mark.parametrize(("name", "module"), [("torch", torch_backend), ("reference", reference_backend)])
+def test_the_forced_backend_is_the_one_that_runs(op: str, name: str, module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward; the choice is read at every call."""
+    monkeypatch.setenv("EPT_BACKEND", name)
+    called = []
+    for function in (op, f"{op}_backward"):
+        original = getattr(module, function)
+        monkeypatch.setattr(
+            module, function, lambda *args, _name=function, _f=original: (called.append(_name), _f(*args))[1]
+        )
+    PROBLEM.evaluate(ept_kernels, op)
+    assert called == [op, f"{op}_backward"]
+
+
+@pytest.mark.parametrize("op", ["pyramid_weight", "pyramid_delta", "pyramid_linear"])
+def test_an_unknown_backend_fails_loudly(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPT_BACKEND", "abacus")
+    with pytest.raises(ValueError, match=r"EPT_BACKEND='abacus' is no backend; allowed: .*torch.*reference"):
+        PROBLEM.call(ept_kernels, op)
+
+
+def test_import_touches_no_gpu_and_needs_nothing_but_torch() -> None:
+    program = """
+import sys
+for absent in ("triton", "transformers", "peft", "ept"):
+    sys.modules[absent] = None  # importing it raises ImportError
+import torch
+import ept_kernels
+from ept_kernels import reference
+assert not torch.cuda.is_initialized()
+g = ept_kernels.PyramidGeometry(6, 6, 2, (2, 3))
+A, B, folded, x = torch.ones(2, 3), torch.ones(3, 2), torch.ones(1, 13), torch.ones(4, 6)
+torch.testing.assert_close(
+    ept_kernels.pyramid_delta(x, A, B, folded, None, g), reference.pyramid_delta(x, A, B, folded, None, g)
+)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
