@@ -7,7 +7,6 @@ adapter, scores it again and merges every task into the weights. The exit code i
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import time
@@ -26,17 +25,13 @@ from ept.training.collator import make_collator
 from ept.training.console import quieten_libraries
 from ept.training.evaluate import evaluate_tasks
 from ept.training.files import read_json
-from ept.training.options import RunSettings
 from ept.training.report import RESULT_STAGES
-from ept.training.rows import evaluation_rows, training_rows
-from ept.training.run import METRICS_FILE, PICTURE_FOLDER, make_adapted
-from ept.training.sampler import TaskBalancedSampler
+from ept.training.rows import evaluation_rows
+from ept.training.run import METRICS_FILE, PICTURE_FOLDER
 from ept.training.saving import load_trained
 
-# Sized so that two CPU cores need less than six minutes in all, even if they are shared.
-BATCH_SIZE, MAX_LENGTH, EVAL_ROWS = 16, 32, 200
-MOST_STEPS, FEWEST_STEPS = 150, 70  # the most where they fit into the seconds
-TRAINING_SECONDS = 180
+# Sized for two CPU cores: a few minutes in all.
+STEPS, BATCH_SIZE, MAX_LENGTH, EVAL_ROWS = 150, 16, 32, 200
 MARGIN = 0.05  # headline metric above the baseline that counts as having learned
 METRIC_TOLERANCE = 1e-6
 LOGIT_TOLERANCE = 1e-4  # merged against unmerged, fp32, relative to the largest logit
@@ -47,14 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; 0 if all checks hold, 1 if not."""
     parser = argparse.ArgumentParser(prog="python -m ept.demo", description="Train, reload, merge, check.")
     parser.add_argument("--output", default="runs/demo", help="folder to write to (default: runs/demo)")
-    parser.add_argument(
-        "--steps",
-        type=int,
-        help=f"training steps (default: {FEWEST_STEPS} to {MOST_STEPS}, what fits into {TRAINING_SECONDS} s here)",
-    )
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default: {STEPS})")
     parser.add_argument("--verify", action="store_true", help="only check the run in --output")
     options = parser.parse_args(argv)
-    if options.steps is not None and options.steps < 1:
+    if options.steps < 1:
         parser.error(f"argument --steps: must be an integer >= 1, got {options.steps}")
     console = Console()
     quieten_libraries()
@@ -63,10 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _demo(Path(options.output), options.steps, console)
 
 
-def _demo(output: Path, steps: int | None, console: Console) -> int:
+def _demo(output: Path, steps: int, console: Console) -> int:
     start = time.monotonic()
     console.rule("1. train on four tasks at once")
-    steps = _fitting_steps() if steps is None else steps
     console.print(f"{steps} steps of {BATCH_SIZE} samples", highlight=False)
     recipe = {"--max-steps": steps, "--batch-size": BATCH_SIZE, "--max-length": MAX_LENGTH, "--eval-limit": EVAL_ROWS}
     arguments = [str(part) for option in recipe.items() for part in option]
@@ -80,24 +70,6 @@ def _demo(output: Path, steps: int | None, console: Console) -> int:
     console.print(f"pictures: {output / PICTURE_FOLDER}", soft_wrap=True, highlight=False)
     console.print(f"{time.monotonic() - start:.0f} s in all", highlight=False)
     return 0 if passed else 1
-
-
-def _fitting_steps() -> int:
-    """Training steps that fit into the demo's time on this machine, by the median of a few that are thrown away."""
-    settings = RunSettings(output="", batch_size=BATCH_SIZE, max_length=MAX_LENGTH)
-    tasks = load_tasks(settings.data)
-    model, tokenizer = make_adapted(settings, tasks)
-    collate = make_collator("encoder", tokenizer, {i: task.spec for i, task in enumerate(tasks)}, max_length=MAX_LENGTH)
-    rows = training_rows(tasks, range(len(tasks)))
-    order = TaskBalancedSampler(rows.sizes, BATCH_SIZE).order()
-    seconds = []
-    for start in range(0, 4 * BATCH_SIZE, BATCH_SIZE):
-        began = time.monotonic()
-        batch = collate([rows[int(index)] for index in order[start : start + BATCH_SIZE]])
-        model.train()(**batch).loss.backward()
-        seconds.append(time.monotonic() - began)
-    fitting = TRAINING_SECONDS / statistics.median(seconds[1:])  # the first one also warms up
-    return int(min(max(fitting, FEWEST_STEPS), MOST_STEPS))
 
 
 def _check_learning(metrics: dict[str, Any], console: Console) -> bool:

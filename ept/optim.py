@@ -26,8 +26,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for any torch optimizer: kernels at ``lr * kernel_lr_ratio``, gates at ``lr * gate_lr_ratio / d``.
 
-    A gate's logit sums d products, one per entry of a task embedding, and an Adam step moves every entry by the learning
-    rate: at ``lr`` itself a logit would move by about ``lr * d`` a step, and routing would be settled by the first few.
+    A gate's logit sums d products, one per entry of a task embedding, and an Adam step moves every entry by the
+    learning rate: at ``lr`` itself a logit would move by about ``lr * d`` a step, and the first few would settle routing.
 
     Adapter parameters get no weight decay: an optimizer that decays would pull the kernels of unselected experts, whose
     gradient is zero, towards zero. Other trainable parameters (heads) get ``weight_decay``.
@@ -63,8 +63,8 @@ def parameter_groups(
         {"name": "kernels", "params": list(kernels.values()), "lr": lr * kernel_lr_ratio, "weight_decay": 0.0},
     ]
     for width, group in gates.items():
-        rate = lr * gate_lr_ratio / width
-        groups.append({"name": f"gates of width {width}", "params": list(group.values()), "lr": rate, "weight_decay": 0.0})
+        name, rate = f"gates of width {width}", lr * gate_lr_ratio / width
+        groups.append({"name": name, "params": list(group.values()), "lr": rate, "weight_decay": 0.0})
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     groups = [group for group in groups if group["params"]]
