@@ -27,7 +27,7 @@ def parameter_groups(
     """Groups for any torch optimizer: kernels at ``lr * kernel_lr_ratio``, gates at ``lr * gate_lr_ratio / d``.
 
     A gate's logit sums d products, one per entry of a task embedding, and an Adam step moves every entry by the
-    learning rate: at ``lr`` itself a logit would move by about ``lr * d`` a step, and the first few would settle routing.
+    learning rate: at ``lr`` itself a logit would move by about ``lr * d`` a step, and noise would settle routing.
 
     Adapter parameters get no weight decay: an optimizer that decays would pull the kernels of unselected experts, whose
     gradient is zero, towards zero. Other trainable parameters (heads) get ``weight_decay``.
