@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ept_kernels import PyramidGeometry, fold_kernels, pyramid_weight
+from ept_kernels import PyramidGeometry, fold_kernels, pyramid_weight, without_autocast
 
 from .config import EPTConfig
 from .context import current
@@ -62,14 +62,16 @@ class PyramidAdapter(nn.Module):
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
-        """Gaussian seed of variance 1/in and 1/out (README, "Why these defaults"), zero kernels, Kaiming gate."""
+        """Gaussian seed of variance 1/in and 1/out (README, "Why these defaults"), zero kernels, Kaiming gate.
+
+        With ``init_seed="zero"`` B is zero and the kernels Gaussian, of variance 1/k: the layer is a no-op at first
+        either way, but two zero factors would give each other no gradient for ever.
+        """
+        zero_seed = self.init_seed == "zero"
         nn.init.normal_(self.A, std=self.geometry.in_features**-0.5)
-        if self.init_seed == "zero":
-            nn.init.zeros_(self.B)
-        else:
-            nn.init.normal_(self.B, std=self.geometry.out_features**-0.5)
+        nn.init.normal_(self.B, std=0.0 if zero_seed else self.geometry.out_features**-0.5)
         for kernel in self.kernels:
-            nn.init.zeros_(kernel)
+            nn.init.normal_(kernel, std=kernel.shape[0] ** -0.5 if zero_seed else 0.0)
         nn.init.kaiming_uniform_(self.gate, a=math.sqrt(5))
 
     def route(self, task_ids: TaskIds | None = None) -> tuple[Tensor, Tensor]:
@@ -94,7 +96,7 @@ class PyramidAdapter(nn.Module):
                 groups = torch.arange(len(embeddings), device=embeddings.device)
         index, gates = route(self.gate, embeddings, self.top_k)
         dense = gates.new_zeros(len(gates), self.geometry.num_experts).scatter(1, index, gates)
-        with torch.autocast(dense.device.type, enabled=False):
+        with without_autocast(dense.device):
             return fold_kernels(self.kernels, dense, self.scaling, self.geometry), groups
 
     def delta_weight(self, task: int | str | None = None) -> Tensor:

@@ -133,16 +133,16 @@ class EPTLinear(PyramidAdapter):
             return self._forward_merged(x, task_ids)
         folded, groups = self.fold(self.tasks_for(x, task_ids))
         if self.training and self.dropout.p > 0:
-            base = F.linear(x, self.weight, self.bias)
-            return base + pyramid_delta(self.dropout(x), self.A, self.B, folded, groups, self.geometry)
+            delta = pyramid_delta(self.dropout(x), self.A, self.B, folded, groups, self.geometry)  # refuses a bad x
+            return F.linear(x, self.weight, self.bias) + delta
         return pyramid_linear(x, self.weight, self.bias, self.A, self.B, folded, groups, self.geometry)
 
     def _forward_merged(self, x: Tensor, task_ids: TaskIds | None) -> Tensor:
-        if task_ids is None and self.task_table.num_tasks > 1:
-            context = current()
-            task_ids = None if context is None else context.task_ids
-        if task_ids is not None:
-            check_merged_task(self.task_table.resolve(task_ids), self.merged_task)
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must be [..., in_features={self.in_features}], got {list(x.shape)}")
+        context = current() if task_ids is None and self.task_table.num_tasks > 1 else None
+        if task_ids is not None or (context is not None and context.task_ids is not None):
+            check_merged_task(self.tasks_for(x, task_ids), self.merged_task)
         return F.linear(x, self.weight, self.bias)
 
     def merge(self, task: int | str | None = None) -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ept_kernels import without_autocast
+
 from .context import TaskContext
 from .tasks import TaskTable
 
@@ -28,16 +30,20 @@ def contrastive_task_loss(
     """
     if not pooled:
         return table.weight.sum() * 0
-    representations = torch.stack(list(pooled))  # [layers, batch, d]
-    embeddings = F.normalize(table.weight.to(representations.dtype), dim=-1)
-    with torch.autocast(representations.device.type, enabled=False):
-        logits = F.normalize(representations, dim=-1) @ embeddings.T / temperature  # [layers, batch, T]
-    layers, batch, num_tasks = logits.shape
+    dtype = torch.promote_types(table.weight.dtype, torch.float32)
+    representations = torch.cat([rows.to(dtype) for rows in pooled])  # [samples of all layers, d]
+    with without_autocast(representations.device):
+        embeddings = F.normalize(table.weight.to(dtype), dim=-1)
+        logits = F.normalize(representations, dim=-1) @ embeddings.T / temperature
+        return F.cross_entropy(logits, torch.cat([_targets(len(rows), tasks, logits.device) for rows in pooled]))
+
+
+def _targets(rows: int, tasks: int | Tensor, device: torch.device) -> Tensor:
+    """The task of each of a layer's rows; windows or beams of a sample are consecutive and share its task."""
     if isinstance(tasks, int):
-        target = torch.full((batch,), tasks, device=logits.device)
-    else:
-        target = tasks.reshape(-1).expand(batch)
-    return F.cross_entropy(logits.reshape(-1, num_tasks), target.repeat(layers))
+        return torch.full((rows,), tasks, device=device)
+    tasks = tasks.reshape(-1)
+    return tasks.repeat_interleave(rows // len(tasks)) if len(tasks) else tasks
 
 
 def contrastive_loss(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ept_kernels import without_autocast
+
 
 def route(gate: Tensor, embeddings: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Top-k of ``embeddings @ gate.T`` and the softmax over the selected logits; never below fp32.
@@ -21,7 +23,7 @@ def route(gate: Tensor, embeddings: Tensor, top_k: int) -> tuple[Tensor, Tensor]
         ``(index [G, top_k] int64, gates [G, top_k])``, best expert first; gates sum to 1.
     """
     dtype = torch.promote_types(gate.dtype, torch.float32)
-    with torch.autocast(gate.device.type, enabled=False):
+    with without_autocast(gate.device):
         logits = embeddings.to(dtype) @ gate.to(dtype).T
     selected, index = logits.topk(top_k, dim=-1)
     if top_k == 1:

@@ -93,6 +93,8 @@ class TaskTable(nn.Module):
             raise TypeError(f"task_ids must be an integer tensor, got {ids.dtype}")
         if ids.dim() > 1:
             raise ValueError(f"task_ids must be a scalar or 1-D tensor, got shape {list(ids.shape)}")
+        if ids.is_meta:
+            return ids.to(device=self.weight.device, dtype=torch.long)
         message = f"task_ids holds an id out of range; {self._allowed()}"
         in_range = ((ids >= 0) & (ids < self.num_tasks)).all()
         if torch.compiler.is_compiling():

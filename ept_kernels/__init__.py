@@ -1,5 +1,6 @@
 """Kernels of Expert Pyramid Tuning: tensors in, tensors out. Importing touches no GPU and needs no toolchain."""
 
+from .autocast import without_autocast
 from .dispatch import available_backends, backend_for
 from .folding import fold_kernels
 from .functional import pyramid_delta, pyramid_linear, pyramid_weight
@@ -13,4 +14,5 @@ __all__ = [
     "pyramid_delta",
     "pyramid_linear",
     "pyramid_weight",
+    "without_autocast",
 ]

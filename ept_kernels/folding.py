@@ -25,9 +25,13 @@ def fold_kernels(kernels: Sequence[Tensor], gates: Tensor, scaling: float, geome
     Raises:
         ValueError: the number or a shape of the kernels, or the width of ``gates``, does not fit the geometry.
     """
-    sizes = tuple(kernel.shape[0] for kernel in kernels)
-    if sizes != geometry.kernel_sizes:
-        raise ValueError(f"kernels must have the sizes {geometry.kernel_sizes}, got {sizes}")
+    sizes = geometry.kernel_sizes
+    found = tuple(kernel.shape[0] for kernel in kernels)
+    if found != sizes:
+        raise ValueError(f"kernels must have the sizes {sizes}, got {found}")
+    shapes = [list(kernel.shape) for kernel in kernels]
+    if shapes != [[k, k] for k in sizes]:
+        raise ValueError(f"kernels must be square, one [k, k] per expert, got the shapes {shapes}")
     if gates.dim() != 2 or gates.shape[1] != geometry.num_experts:
         raise ValueError(f"gates must be [groups, {geometry.num_experts} experts], got {list(gates.shape)}")
     by_scale = sorted(range(len(sizes)), key=sizes.__getitem__)

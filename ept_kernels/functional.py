@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops as _ops  # noqa: F401  (registers torch.ops.ept)
+from .autocast import autocast_dtype, without_autocast
 from .geometry import PyramidGeometry
 
 
@@ -39,13 +40,6 @@ def _check_rows(x: Tensor, folded: Tensor, groups: Tensor | None, geometry: Pyra
         raise ValueError(f"groups must have a length that divides the {rows} rows of x, got {count}")
 
 
-def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return None
-
-
 def pyramid_weight(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeometry) -> Tensor:
     """Dense update of every group, ``sum_k crop((B_k A_k) kron Kbar_k[g])`` (spec identity 5).
 
@@ -61,7 +55,7 @@ def pyramid_weight(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeomet
         ValueError: a shape or dtype that does not fit the geometry.
     """
     _check_adapter(A, B, folded, geometry)
-    with torch.autocast(A.device.type, enabled=False):  # a merge is exact in the dtype of A, whatever surrounds it
+    with without_autocast(A.device):  # a merge is exact in the dtype of A, whatever surrounds it
         return torch.ops.ept.pyramid_weight(
             A, B, folded, geometry.in_features, geometry.out_features, list(geometry.scales)
         )
@@ -88,9 +82,9 @@ def pyramid_delta(
     """
     _check_adapter(A, B, folded, geometry)
     _check_rows(x, folded, groups, geometry)
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if dtype is not None:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return pyramid_delta(x.to(dtype), A, B, folded, groups, geometry)
     delta = torch.ops.ept.pyramid_delta(
         x.reshape(-1, geometry.in_features), A, B, folded, groups, geometry.out_features, list(geometry.scales)
@@ -124,13 +118,14 @@ def pyramid_linear(
     _expect("weight", weight, (geometry.out_features, geometry.in_features), "[out, in] =")
     if bias is not None:
         _expect("bias", bias, (geometry.out_features,), "[out] =")
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if dtype is not None:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             cast_bias = None if bias is None else bias.to(dtype)
             return pyramid_linear(x.to(dtype), weight.to(dtype), cast_bias, A, B, folded, groups, geometry)
-    if weight.dtype != x.dtype:
-        raise ValueError(f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
     output = torch.ops.ept.pyramid_linear(
         x.reshape(-1, geometry.in_features), weight, bias, A, B, folded, groups, list(geometry.scales)
     )

@@ -134,6 +134,12 @@ def _linear_backward(ctx, grad):
     return grad_x, grad_weight, grad_bias, *grad_adapter, None, None
 
 
+def _refuse(ctx, *grads):
+    raise RuntimeError("the ept ops can be differentiated once; their gradients have no derivative of their own")
+
+
+for _op in ("pyramid_weight", "pyramid_delta", "pyramid_linear"):
+    torch.library.register_autograd(f"ept::{_op}_backward", _refuse, lib=_library)
 torch.library.register_autograd("ept::pyramid_weight", _weight_backward, setup_context=_weight_setup, lib=_library)
 torch.library.register_autograd("ept::pyramid_delta", _delta_backward, setup_context=_delta_setup, lib=_library)
 torch.library.register_autograd("ept::pyramid_linear", _linear_backward, setup_context=_linear_setup, lib=_library)

@@ -143,7 +143,7 @@ CASES = {
 }
 
 
-def awaken(model: nn.Module, std: float = 0.3) -> nn.Module:
+def awaken(model: nn.Module, std: float = 1.0) -> nn.Module:
     """Fresh random kernels: an adapter that changes the output."""
     for name, parameter in model.named_parameters():
         if "kernels." in name:

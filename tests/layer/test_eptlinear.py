@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
-from hypothesis import strategies as st
 from pyramid_testing import (
     HOST_READS,
     Recorder,
@@ -23,7 +23,8 @@ from pyramid_testing import (
     expected_delta_weight,
     expected_gates,
     expected_output,
-    geometries,
+    from_seed,
+    random_geometry,
     shake,
 )
 from torch import Tensor, nn
@@ -106,25 +107,23 @@ class Call:
         return shake(layer, self.seed), config
 
 
-@st.composite
-def calls(draw: st.DrawFn) -> Call:
-    geometry = draw(geometries(largest=20))
-    num_tasks = draw(st.integers(1, 5))
-    form = draw(st.sampled_from(("tensor", "list", "names", "one", "one name", "scalar")))
-    batch = draw(st.integers(1 if "one" in form or form == "scalar" else 0, 9))
-    tasks = draw(st.lists(st.integers(0, num_tasks - 1), min_size=batch, max_size=batch))
-    if form in ("one", "one name", "scalar"):
-        tasks = [tasks[0]] * batch
+def random_call(rng: random.Random) -> Call:
+    geometry = random_geometry(rng, largest=20)
+    num_tasks = rng.randint(1, 5)
+    form = rng.choice(("tensor", "tensor", "list", "names", "one", "one name", "scalar"))
+    several = form in ("tensor", "list", "names")
+    batch = rng.choice((0, 1, 2, 2, 3, 4, 7) if several else (1, 2, 5))
+    tasks = [rng.randrange(num_tasks) for _ in range(batch)]
     return Call(
         geometry=geometry,
-        top_k=draw(st.integers(1, len(geometry.kernel_sizes))),
+        top_k=rng.randint(1, len(geometry.kernel_sizes)),
         num_tasks=num_tasks,
-        dim=draw(st.integers(1, 6)),
-        lead=(batch, *draw(st.sampled_from(((), (1,), (3,), (0,), (2, 2))))),
-        tasks=tuple(tasks),
+        dim=rng.randint(1, 6),
+        lead=(batch, *rng.choice(((), (1,), (3,), (3,), (0,), (2, 2)))),
+        tasks=tuple(tasks if several else tasks[:1] * batch),
         form=form,
-        bias=draw(st.booleans()),
-        seed=draw(st.integers(0, 1000)),
+        bias=rng.random() < 0.5,
+        seed=rng.randrange(1000),
     )
 
 
@@ -160,13 +159,13 @@ def check_against_the_definition(call: Call, dtype: torch.dtype, tolerance: floa
     assert layer.bias is None or layer.bias.grad is None
 
 
-@given(calls())
+@given(from_seed(random_call))
 @examples(80)
 def test_equals_the_definition_in_float64(call: Call) -> None:
     check_against_the_definition(call, torch.float64, 1e-12)
 
 
-@given(calls())
+@given(from_seed(random_call))
 @examples(40)
 def test_equals_the_definition_in_float32(call: Call) -> None:
     check_against_the_definition(call, torch.float32, 1e-5)
@@ -331,7 +330,8 @@ def test_parameter_count_of_the_paper() -> None:
 
 
 def test_an_optimizer_moves_the_adapter_and_not_the_base() -> None:
-    layer = EPTLinear(11, 7, config=make_config())
+    torch.manual_seed(0)
+    layer = EPTLinear(11, 7, config=make_config(top_k=4))  # every expert: the kernels of others would not move
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.05)
     x, target = rows(16, 11), rows(16, 7, seed=1)
