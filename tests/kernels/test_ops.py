@@ -116,6 +116,8 @@ def test_half_error_at_most_twice_that_of_plain_torch(
         assert value.dtype == (torch.float32 if name in ("A", "B", "folded") else dtype), name
         error, allowed = relative_error(value, truth[name]), 2 * relative_error(plain[name], truth[name])
         assert error <= allowed, f"{name}: error {error:.2e}, plain torch allows {allowed:.2e}"
+        if name in ("A", "B"):
+            assert not torch.equal(value, value.to(dtype).float()), f"{name}: scales are summed in fp32"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
