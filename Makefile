@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/python -m ept.demo --output runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: setup
 	$(BIN)/ruff check .
