@@ -1,7 +1,7 @@
 """Expert Pyramid Tuning: one frozen model, many tasks (arXiv 2603.12577). Importing registers EPT with PEFT."""
 
 from .config import EPTConfig
-from .context import use_tasks
+from .context import checkpoint, use_tasks
 from .introspection import (
     adapters,
     parameter_breakdown,
@@ -25,6 +25,7 @@ __all__ = [
     "TaskTable",
     "__version__",
     "adapters",
+    "checkpoint",
     "contrastive_loss",
     "parameter_breakdown",
     "parameter_groups",

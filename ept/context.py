@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from .tasks import TaskIds
@@ -26,6 +27,7 @@ class TaskContext:
         task_ids: as the caller gave them, or resolved; None with a single task.
         attention_mask: ``[batch, sequence]``, 1 for tokens and 0 for padding, or None.
         pooled: inputs of adapted layers, pooled to ``[batch, d]``, for the contrastive loss; None does not collect.
+        expands: whether a model's batch may be a whole multiple of the ids (generation: the beams of a sample).
         owner: the model whose forward pass this is, or None for a block of the caller's.
         outer: the context that this one hides.
     """
@@ -33,6 +35,7 @@ class TaskContext:
     task_ids: TaskIds | None
     attention_mask: Tensor | None = None
     pooled: list[Tensor] | None = None
+    expands: bool = False
     owner: nn.Module | None = field(default=None, repr=False)
     outer: TaskContext | None = field(default=None, repr=False)
     _last: Tensor | None = field(default=None, repr=False)
@@ -41,7 +44,7 @@ class TaskContext:
         """Pool the input of an adapted layer over its tokens, if it has the width ``dim`` of the task embeddings.
 
         Detached: the loss moves the embeddings towards the representations, not the other way round. Layers that read
-        the same tensor (query, key and value) count once.
+        the same tensor one after the other (query, key and value) count once.
         """
         if self.pooled is None or x.shape[-1] != dim or x.dim() not in (2, 3) or x is self._last:
             return
@@ -154,6 +157,16 @@ class _CheckpointWithTasks:
                 return function(*inner, **inner_kwargs)
 
         return self.checkpoint(run, *args, **kwargs)
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
+    """``torch.utils.checkpoint.checkpoint``, recomputing under the tasks of the ``use_tasks`` block it was called in.
+
+    The plain one recomputes during backward, with whatever block surrounds ``backward()``. Models of transformers
+    inside the PEFT tuner need neither.
+    """
+    plain = torch.utils.checkpoint.checkpoint
+    return _CheckpointWithTasks(plain)(function, *args, use_reentrant=use_reentrant, **kwargs)
 
 
 def checkpoint_with_tasks(model: nn.Module) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from ept_kernels import pyramid_delta, pyramid_linear
 from .adapter import PyramidAdapter
 from .config import EPTConfig
 from .context import current
-from .merging import WeightStash, check_merged_task, merged_weight
+from .merging import WeightStash, check_merged_task, keep_calling, merged_weight
 from .tasks import TaskIds, TaskTable
 
 
@@ -64,6 +66,7 @@ class EPTLinear(PyramidAdapter):
             self.register_parameter("bias", None)
         self.stash = WeightStash()
         self.merged_task: int | None = None
+        self.register_forward_pre_hook(keep_calling)
         self._reset_base_parameters()
 
     @classmethod
@@ -87,10 +90,10 @@ class EPTLinear(PyramidAdapter):
         frozen = {name: getattr(linear, name) for name in ("weight", "bias") if getattr(linear, name) is not None}
         for name, parameter in frozen.items():
             setattr(layer, name, parameter.requires_grad_(False))
-        layer.to_empty_adapter(linear.weight.device)
+        layer._materialize_adapter(linear.weight.device)
         return layer.train(linear.training)
 
-    def to_empty_adapter(self, device: torch.device) -> None:
+    def _materialize_adapter(self, device: torch.device) -> None:
         """Give the adapter's parameters (not the base's) storage on ``device`` and fresh initial values."""
         for module in self.modules():
             for name, parameter in list(module._parameters.items()):
@@ -164,6 +167,17 @@ class EPTLinear(PyramidAdapter):
         if self.merged:
             self.stash.swap_out(self.weight)
             self.merged_task = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A merged layer saves its original weight: the update is in A, B and the kernels already."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[f"{prefix}weight"] = self.stash.original
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Loading replaces what is merged, so it is taken out first."""
+        self.unmerge()
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return (

@@ -52,8 +52,9 @@ def contrastive_loss(
     """Contrastive loss of the last training forward, unweighted: add ``contrastive_weight`` times it to yours.
 
     Representations are the inputs of the adapted layers whose width is ``task_embedding_dim``, averaged over the tokens
-    that ``attention_mask`` keeps, each distinct tensor once. They are detached: the loss places the task embeddings
-    among the representations of their tasks and leaves the model to its own loss (README, "Why these defaults").
+    that ``attention_mask`` keeps (where it has their shape); consecutive readers of one tensor count once. They are
+    detached: the loss places the task embeddings among the representations of their tasks and leaves the model to its
+    own loss.
 
     Args:
         model: a model from ``peft.get_peft_model(..., EPTConfig(...))`` after a forward pass in training mode, or the

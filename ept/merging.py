@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -65,3 +67,10 @@ class WeightStash(nn.Module):
 
     def swap_out(self, parameter: nn.Parameter) -> None:
         parameter.data, self.original = self.original, None
+
+
+def keep_calling(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook that does nothing, but tells PyTorch that the layer must be called.
+
+    ``nn.TransformerEncoderLayer`` in evaluation otherwise reads ``weight`` itself and passes the adapter by.
+    """

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 #: What callers may pass: one id or name for the whole batch, one for every sample, or a tensor of ids.
-TaskIds = int | str | Sequence[int] | Sequence[str] | Tensor
+TaskIds = int | str | Sequence[int] | Sequence[str] | np.ndarray | Tensor
 
 
 class TaskTable(nn.Module):
@@ -55,9 +57,11 @@ class TaskTable(nn.Module):
             if self.num_tasks == 1:
                 return 0
             raise ValueError(f"task_ids is missing: this adapter has {self.num_tasks} tasks ({self._allowed()})")
+        if isinstance(task_ids, np.ndarray):
+            task_ids = torch.from_numpy(task_ids)
         if isinstance(task_ids, Tensor):
             return self._resolve_tensor(task_ids)
-        if isinstance(task_ids, (int, str)):
+        if isinstance(task_ids, (Integral, str)):
             return self._resolve_one(task_ids)
         if isinstance(task_ids, Sequence):
             ids = [self._resolve_one(task) for task in task_ids]
@@ -82,8 +86,9 @@ class TaskTable(nn.Module):
             if self.names is None or task not in self.names:
                 raise ValueError(f"task_ids names the unknown task {task!r}; {self._allowed()}")
             return self.names.index(task)
-        if isinstance(task, bool) or not isinstance(task, int):
+        if isinstance(task, bool) or not isinstance(task, Integral):
             raise TypeError(f"task_ids must hold integers or names, got {task!r}")
+        task = int(task)
         if not 0 <= task < self.num_tasks:
             raise ValueError(f"task_ids holds {task}; {self._allowed()}")
         return task

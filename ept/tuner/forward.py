@@ -44,5 +44,6 @@ class TaskGenerate:
         generate = type(self.model).generate
         if task_ids is None:  # an outer ept.use_tasks may give them; forward checks
             return generate(self.model, *args, **kwargs)
-        with self.tuner.generating(task_ids):
+        inputs = {**kwargs, "input_ids": kwargs.get("input_ids", kwargs.get("inputs"))}
+        with self.tuner.generating(task_ids, batch_size(args, inputs)):
             return generate(self.model, *args, **kwargs)

@@ -13,7 +13,7 @@ from ept_kernels import pyramid_delta, pyramid_linear
 
 from ..adapter import PyramidAdapter
 from ..config import EPTConfig
-from ..merging import WeightStash, merged_weight
+from ..merging import WeightStash, keep_calling, merged_weight
 from ..tasks import TaskTable
 
 
@@ -48,6 +48,8 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         self.ept_adapters = nn.ModuleDict()
         self.ept_stash = WeightStash()
         self.merged_adapters: list[str] = []
+        self.merged_task: int | None = None
+        self.register_forward_pre_hook(keep_calling)
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
 
@@ -131,13 +133,13 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         resolved = adapters[0].task_table.resolve(task)
         transposed = isinstance(base, Conv1D)
         self.ept_stash.swap_in(weight, merged_weight(weight, adapters, resolved, transposed=transposed))
-        self.merged_adapters = list(names)
+        self.merged_adapters, self.merged_task = list(names), resolved
 
     def unmerge(self) -> None:
         """Restore the base weight bit for bit; does nothing where nothing is merged."""
         if self.merged:
             self.ept_stash.swap_out(self.get_base_layer().weight)
-            self.merged_adapters = []
+            self.merged_adapters, self.merged_task = [], None
 
     def get_delta_weight(self, adapter_name: str, task: int | str | None = None) -> Tensor:
         """The dense update of one adapter and task, ``[out, in]``."""

@@ -41,7 +41,6 @@ class EPTModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: EPTConfig, adapter_name: str) -> None:
         self.ept_task_tables = nn.ModuleDict()
-        self.merged_task: int | None = None
         self._trained: TaskContext | None = None
 
     def _post_injection_hook(self, model: nn.Module, config: EPTConfig, adapter_name: str) -> None:
@@ -87,12 +86,22 @@ class EPTModel(BaseTuner):
 
     # ---- tasks of a forward pass
 
-    def _enabled(self) -> list[str]:
-        """Names of the adapters that take part in a forward pass."""
-        layer = next((module for module in self.model.modules() if isinstance(module, EPTLinearLayer)), None)
-        if layer is None or (layer.disable_adapters and not layer.merged):
-            return []
+    def _any_layer(self) -> EPTLinearLayer | None:
+        """One layer: all are merged, and all are disabled, together."""
+        return next((module for module in self.model.modules() if isinstance(module, EPTLinearLayer)), None)
+
+    @property
+    def merged_task(self) -> int | None:
+        """The task whose updates are in the base weights, or None."""
+        layer = self._any_layer()
+        return None if layer is None else layer.merged_task
+
+    def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.ept_task_tables]
+
+    def _disabled(self) -> bool:
+        layer = self._any_layer()
+        return layer is None or layer.disable_adapters
 
     def _resolve(self, task_ids: TaskIds | None, batch: int | None) -> int | Tensor | None:
         """Resolved ids for the active adapters, or None where nothing routes.
@@ -100,9 +109,11 @@ class EPTModel(BaseTuner):
         Raises:
             ValueError, TypeError: as ``TaskTable.resolve``, or another number of ids than samples.
         """
-        names = self._enabled()
-        if not names:
+        names = self._active()
+        if not names or (self._disabled() and task_ids is None):
             return None
+        if len(names) > 1:
+            self._check_same_names(names, task_ids)
         resolved = self.ept_task_tables[names[0]].resolve(task_ids)
         for name in names[1:]:  # the other active adapters must know these ids too
             self.ept_task_tables[name].resolve(task_ids)
@@ -110,20 +121,29 @@ class EPTModel(BaseTuner):
             raise ValueError(f"task_ids must hold one id for each of the {batch} samples, got {len(resolved)}")
         return resolved
 
+    def _check_same_names(self, names: list[str], task_ids: TaskIds | None) -> None:
+        """Several active adapters share one set of resolved ids; names must then mean the same to all."""
+        by_name = isinstance(task_ids, str) or (isinstance(task_ids, (list, tuple)) and str in map(type, task_ids))
+        if by_name and len({self.ept_task_tables[name].names for name in names}) > 1:
+            raise ValueError(
+                f"task_ids must be ids, not names: the active adapters {names} name their tasks differently"
+            )
+
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook of the wrapped model: take ``task_ids`` out of the call, put them beside it."""
         task_ids = kwargs.pop("task_ids", None)
-        outer = None
+        batch = batch_size(args, kwargs)
         if task_ids is None and any(table.num_tasks > 1 for table in self.ept_task_tables.values()):
             outer = current()
-        if task_ids is None and outer is not None:
-            resolved = outer.task_ids
-        elif self.merged_task is not None and task_ids is None:
-            resolved = self.merged_task
-        else:
-            resolved = self._resolve(task_ids, batch_size(args, kwargs))
-        if self.merged_task is not None and resolved is not None:
-            check_merged_task(resolved, self.merged_task)
+            if outer is not None:
+                task_ids, batch = outer.task_ids, None if outer.expands else batch
+        if self.merged_task is not None and self._disabled():
+            self.unmerge_adapter()
+        merged_task = self.merged_task
+        by_merge = merged_task is not None and task_ids is None
+        resolved = merged_task if by_merge else self._resolve(task_ids, batch)
+        if merged_task is not None and resolved is not None:
+            check_merged_task(resolved, merged_task)
         config = self.peft_config.get(next(iter(self.active_adapters), None))
         collects = self.training and config is not None and config.contrastive_weight > 0
         context = TaskContext(resolved, kwargs.get("attention_mask"), [] if collects else None, owner=module)
@@ -141,10 +161,17 @@ class EPTModel(BaseTuner):
             pop(context)
 
     @contextmanager
-    def generating(self, task_ids: TaskIds | None) -> Iterator[None]:
+    def generating(self, task_ids: TaskIds | None, batch: int | None) -> Iterator[None]:
         """Give ``task_ids`` to every forward pass of a generation; beams of a sample share its id."""
-        with activate(TaskContext(self._resolve(task_ids, None))):
+        with activate(TaskContext(self._resolve(task_ids, batch), expands=True)):
             yield
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's door for per-sample adapters, which EPT does not offer: its tasks are routed by ``task_ids``."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names is not supported by EPT: mix tasks in a batch with task_ids")
+        yield
 
     # ---- losses
 
@@ -165,14 +192,17 @@ class EPTModel(BaseTuner):
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for name, table in self.ept_task_tables.items():
             table.requires_grad_(name in names and not inference_mode)
-        self.merged_task = None
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         del self.ept_task_tables[adapter_name]
+        self._set_table_gradients()
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
+        self._set_table_gradients()
+
+    def _set_table_gradients(self) -> None:
         for name, table in self.ept_task_tables.items():
             table.requires_grad_(name in self.active_adapters and not self.peft_config[name].inference_mode)
 
@@ -199,6 +229,8 @@ class EPTModel(BaseTuner):
         tasks = [self.ept_task_tables[name].resolve(task) for name in names if name in self.ept_task_tables]
         if not tasks or not isinstance(tasks[0], int):
             raise ValueError(f"task must be one id or name for an adapter among {list(self.peft_config)}, got {task!r}")
+        if len(set(tasks)) > 1:
+            raise ValueError(f"task={task!r} means different tasks to the adapters {list(names)}; give an id")
         layers = [module for module in self.model.modules() if isinstance(module, EPTLinearLayer)]
         if any(layer.merged for layer in layers):
             raise ValueError("an adapter is already merged; call unmerge_adapter first")
@@ -208,12 +240,6 @@ class EPTModel(BaseTuner):
         except Exception:
             self.unmerge_adapter()
             raise
-        self.merged_task = tasks[0]
-
-    def unmerge_adapter(self) -> None:
-        """Restore every base weight bit for bit."""
-        super().unmerge_adapter()
-        self.merged_task = None
 
     def merge_and_unload(
         self,
@@ -247,6 +273,12 @@ class EPTModel(BaseTuner):
         return model
 
     # ---- checkpoints
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        for container in ("ept_adapters", "ept_task_tables"):
+            key = key.replace(f"{container}.{adapter_name}.", f"{container}.")
+        return key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

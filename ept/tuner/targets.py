@@ -41,6 +41,11 @@ def target_features(model: nn.Module, config: EPTConfig) -> dict[str, tuple[int,
     for name in matched:
         module = model.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise ValueError(
+                f"target module {name!r} belongs to nn.MultiheadAttention, which reads its weight and never calls it: "
+                "an adapter there would have no effect; name it in exclude_modules"
+            )
         try:
             features[name] = base_features(base)
             PyramidGeometry(*features[name], config.r, config.kernel_sizes)
