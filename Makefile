@@ -1,4 +1,4 @@
-# make demo   set up everything in .venv, then train, reload and merge on real text (about 5 minutes on 2 CPU cores)
+# make demo   set up everything in .venv, then train, reload and merge on real text (under 4 minutes on 2 CPU cores)
 # make test   set up everything in .venv, then run the tests
 # make lint   style checks        make clean   remove .venv and build products
 #
