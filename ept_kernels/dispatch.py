@@ -1,9 +1,11 @@
 """The one place where a backend is chosen.
 
-A backend is a module with a ``name`` and six functions: ``pyramid_weight``, ``pyramid_delta``, ``pyramid_linear`` and
-their ``_backward`` twins, with the signatures of ``torch_backend``. Rows are 2-D, sizes are validated, autograd and
+A backend is a module with a ``name``, six functions (``pyramid_weight``, ``pyramid_delta``, ``pyramid_linear`` and
+their ``_backward`` twins, with the signatures of ``torch_backend``) and, unless it serves everything, a function
+``unsupported(device, dtype)`` that says why it cannot serve, or None. Rows are 2-D, sizes are validated, autograd and
 autocast are already out of the way. ``EPT_BACKEND`` forces a backend for the whole process and fails loudly if that
-backend cannot serve; without it the first of ``automatic(device)`` that is available serves.
+backend cannot serve; without it the first of ``AUTOMATIC`` that can serve does. Modules are imported when first asked
+for: importing the package touches no GPU and needs neither Triton nor a compiled extension.
 """
 
 from __future__ import annotations
@@ -14,30 +16,56 @@ from types import ModuleType
 
 import torch
 
-_MODULES = {"torch": ".torch_backend", "reference": ".reference_backend"}
+_MODULES = {
+    "torch": ".torch_backend",
+    "reference": ".reference_backend",
+}
+
+#: Backends by type of device, the fastest first; "torch" serves whatever they do not.
+AUTOMATIC: dict[str, tuple[str, ...]] = {}
+
 _loaded: dict[str, ModuleType] = {}
+_chosen: dict[tuple[str | None, torch.device, torch.dtype], ModuleType] = {}
 
 
-def available_backends() -> tuple[str, ...]:
-    """Names that ``EPT_BACKEND`` accepts."""
-    return tuple(_MODULES)
+def _load(name: str) -> ModuleType:
+    if name not in _loaded:
+        _loaded[name] = importlib.import_module(_MODULES[name], __package__)
+    return _loaded[name]
 
 
-def automatic(device: torch.device) -> str:
-    """The backend that serves tensors on ``device`` when none is forced."""
-    return "torch"
+def _unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    check = getattr(_load(name), "unsupported", None)
+    return check(device, dtype) if check is not None else None
 
 
-def backend_for(device: torch.device) -> ModuleType:
-    """The backend module that serves tensors on ``device``.
+def available_backends(device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """Names that ``EPT_BACKEND`` accepts; with ``device``, those that can serve ``dtype`` there on this machine."""
+    if device is None:
+        return tuple(_MODULES)
+    return tuple(name for name in _MODULES if _unsupported(name, device, dtype) is None)
+
+
+def automatic(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that serves ``dtype`` on ``device`` when none is forced."""
+    candidates = AUTOMATIC.get(device.type, ())
+    return next((name for name in candidates if _unsupported(name, device, dtype) is None), "torch")
+
+
+def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
+    """The backend module that serves tensors of ``dtype`` on ``device``.
 
     Raises:
         ValueError: ``EPT_BACKEND`` names no backend.
+        RuntimeError: ``EPT_BACKEND`` names a backend that cannot serve; the message says why.
     """
-    name = os.environ.get("EPT_BACKEND") or automatic(device)
-    backend = _loaded.get(name)
+    forced = os.environ.get("EPT_BACKEND") or None
+    backend = _chosen.get((forced, device, dtype))
     if backend is None:
-        if name not in _MODULES:
-            raise ValueError(f"EPT_BACKEND={name!r} is no backend; allowed: {', '.join(_MODULES)}, or unset to choose")
-        backend = _loaded[name] = importlib.import_module(_MODULES[name], __package__)
+        if forced is not None and forced not in _MODULES:
+            allowed = ", ".join(_MODULES)
+            raise ValueError(f"EPT_BACKEND={forced!r} is no backend; allowed: {allowed}, or unset to choose")
+        if forced is not None and (reason := _unsupported(forced, device, dtype)) is not None:
+            raise RuntimeError(f"EPT_BACKEND={forced!r} cannot serve {dtype} on {device}: {reason}")
+        backend = _chosen[forced, device, dtype] = _load(forced or automatic(device, dtype))
     return backend

@@ -44,7 +44,7 @@ _library.define(
 
 def _implement(op: str) -> None:
     def kernel(*args):
-        result = getattr(backend_for(args[0].device), op)(*args)
+        result = getattr(backend_for(args[0].device, args[0].dtype), op)(*args)
         if isinstance(result, tuple):  # an op cannot return None: an empty tensor stands for "not asked for"
             return tuple(args[0].new_empty(0) if part is None else part.contiguous() for part in result)
         return result.contiguous()
