@@ -35,6 +35,6 @@ runner: Callable[[Any, tuple[int, ...], tuple, dict[str, Any], Config], None] = 
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, **constants: Any) -> None:
-    """Start ``kernel`` with its run-time arguments, its compile-time ones and a config's tiles; nothing on no programs."""
+    """Start ``kernel`` with run-time arguments, compile-time ones and a config's tiles; nothing for an empty grid."""
     if 0 not in grid:
         runner(kernel, grid, arguments, constants, config)

@@ -102,12 +102,21 @@ class Rows:
     blocks_per_segment: int
     blocks: int
 
+    @property
+    def units(self) -> int:
+        """Partial gradients of the folded kernels: one a block, or one a row where blocks mix groups."""
+        return self.blocks if self.aligned else self.rows
+
+    @property
+    def units_per_segment(self) -> int:
+        return self.blocks_per_segment if self.aligned else self.segment
+
 
 def rows_for(rows: int, segments: int, block_rows: int) -> Rows:
     """Tile ``rows`` rows in ``segments`` equal runs by blocks of ``block_rows``.
 
-    Segments at least half as long as a block are tiled one by one, at most half of the lanes idle; the blocks of shorter
-    ones mix groups.
+    Segments at least half as long as a block are tiled one by one, at most half of the lanes idle; the blocks of
+    shorter ones mix groups.
     """
     segment = rows // segments if segments else 0
     aligned = segments <= 1 or 2 * segment >= block_rows

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import shrink_config
+from .configs import shrink_candidates
 from .launch import launch
 from .plan import Plan, Rows, rows_for
 from .precision import dot_precision
@@ -64,7 +64,7 @@ def shrink_kernel(
         end = first + segment
         rows = first + (block % blocks_per_segment) * BLOCK_T + tl.arange(0, BLOCK_T)
     else:
-        end = rows_total.to(tl.int64)
+        end = tl.cast(rows_total, tl.int64)
         rows = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_exists = rows < end
     if groups_ptr is None:
@@ -196,15 +196,14 @@ def shrink(
     """
     total, features = x.shape
     segments = 1 if groups is None else groups.shape[0]
-    config = shrink_config(x.dtype, x.device, plan, total)
+    config = shrink_candidates(plan, x.dtype.itemsize, total)[0]
     rows = rows_for(total, segments, config["BLOCK_T"])
-    units = rows.blocks if rows.aligned else total
     u = x.new_empty(total, plan.width) if keep_u else None
     v = x.new_empty(total, plan.width) if keep_v else None
     active = torch.empty(plan.rank_blocks, total, dtype=torch.int32, device=x.device) if keep_v else None
     partial = None
     if u_saved is not None:
-        partial = torch.empty(plan.rank_blocks, units, plan.folded_size, dtype=torch.float32, device=x.device)
+        partial = torch.empty(plan.rank_blocks, rows.units, plan.folded_size, dtype=torch.float32, device=x.device)
     p_drop, seed = dropout
     launch(
         shrink_kernel,
@@ -225,7 +224,7 @@ def shrink(
         rows.blocks_per_segment,
         features,
         plan.rank,
-        units,
+        rows.units,
         *x.stride(),
         *factor.stride(),
         config=config,

@@ -52,7 +52,7 @@ def block_columns(p0, rank, K: tl.constexpr, SLOT: tl.constexpr, RANK: tl.conste
 
 @triton.jit
 def keep_mask(seed, rows, columns, p_drop):
-    """Dropout's kept entries ``[rows, columns]``: Philox of the entry's own coordinates, so that any tile replays it."""
+    """Entries ``[rows, columns]`` that dropout keeps: Philox of their coordinates, so that any tile replays them."""
     row = rows.to(tl.int64)[:, None]
     low, high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
     column = columns.to(tl.uint32)[None, :]
