@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .configs import linear_candidates
 from .expand import add_expanded
-from .launch import launch
+from .launch import Config, launch
 from .plan import Plan
 from .precision import dot_precision
 from .tiles import keep_mask
+from .tune import choose, row_bucket
 
 
 @triton.jit
@@ -132,31 +133,35 @@ def linear(
     """
     total, inner = x.shape
     features = weight.shape[0]
-    y = x.new_empty(total, features)
-    config = linear_candidates(plan, x.dtype.itemsize, total)[0]
     p_drop, seed = dropout
-    launch(
-        linear_kernel,
-        (triton.cdiv(total, config["BLOCK_T"]) * triton.cdiv(features, config["BLOCK_C"]),),
-        x,
-        weight,
-        bias,
-        y,
-        v,
-        active,
-        factor,
-        seed,
-        p_drop,
-        total,
-        inner,
-        features,
-        plan.rank,
-        *x.stride(),
-        *weight.stride(),
-        *factor.stride(),
-        config=config,
-        **plan.constants(),
-        DROPOUT=p_drop > 0,
-        PRECISION=dot_precision(x.dtype),
-    )
-    return y
+
+    def start(config: Config) -> Tensor:
+        y = x.new_empty(total, features)
+        launch(
+            linear_kernel,
+            (triton.cdiv(total, config["BLOCK_T"]) * triton.cdiv(features, config["BLOCK_C"]),),
+            x,
+            weight,
+            bias,
+            y,
+            v,
+            active,
+            factor,
+            seed,
+            p_drop,
+            total,
+            inner,
+            features,
+            plan.rank,
+            *x.stride(),
+            *weight.stride(),
+            *factor.stride(),
+            config=config,
+            **plan.constants(),
+            DROPOUT=p_drop > 0,
+            PRECISION=dot_precision(x.dtype),
+        )
+        return y
+
+    key = ("linear", inner, features, plan, x.dtype, row_bucket(total), weight.stride())
+    return start(choose(key, linear_candidates(plan, x.dtype.itemsize, total), x.device, start))
