@@ -54,10 +54,18 @@ def fuses_base(x: Tensor, weight: Tensor) -> bool:
 
 
 def pyramid_delta(
-    x: Tensor, A: Tensor, B: Tensor, folded: Tensor, groups: Tensor | None, out_features: int, scales: Sequence[int]
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    folded: Tensor,
+    groups: Tensor | None,
+    out_features: int,
+    scales: Sequence[int],
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     plan = plan_for(A.shape[0], tuple(scales))
-    _, v, active, _, _ = shrink(x, A, folded.contiguous(), _packed(groups), plan, skip=True)
+    _, v, active, _, _ = shrink(x, A, folded.contiguous(), _packed(groups), plan, skip=True, dropout=(dropout_p, seed))
     return expand(x.new_empty(x.shape[0], out_features), v, active, B.T, plan, accumulate=False)
 
 
@@ -70,9 +78,11 @@ def pyramid_linear(
     folded: Tensor,
     groups: Tensor | None,
     scales: Sequence[int],
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     plan = plan_for(A.shape[0], tuple(scales))
-    _, v, active, _, _ = shrink(x, A, folded.contiguous(), _packed(groups), plan, skip=True)
+    _, v, active, _, _ = shrink(x, A, folded.contiguous(), _packed(groups), plan, skip=True, dropout=(dropout_p, seed))
     if fuses_base(x, weight):
         return linear(x, weight, None if bias is None else bias.contiguous(), v, active, B.T, plan)
     return expand(F.linear(x, weight, bias).contiguous(), v, active, B.T, plan, accumulate=True)
@@ -87,8 +97,10 @@ def pyramid_delta_backward(
     groups: Tensor | None,
     scales: Sequence[int],
     needs: Sequence[bool],
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Gradients:
-    return _backward(grad, x, None, A, B, folded, groups, scales, needs)
+    return _backward(grad, x, None, A, B, folded, groups, scales, needs, (dropout_p, seed))
 
 
 def pyramid_linear_backward(
@@ -101,8 +113,10 @@ def pyramid_linear_backward(
     groups: Tensor | None,
     scales: Sequence[int],
     needs: Sequence[bool],
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Gradients:
-    return _backward(grad, x, weight, A, B, folded, groups, scales, needs)
+    return _backward(grad, x, weight, A, B, folded, groups, scales, needs, (dropout_p, seed))
 
 
 def _packed(groups: Tensor | None) -> Tensor | None:
@@ -119,6 +133,7 @@ def _backward(
     groups: Tensor | None,
     scales: Sequence[int],
     needs: Sequence[bool],
+    dropout: tuple[float, Tensor | None],
 ) -> Gradients:
     """Gradients of x, A, B, folded, each only where ``needs`` asks."""
     need_x, need_A, need_B, need_folded = needs
@@ -128,7 +143,9 @@ def _backward(
     folded, groups = folded.contiguous(), _packed(groups)
     u = v = du = active = partial_folded = rows = None
     if need_B or need_folded:
-        u, v, _, _, _ = shrink(x, A, folded, groups, plan, skip=not need_folded, keep_u=need_folded, keep_v=need_B)
+        u, v, _, _, _ = shrink(
+            x, A, folded, groups, plan, skip=not need_folded, keep_u=need_folded, keep_v=need_B, dropout=dropout
+        )
     if need_x or need_A or need_folded:
         _, du, active, partial_folded, rows = shrink(
             grad,
@@ -141,13 +158,15 @@ def _backward(
             keep_v=need_x or need_A,
             u_saved=u if need_folded else None,
         )
-    grad_x = _grad_x(grad, x.shape[1], weight, A, du, active, plan) if need_x else None
+    grad_x = _grad_x(grad, x.shape[1], weight, A, du, active, plan, dropout) if need_x else None
     grad_A = torch.empty_like(A) if need_A else None
     grad_B = torch.empty_like(B) if need_B else None
     grad_folded = torch.empty_like(folded) if need_folded else None
     partial_a = partial_b = None
     if need_A or need_B:
-        partial_a, partial_b = factor_grad_partials(x if need_A else None, du, grad if need_B else None, v, plan)
+        partial_a, partial_b = factor_grad_partials(
+            x if need_A else None, du, grad if need_B else None, v, plan, dropout=dropout
+        )
     if need_A or need_B or need_folded:
         reduce_gradients(
             plan,
@@ -164,11 +183,19 @@ def _backward(
 
 
 def _grad_x(
-    grad: Tensor, in_features: int, weight: Tensor | None, A: Tensor, du: Tensor, active: Tensor, plan: Plan
+    grad: Tensor,
+    in_features: int,
+    weight: Tensor | None,
+    A: Tensor,
+    du: Tensor,
+    active: Tensor,
+    plan: Plan,
+    dropout: tuple[float, Tensor | None],
 ) -> Tensor:
     """``dy W`` (where there is a base) and the expanded rows of dU."""
     if weight is None:
-        return expand(grad.new_empty(grad.shape[0], in_features), du, active, A, plan, accumulate=False)
+        rows = grad.new_empty(grad.shape[0], in_features)
+        return expand(rows, du, active, A, plan, accumulate=False, dropout=dropout)
     if fuses_base(grad, weight):
-        return linear(grad, weight.T, None, du, active, A, plan)
-    return expand((grad @ weight).contiguous(), du, active, A, plan, accumulate=True)
+        return linear(grad, weight.T, None, du, active, A, plan, dropout=dropout)
+    return expand((grad @ weight).contiguous(), du, active, A, plan, accumulate=True, dropout=dropout)
