@@ -20,7 +20,9 @@ from .tune import choose, row_bucket
 
 
 @triton.jit
-def shrink_kernel(
+def shrink_tile(
+    rank_block,
+    block,
     x_ptr,  # [T, features]
     factor_ptr,  # [rank, ceil(features / k_min)]
     folded_ptr,  # [G, FOLDED]
@@ -58,7 +60,7 @@ def shrink_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    rank_block, block = tl.program_id(0), tl.program_id(1)
+    """U, V and partial dKbar of a block of rows and a block of ranks."""
     p0 = rank_block * RANK_BLOCK
     if ALIGNED:  # blocks start anew with every segment
         first = (block // blocks_per_segment).to(tl.int64) * segment
@@ -160,6 +162,87 @@ def shrink_kernel(
                     )
     if v_ptr is not None:
         tl.store(active_ptr + rank_block.to(tl.int64) * rows_total + rows, bits, mask=row_exists)
+
+
+@triton.jit
+def shrink_kernel(
+    x_ptr,
+    factor_ptr,
+    folded_ptr,
+    groups_ptr,
+    u_ptr,
+    v_ptr,
+    active_ptr,
+    u_saved_ptr,
+    partial_ptr,
+    seed_ptr,
+    p_drop,
+    rows_total,
+    segment,
+    blocks_per_segment,
+    features,
+    rank,
+    units,
+    stride_row,
+    stride_feature,
+    stride_p,
+    stride_j,
+    SCALES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FOLDED: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SKIP: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    shrink_tile(
+        tl.program_id(0),
+        tl.program_id(1),
+        x_ptr,
+        factor_ptr,
+        folded_ptr,
+        groups_ptr,
+        u_ptr,
+        v_ptr,
+        active_ptr,
+        u_saved_ptr,
+        partial_ptr,
+        seed_ptr,
+        p_drop,
+        rows_total,
+        segment,
+        blocks_per_segment,
+        features,
+        rank,
+        units,
+        stride_row,
+        stride_feature,
+        stride_p,
+        stride_j,
+        SCALES,
+        SLOTS,
+        RANKS,
+        COLUMNS,
+        OFFSETS,
+        WIDTH,
+        FOLDED,
+        RANK_BLOCK,
+        ALIGNED,
+        SKIP,
+        TRANSPOSE,
+        DROPOUT,
+        PRECISION,
+        BLOCK_T,
+        BLOCK_C,
+    )
 
 
 def shrink(
