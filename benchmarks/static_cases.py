@@ -42,11 +42,13 @@ class Case:
     segments: int | None = None
     parameters: str = "fp32"  # or "rows": the dtype of the rows
     strided: bool = False  # x and dy are transposed views
+    dropout: float = 0.0
 
     @property
     def name(self) -> str:
         routing = "one group" if self.segments is None else f"{self.segments} segments"
         extras = [f"parameters as {self.parameters}"] * (self.parameters != "fp32") + ["strided"] * self.strided
+        extras += [f"dropout {self.dropout}"] * (self.dropout > 0)
         return ", ".join([self.pyramid, self.layer, f"T={self.rows}", routing, *extras])
 
     @property
@@ -60,6 +62,8 @@ CASES = (
     *(Case("default r=8", "4096x4096", rows, rows) for rows in (64, 16)),
     Case("default r=8", "4096x4096", 8192, parameters="rows"),
     Case("default r=8", "4096x4096", 8192, strided=True),
+    *(Case("default r=8", "4096x4096", 8192, segments, dropout=0.1) for segments in (None, 8192)),
+    Case("default r=8", "4096x4096", 16, dropout=0.1),
     *(Case("default r=8", "1001x777", rows, segments) for rows in (8192, 16, 1) for segments in (None, rows)),
     *(
         Case(pyramid, "4096x4096", rows, segments)
@@ -88,18 +92,19 @@ def calls(case: Case, dtype: str) -> dict[Call, Callable[[], object]]:
     folded = tensor(3, sum(k * k for k in scales), dtype=of_parameters)
     groups = None if case.segments is None else tensor(case.segments, dtype=torch.int64)
     shared = (A, B, folded, groups)
+    dropout = (case.dropout, tensor(1, dtype=torch.int64) if case.dropout else None)
 
     def linear(*, base: str, bias: torch.Tensor | None, needs: tuple[bool, ...]) -> None:
         os.environ["EPT_TRITON_BASE"] = base
         try:
-            backend.pyramid_linear(x, weight, bias, *shared, scales)
-            backend.pyramid_linear_backward(dy, x, weight, *shared, scales, needs)
+            backend.pyramid_linear(x, weight, bias, *shared, scales, *dropout)
+            backend.pyramid_linear_backward(dy, x, weight, *shared, scales, needs, *dropout)
         finally:
             del os.environ["EPT_TRITON_BASE"]
 
     def delta(needs: tuple[bool, ...]) -> None:
-        backend.pyramid_delta(x, *shared, outside, scales)
-        backend.pyramid_delta_backward(dy, x, *shared, scales, needs)
+        backend.pyramid_delta(x, *shared, outside, scales, *dropout)
+        backend.pyramid_delta_backward(dy, x, *shared, scales, needs, *dropout)
 
     def update() -> None:
         backend.pyramid_weight(A, B, folded, inside, outside, scales)
@@ -110,6 +115,7 @@ def calls(case: Case, dtype: str) -> dict[Call, Callable[[], object]]:
     everything, rows_only, parameters_only = (True,) * 4, (True, False, False, False), (False, True, True, True)
     work = {
         "linear": lambda: linear(base="fused", bias=bias, needs=everything),
+        "linear in a single launch": lambda: linear(base="single", bias=bias, needs=everything),
         "delta": lambda: delta(everything),
     }
     if case.pyramid == "default r=8":

@@ -40,6 +40,7 @@ def _accumulates(launch: Launch) -> bool:
 EXPECTATIONS = {
     "shrink_kernel": Expectation(matrix=True, streams=_always),
     "expand_kernel": Expectation(matrix=True, streams=_accumulates),
+    "single_kernel": Expectation(matrix=True, streams=_always),
     "linear_kernel": Expectation(matrix=True, streams=_always),
     "factor_grad_kernel": Expectation(matrix=True, streams=_always),
     "reduce_kernel": Expectation(matrix=False, streams=_never),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from triton import knobs
-from triton.runtime.driver import driver
+
+from .target import is_amd
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -13,8 +14,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     Full fp32 as three TF32 products on tensor cores (error about 1e-6), one where torch was told that TF32 will do.
     AMD's matrix instructions take fp32 directly.
     """
-    if dtype != torch.float32 or knobs.runtime.interpret:
-        return "ieee"
-    if driver.active.get_current_target().backend == "hip":  # the target's: it may be compiled for on another machine
+    if dtype != torch.float32 or knobs.runtime.interpret or is_amd():
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
