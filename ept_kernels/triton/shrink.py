@@ -90,7 +90,7 @@ def shrink_tile(
     channels = tl.arange(0, BLOCK_C)
     lines = x_ptr + rows[:, None] * stride_row
     following = tl.load(
-        lines + channels[None, :] * stride_feature,
+        lines + channels[None, :].to(tl.int64) * stride_feature,
         mask=row_exists[:, None] & (channels < features)[None, :],
         other=0.0,
     )
