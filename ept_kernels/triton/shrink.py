@@ -203,9 +203,11 @@ def shrink_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    # one axis, because the others end at 65535; neighbours share their rows
+    rank_blocks = tl.cdiv(rank, RANK_BLOCK)
     shrink_tile(
-        tl.program_id(0),
-        tl.program_id(1),
+        tl.program_id(0) % rank_blocks,
+        tl.program_id(0) // rank_blocks,
         x_ptr,
         factor_ptr,
         folded_ptr,
@@ -290,7 +292,7 @@ def shrink(
             partial = torch.empty(plan.rank_blocks, rows.units, plan.folded_size, dtype=torch.float32, device=x.device)
         launch(
             shrink_kernel,
-            (plan.rank_blocks, rows.blocks),
+            (plan.rank_blocks * rows.blocks,),
             x,
             factor,
             folded,
