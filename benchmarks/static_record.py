@@ -74,8 +74,9 @@ class Launch:
     """A kernel specialised as one launch would have it: what is compiled, once however many launches share it.
 
     Attributes:
-        module, kernel: where the kernel is. target, dtype: names. config: tiles. variant: compile-time switches that are
-            on and optional tensors that are absent. call: the first call that launched it.
+        module, kernel: where the kernel is. target, dtype: names. config: tiles.
+        variant: compile-time switches that are on and optional tensors that are absent.
+        call: the first call that launched it.
         specialisation: Triton's own description, for ``JITFunction.preload``.
     """
 

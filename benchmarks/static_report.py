@@ -58,7 +58,9 @@ def compile_all(launches: Sequence[Launch], jobs: int) -> Iterator[Compiled]:
 
 def tiles(launch: Launch) -> str:
     """Tile sizes, warps and stages: ``T64 C128 / 4 warps / 3 stages``."""
-    sizes = " ".join(name.removeprefix("BLOCK_").replace("GROUP_", "G") + str(size) for name, size in launch.config.tiles)
+    sizes = " ".join(
+        name.removeprefix("BLOCK_").replace("GROUP_", "G") + str(size) for name, size in launch.config.tiles
+    )
     return f"{sizes} / {launch.config.num_warps} warps / {launch.config.num_stages} stages"
 
 

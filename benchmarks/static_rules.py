@@ -55,7 +55,9 @@ def violations(result: Compiled) -> list[str]:
     target, warps = TARGETS[launch.target], launch.config.num_warps
     wrong = []
     if code.spills or code.stack or code.local:
-        wrong.append(f"spills: {code.stack} bytes of stack, {code.local} local accesses, {code.spills} spilled registers")
+        wrong.append(
+            f"spills: {code.stack} bytes of stack, {code.local} local accesses, {code.spills} spilled registers"
+        )
     if code.registers > target.thread_registers:
         wrong.append(f"{code.registers} registers a thread, {target.thread_registers} exist")
     if code.shared > target.shared:

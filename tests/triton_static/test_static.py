@@ -29,7 +29,9 @@ def run(script: Path, cache: Path, *words: str) -> subprocess.CompletedProcess[s
     return subprocess.run([sys.executable, script, *words], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("target", "dtype"), [("sm_80", "bf16"), ("sm_90", "fp16"), ("sm_100", "bf16"), ("gfx942", "fp32")])
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("sm_80", "bf16"), ("sm_90", "fp16"), ("sm_100", "bf16"), ("gfx942", "fp32")]
+)
 def test_a_sample_of_what_ships_passes(target: str, dtype: str, tmp_path: Path) -> None:
     report = tmp_path / "report.csv"
     words = ["--target", target, "--dtype", dtype, "--sample", "5", "--seed", "3", "--jobs", "1"]
@@ -76,7 +78,8 @@ def test_interpreting_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "complaint"), [(["--sample", "0"], "--sample must be at least 1"), (["--output", "x.txt"], "--output must end")]
+    ("words", "complaint"),
+    [(["--sample", "0"], "--sample must be at least 1"), (["--output", "x.txt"], "--output must end")],
 )
 def test_bad_arguments_are_named(words: list[str], complaint: str, tmp_path: Path) -> None:
     done = run(REPORT, tmp_path, *words)
