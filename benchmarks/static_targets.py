@@ -13,8 +13,8 @@ class Target:
 
     Attributes:
         name: as compilers call it. gpu: what Triton compiles for.
-        thread_registers: most 32-bit registers of a thread. registers: registers of a processor (SM, CU) for one lane of
-            every resident warp, that is: all of its registers divided by the warp size. register_unit: allocation step.
+        thread_registers: most 32-bit registers of a thread. registers: a processor's (an SM's, a CU's), divided by the
+            lanes of a warp. register_unit: allocation step.
         shared: most bytes of shared memory (LDS) of a program. processor_shared: of a processor. reserved: bytes of it
             that the system takes for every program.
         warps, programs: most that are resident on a processor.

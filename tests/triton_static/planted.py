@@ -1,4 +1,4 @@
-"""Kernels and tiles that the static check must refuse, and their innocent twins. Run as a program, it prints its verdicts.
+"""Kernels and tiles that the static check must refuse, and innocent twins. Run as a program, it prints its verdicts.
 
 A process of its own, because tests elsewhere interpret kernels, and one process does not mix that with compiling.
 """
@@ -62,7 +62,7 @@ def product_with(*, step: int, dot: bool) -> None:
 def linear_with(**config: int) -> None:
     plan = plan_for(8, (2, 4, 6, 8))
     tiles = Config.of(GROUP_T=8, **config)
-    with mock.patch.object(linear_module, "linear_candidates", lambda *_: [tiles]):
+    with mock.patch.object(linear_module, "linear_candidates", return_value=[tiles]):
         linear_module.linear(
             rows(1024, 1024),
             rows(1024, 1024),
