@@ -1,9 +1,9 @@
 """The ops on Triton kernels: what is launched, and in which order.
 
 Forward: shrink, then the base product with the expansion in its accumulator; or all of it in a single launch; or
-torch's product and an expansion added to it (``base_plan`` says which). Backward, at most five launches: shrink of x again (U
-and V: forward keeps neither, x is all that a layer holds), shrink of dy, dx, first stage of dA and dB, second stage of
-all parameter gradients.
+torch's product and an expansion added to it (``base_plan`` says which). Backward, at most five launches: shrink of x
+again (U and V: forward keeps neither, x is all that a layer holds), shrink of dy, dx, first stage of dA and dB, second
+stage of all parameter gradients.
 """
 
 from __future__ import annotations
