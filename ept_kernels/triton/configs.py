@@ -65,8 +65,8 @@ def expand_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     ]
 
 
-def linear_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
-    """Tiles of the fused base product, the default first."""
+def linear_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list[Config]:
+    """Tiles of the fused base product, the default first. ``drops``: the mask of dropout needs registers as well."""
     deep = 2 if family() == "cdna" else 3  # AMD prefetches into registers, so that a stage less is in its 64 KiB
     if itemsize > 2:
         return [
@@ -83,9 +83,10 @@ def linear_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
             Config.of(BLOCK_T=block, BLOCK_C=64, BLOCK_I=64, GROUP_T=8, num_warps=4, num_stages=deep + 1),
             Config.of(BLOCK_T=block, BLOCK_C=128, BLOCK_I=64, GROUP_T=8, num_warps=4, num_stages=deep),
         ]
+    channels = 64 if drops else 128
     return [
-        Config.of(BLOCK_T=128, BLOCK_C=128, BLOCK_I=64, GROUP_T=8, num_warps=8, num_stages=deep),
-        Config.of(BLOCK_T=128, BLOCK_C=128, BLOCK_I=32, GROUP_T=8, num_warps=8, num_stages=deep + 1),
+        Config.of(BLOCK_T=128, BLOCK_C=channels, BLOCK_I=64, GROUP_T=8, num_warps=8, num_stages=deep),
+        Config.of(BLOCK_T=128, BLOCK_C=channels, BLOCK_I=32, GROUP_T=8, num_warps=8, num_stages=deep + 1),
     ]
 
 
@@ -95,20 +96,21 @@ def single_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     shrink = _shrink_rows(plan)
     if itemsize > 2:
         return [Config.of(BLOCK_T=64, BLOCK_C=64, BLOCK_I=32, SHRINK_T=shrink, GROUP_T=8, num_warps=8, num_stages=deep)]
-    tiles = {"BLOCK_T": 128, "BLOCK_C": 128, "SHRINK_T": shrink, "GROUP_T": 8}
-    return [Config.of(**tiles, BLOCK_I=64, num_warps=8, num_stages=deep)]
+    return [Config.of(BLOCK_T=128, BLOCK_C=64, BLOCK_I=64, SHRINK_T=shrink, GROUP_T=8, num_warps=8, num_stages=deep)]
 
 
 def factor_grad_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     """Tiles of the first stage of dA and dB, the default first."""
-    channels = 128 if plan.block_columns <= 192 else 64
-    depth = 64
+    channels = 64 if plan.block_columns <= 192 else 32
     if itemsize > 2:
-        channels, depth = channels // 2, 32
-    return [
-        Config.of(BLOCK_T=_fitting(depth, rows), BLOCK_C=channels, num_warps=8, num_stages=2),
-        Config.of(BLOCK_T=_fitting(32, rows), BLOCK_C=channels // 2, num_warps=4, num_stages=2),
-    ]
+        channels //= 2
+    small = Config.of(BLOCK_T=_fitting(32, rows), BLOCK_C=channels, num_warps=4, num_stages=2)
+    if family() == "cdna":
+        return [small]
+    if family() == "safe":  # wider tiles need fewer registers there: more of the operands are shared
+        channels *= 2
+    depth = 64 if itemsize <= 2 else 32
+    return [Config.of(BLOCK_T=_fitting(depth, rows), BLOCK_C=channels, num_warps=8, num_stages=2), small]
 
 
 def reduce_config() -> Config:

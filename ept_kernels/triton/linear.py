@@ -199,5 +199,6 @@ def linear(
         )
         return y
 
-    key = ("linear", inner, features, plan, x.dtype, row_bucket(total), weight.stride())
-    return start(choose(key, linear_candidates(plan, x.dtype.itemsize, total), x.device, start))
+    drops = p_drop > 0
+    key = ("linear", inner, features, plan, x.dtype, row_bucket(total), weight.stride(), drops)
+    return start(choose(key, linear_candidates(plan, x.dtype.itemsize, total, drops), x.device, start))
