@@ -1,5 +1,7 @@
 # make demo   set up everything in .venv, then train, reload and merge on real text (under 4 minutes on 2 CPU cores)
 # make test   set up everything in .venv, then run the tests
+# make static compile every shipped Triton configuration without a GPU and check the machine code (hours on one core);
+#             STATIC="--target sm_90 --sample 100" narrows it
 # make lint   style checks        make clean   remove .venv and build products
 #
 # PYTHON    interpreter to start from, >= 3.10 (default python3)
@@ -12,7 +14,7 @@ BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint clean setup
+.PHONY: demo test static lint clean setup
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -20,6 +22,9 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+static: setup
+	$(BIN)/python benchmarks/static_report.py --output runs/static.csv $(STATIC)
 
 lint: setup
 	$(BIN)/ruff check .
