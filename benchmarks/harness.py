@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-#: Samples shorter than this are made of several calls (CPU).
-MINIMUM_SAMPLE_SECONDS = 2e-3
+#: Samples shorter than this are made of several calls (CPU): long enough to hold a scheduler's time slices.
+MINIMUM_SAMPLE_SECONDS = 20e-3
 #: Overwriting this many bytes evicts the L2 cache of any GPU now sold.
 FLUSH_BYTES = 256 * 2**20
 #: Calls before the first sample: allocators, autotuners and thread pools settle.

@@ -21,7 +21,19 @@ BASELINE = "linear"
 #: Columns of a row of results, in the order of the CSV file.
 COLUMNS = (
     *("device", "device_type", "threads", "python", "torch", "triton", "peft", "ept_kernels", "cuda", "commit"),
-    *("shape", "in_features", "out_features", "tokens", "samples", "tasks", "experts", "kernel_sizes", "top_k", "rank"),
+    *(
+        "shape",
+        "in_features",
+        "out_features",
+        "tokens",
+        "samples",
+        "tasks",
+        "experts",
+        "kernel_sizes",
+        "top_k",
+        "rank",
+        "columns",
+    ),
     *("dtype", "pass", "candidate", "backend", "status", "note", "error", "error_limit", "worst_tensor", "rounds"),
     *("timing", "median_ms", "low_ms", "high_ms", "tokens_per_s", "ratio", "ratio_low", "ratio_high"),
     *("peak_bytes", "peak_method", "saved_bytes"),
@@ -155,8 +167,17 @@ def _describe(problem: Problem) -> Row:
         "kernel_sizes": " ".join(map(str, geometry.kernel_sizes)),
         "top_k": problem.layer.top_k,
         "rank": RANK,
+        "columns": _mean_columns(problem),
         "dtype": point.dtype,
     }
+
+
+def _mean_columns(problem: Problem) -> float:
+    """``r * sum(k)`` over the scales that a sample's task uses, mean of the samples: R of the roofline model."""
+    sizes, tasks = problem.layer.geometry.kernel_sizes, problem.point.tasks
+    index, _ = problem.layer.route(None if tasks == 1 else torch.arange(tasks, device=problem.device))
+    by_task = [RANK * sum({sizes[expert] for expert in experts}) for experts in index.tolist()]
+    return sum(by_task[task] for task in problem.task_of_sample) / len(problem.task_of_sample)
 
 
 def _timed_rows(

@@ -51,6 +51,9 @@ all in one     x, W, A, B, folded, groups, V                                 V, 
 
 A frozen linear needs ``dx = dy W`` alone, and not x. LoRA keeps u, so its backward has no step 1.
 
+**Overlapped.** The launches of "two launches", and its backward's, run beside each other: the whole pass takes
+``max(all bytes / bandwidth, all FLOPs / rate)``. What remains over the frozen linear is arithmetic.
+
 **Lower bound.** One launch for each pass that touches every tensor once and does no redundant arithmetic: what no
 design can beat. Comparing it with "one launch" shows what the generated matrices' zeros cost.
 

@@ -189,6 +189,7 @@ def announce(device: torch.device, console: Console) -> None:
 def report(path: Path, folder: Path) -> None:
     """Write and print the table, draw the plots."""
     table = markdown(read_rows(path))
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "throughput.md").write_text(table, encoding="utf-8")
     print(table)
     for file in plots(path, folder):
@@ -198,8 +199,11 @@ def report(path: Path, folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.plot is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        report(options.plot, options.output)
+        try:
+            report(options.plot, options.output)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         return 0
     try:
         device = pick_device(options.device)

@@ -6,8 +6,10 @@ import contextlib
 import csv
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import harness
 import measure
 import pytest
 import throughput
@@ -30,6 +32,14 @@ TINY = Point("50x72", tokens=24, tasks=3, experts=8, dtype="fp32")
 FAST = ("linear", "lora", "lokr", "loop", "dense", "ept:torch", "ept:reference")
 EFFORT = Effort(rounds=3, budget=60.0)
 MB = 2**20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_samples() -> Iterator[None]:
+    """No test looks at how long anything took."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "MINIMUM_SAMPLE_SECONDS", 1e-5)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +220,7 @@ def test_rows_are_complete(rows: list[measure.Row]) -> None:
     assert (row["in_features"], row["out_features"], row["kernel_sizes"]) == (50, 72, "2 2 4 4 6 6 8 8")
     assert (row["tokens"], row["samples"], row["tasks"], row["dtype"], row["backend"]) == (24, 8, 3, "fp32", "torch")
     assert row["torch"] == torch.__version__
+    assert 8 * 2 <= row["columns"] <= 8 * (6 + 8)
 
 
 def test_csv_round_trip(written: Path, rows: list[measure.Row]) -> None:
@@ -221,8 +232,10 @@ def test_csv_round_trip(written: Path, rows: list[measure.Row]) -> None:
     assert back[0] == {name: str(value) for name, value in rows[0].items()}
 
 
-def test_broken_csv_is_refused(tmp_path: Path, rows: list[measure.Row]) -> None:
+def test_broken_csv_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "some.csv"
+    assert throughput.main(["--plot", str(path), "--output", str(tmp_path)]) == 2
+    assert "some.csv" in capsys.readouterr().err
     path.write_text("device,ratio\ncpu,1\n")
     with pytest.raises(ValueError, match="lacks the columns"):
         read_rows(path)
