@@ -220,6 +220,12 @@ def _version(package: str) -> str:
         return "none"
 
 
+def _gpu_runtime() -> str:
+    """What torch was built for: "cuda 13.0", "hip 6.4", or "none"."""
+    built = {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    return next((f"{name} {version}" for name, version in built.items() if version), "none")
+
+
 def commit() -> str:
     """The commit of this checkout, marked ``-dirty`` where tracked files differ from it; "unknown" outside git."""
     described = subprocess.run(
@@ -239,6 +245,6 @@ def provenance(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         **{package.replace("-", "_"): _version(package) for package in PACKAGES},
-        "cuda": str(torch.version.cuda or "none"),
+        "gpu_runtime": _gpu_runtime(),
         "commit": commit(),
     }

@@ -20,7 +20,7 @@ BASELINE = "linear"
 
 #: Columns of a row of results, in the order of the CSV file.
 COLUMNS = (
-    *("device", "device_type", "threads", "python", "torch", "triton", "peft", "ept_kernels", "cuda", "commit"),
+    *("device", "device_type", "threads", "python", "torch", "triton", "peft", "ept_kernels", "gpu_runtime", "commit"),
     *(
         "shape",
         "in_features",

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -121,7 +121,7 @@ def _launch_table(device: Accelerator, dtype: str, estimates: dict[str, Estimate
     return table
 
 
-def _listed(tensors: dict[str, int]) -> str:
+def _listed(tensors: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size / 1e6:.3g}" for name, size in tensors.items())
 
 
