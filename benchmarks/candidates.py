@@ -165,7 +165,7 @@ def expert_loop(problem: Problem) -> Candidate:
         k, width, height = geometry.scales[scale], geometry.widths[scale], geometry.heights[scale]
         seed = (layer.B[:height] @ layer.A[:, :width]).to(x.dtype)  # [h, w]
         rows = F.pad(x, (0, width * k - geometry.in_features)).view(-1, width, k)
-        small = (seed @ rows).mT  # [T, k, h]
+        small = (rows.mT.reshape(-1, width) @ seed.T).view(-1, k, height)  # one product: broadcasting it is far slower
         kernel = layer.kernels[expert].to(x.dtype).T[:, None]  # [k, 1, k]
         large = F.conv_transpose1d(small, kernel, stride=k)[:, 0, : geometry.out_features]
         return geometry.alp_factors[scale] * large.view(*x.shape[:-1], -1)

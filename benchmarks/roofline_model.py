@@ -16,7 +16,7 @@ every row. Launch latency, caches too small for that reuse and rates below the p
 ``Ahat[(p, q), c] = A[p, c // k] (c % k == q)``, so ``2 T in C``: k times the ``2 T in r`` per scale that the algebra
 needs, because k - 1 of k entries of Ahat are zero. Expand, the same the other way: ``2 T C out``. dA and dB are dense
 products of which the diagonal is kept: ``2 T in C``, ``2 T out C``. Core ``V = U Kbar^T``: ``2 T pow2(r) pow2(k)^2`` a
-scale.
+scale; shrinking dy has two of that size, ``dU = dV Kbar`` and ``dKbar = dV^T U``.
 
 **Forward**
 
