@@ -271,6 +271,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, list[Tensor]]] = []
+        self.created: list[Tensor] = []  # allocated by an operation, rather than changed or viewed
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -278,8 +279,13 @@ class Recorder(TorchDispatchMode):
             with self:
                 return function._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         result = function(*args, **kwargs)
-        flat, _ = torch.utils._pytree.tree_flatten((args, kwargs, result))
-        self.calls.append((str(function).split(".")[1], [value for value in flat if isinstance(value, Tensor)]))
+        given, made = (
+            [value for value in torch.utils._pytree.tree_flatten(part)[0] if isinstance(value, Tensor)]
+            for part in ((args, kwargs), result)
+        )
+        self.calls.append((str(function).split(".")[1], given + made))
+        known = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.created += [each for each in made if each.numel() and each.untyped_storage().data_ptr() not in known]
         return result
 
     def names(self) -> list[str]:
