@@ -1,9 +1,10 @@
 """What interpreted kernels do: launches, the bytes of every tensor that they touch, and whether they may touch them.
 
 ``traced()`` watches every load and store. It raises if a kernel reads or writes an address that belongs to no tensor it
-was given, writes to a tensor twice from different programs or twice in one store, or reads in one program what
-another program of the same launch writes: on a GPU such a launch has no defined result, while the interpreter, which
-runs programs one after the other, would hide it.
+was given, writes an element from two programs or twice in one store, or reads in one program what another program of
+the same launch writes: on a GPU such a launch has no defined result, while the interpreter, which runs programs one
+after the other, would hide it. A program may read what another one wrote before it set a flag (an atomic exchange with
+release semantics), once it has polled that flag (an atomic with acquire semantics).
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class Trace:
     def __init__(self) -> None:
         self.launches: list[Launched] = []
         self._current: Launched | None = None
+        self._released: dict[int, int] = {}  # flag's address: the program that set it
+        self._seen: dict[int, set[int]] = {}  # program: those whose flags it has polled
 
     @property
     def kernels(self) -> list[str]:
@@ -98,13 +101,11 @@ class Trace:
         try:
             launcher.run(kernel, grid, arguments, constants, config)
         finally:
-            current, self._current = self._current, None
-        for name, touched in current.tensors.items():
-            if touched.writer is not None and touched.reader is not None:
-                both = (touched.writer != NOBODY) & (touched.reader != NOBODY)
-                race = both & (touched.reader != touched.writer)
-                assert not race.any(), f"{current.kernel} reads in one program the {name} that another one writes"
-            touched.writer = touched.reader = None
+            for touched in self._current.tensors.values():
+                touched.writer = touched.reader = None
+            self._current = None
+            self._released.clear()
+            self._seen.clear()
 
     def load(self, pointers: np.ndarray, mask: np.ndarray) -> None:
         program = self._program()
@@ -115,6 +116,10 @@ class Trace:
                 touched.reader = np.full(touched.elements, NOBODY, np.int32)
             known = touched.reader[places]
             touched.reader[places] = np.where((known == NOBODY) | (known == program), program, MANY)
+            if touched.writer is not None:
+                others = set(np.unique(touched.writer[places]).tolist()) - {NOBODY, program}
+                unknown = others - self._seen.get(program, set())
+                assert not unknown, f"{self._current.kernel}: program {program} reads what {unknown} may not have written"
 
     def store(self, pointers: np.ndarray, mask: np.ndarray) -> None:
         program = self._program()
@@ -126,7 +131,19 @@ class Trace:
             assert len(np.unique(places)) == len(places), f"{self._current.kernel} writes twice in one store"
             others = touched.writer[places]
             assert ((others == NOBODY) | (others == program)).all(), f"{self._current.kernel}: two programs write"
+            assert program not in self._released.values(), f"{self._current.kernel} writes after it has set its flag"
             touched.writer[places] = program
+            if touched.reader is not None:
+                others = touched.reader[places]
+                assert ((others == NOBODY) | (others == program)).all(), f"{self._current.kernel}: read by another program"
+
+    def atomic(self, operation: str, pointers: np.ndarray, semantics: str) -> None:
+        program = self._program()
+        for address in pointers.ravel().tolist():
+            if operation == "XCHG" and "RELEASE" in semantics:
+                self._released[address] = program
+            elif "ACQUIRE" in semantics and address in self._released:
+                self._seen.setdefault(program, set()).add(self._released[address])
 
     def _program(self) -> int:
         x, y, z = interpreter_builder.grid_idx
@@ -150,6 +167,7 @@ def traced() -> Iterator[Trace]:
     """Inside, every launch is recorded and every memory access checked."""
     trace = Trace()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    atomic = InterpreterBuilder.create_atomic_rmw
 
     def checked_load(self, pointers, mask, *rest, **named):
         trace.load(pointers.data, mask.data)
@@ -159,9 +177,14 @@ def traced() -> Iterator[Trace]:
         trace.store(pointers.data, mask.data)
         return store(self, pointers, value, mask, *rest, **named)
 
+    def watched_atomic(self, operation, pointers, value, mask, semantics, scope):
+        trace.atomic(operation.name, pointers.data, semantics.name)
+        return atomic(self, operation, pointers, value, mask, semantics, scope)
+
     with (
         mock.patch.object(InterpreterBuilder, "create_masked_load", checked_load),
         mock.patch.object(InterpreterBuilder, "create_masked_store", checked_store),
+        mock.patch.object(InterpreterBuilder, "create_atomic_rmw", watched_atomic),
         mock.patch.object(launcher, "runner", trace.run),
     ):
         yield trace

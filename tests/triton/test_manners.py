@@ -17,12 +17,12 @@ import ept_kernels
 from ept_kernels import PyramidGeometry, reference
 from ept_kernels.triton import backend
 from ept_kernels.triton import launch as launcher
+from ept_kernels.triton.backend import PLANS
 from ept_kernels.triton.plan import plan_for, rows_for
 from ept_kernels.triton.shrink import shrink
 
 GEOMETRY = PyramidGeometry(22, 26, 3, (2, 3, 4))
 CASES = {"one group": Case(GEOMETRY, (5,)), "by row": Case(GEOMETRY, (20,), "row", 3)}
-BASES = ("fused", "split")
 
 
 def bad_rows(tensor: torch.Tensor) -> list[bool]:
@@ -67,7 +67,7 @@ def test_a_bad_output_gradient_reaches_every_gradient_as_in_torch(rows: int, mon
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", PLANS)
 def test_all_kernels_zero(case: Case, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fresh layer: the adapter adds nothing, and yet the gradient of its kernels is what makes it learn."""
     monkeypatch.setenv("EPT_TRITON_BASE", base)
@@ -125,7 +125,7 @@ def test_a_group_that_no_row_uses_gets_a_zero_gradient(grouping: str) -> None:
     assert gradient[[0, 3]].any(1).all()
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", PLANS)
 def test_int32_groups(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPT_TRITON_BASE", base)
     problem = CASES["by row"].tensors(torch.float32)
@@ -168,7 +168,7 @@ def test_backward_launches_no_more_than_asked(needs: tuple[bool, ...]) -> None:
 # --- inputs and repeats -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", PLANS)
 def test_inputs_are_never_written_and_repeats_are_equal_to_the_bit(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPT_TRITON_BASE", base)
     problem = Case(PyramidGeometry(60, 50, 8, (2, 3, 5)), (20, 4), "sample", 3, layout="sliced").tensors(torch.float32)
@@ -182,7 +182,7 @@ def test_inputs_are_never_written_and_repeats_are_equal_to_the_bit(base: str, mo
         assert_same_bits(value, second[name], name)
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", PLANS)
 def test_row_sums_over_many_spans(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first stage of dA and dB in several spans of rows, the last one short."""
     monkeypatch.setenv("EPT_TRITON_BASE", base)
@@ -206,10 +206,11 @@ def untouched(numbers: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("spread", ["rows", "features"])
-@pytest.mark.parametrize("how", ["pyramid_delta", "pyramid_linear"])
-def test_offsets_beyond_int32(how: str, spread: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("base", ["fused", "single"])
+def test_offsets_beyond_int32(base: str, spread: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, or channels, so far apart in memory that their offsets need 64 bits; the interpreter checks for overflow."""
-    monkeypatch.setenv("EPT_TRITON_BASE", "fused")
+    how = "pyramid_linear"
+    monkeypatch.setenv("EPT_TRITON_BASE", base)
     monkeypatch.setattr(interpreter_builder, "options", dataclasses.replace(interpreter_builder.options, debug=True))
     case = Case(PyramidGeometry(18, 20, 2, (2, 3)), (3,), "row", 2)
     problem = case.tensors(torch.float32)
@@ -224,9 +225,10 @@ def test_offsets_beyond_int32(how: str, spread: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("grouping", ["none", "sample", "row"])
-@pytest.mark.parametrize("op", ["pyramid_delta", "pyramid_linear"])
-def test_grids_fit_a_gpu(op: str, grouping: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("op", "base"), [("pyramid_delta", ""), *(("pyramid_linear", plan) for plan in PLANS)])
+def test_grids_fit_a_gpu(op: str, base: str, grouping: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA allows 65535 programs along the second and third axis; nothing runs here, and meta tensors take no memory."""
+    monkeypatch.setenv("EPT_TRITON_BASE", base)
     grids = {}
 
     def record(kernel, grid, arguments, constants, config) -> None:

@@ -26,9 +26,10 @@ from pyramid_testing import (
 
 import ept_kernels
 from ept_kernels import PyramidGeometry, reference
+from ept_kernels.triton.backend import PLANS
 
 #: An op, and who computes its base product.
-OPS = {"delta": ("pyramid_delta", ""), "fused": ("pyramid_linear", "fused"), "split": ("pyramid_linear", "split")}
+OPS = {"delta": ("pyramid_delta", ""), **{plan: ("pyramid_linear", plan) for plan in PLANS}}
 
 SMALL = PyramidGeometry(23, 19, 3, (2, 3, 5))
 PAPER = PyramidGeometry(70, 50, 8, (2, 2, 4, 4, 6, 6, 8, 8))
@@ -52,11 +53,13 @@ EDGES = {
     "all scales from 1 to 16": Case(PyramidGeometry(37, 41, 3, tuple(range(1, 17))), (17,), "row", 2),
     "several rank blocks": Case(PyramidGeometry(40, 36, 17, (2, 4, 6, 8)), (19,), "row", 2),
     "several rank blocks, one group": Case(PyramidGeometry(40, 36, 33, (8, 16)), (19,)),
+    "rank blocks below a matrix instruction": Case(PyramidGeometry(18, 17, 3, (1, *range(9, 17))), (5,)),
     "rank 1, scale 1": Case(PyramidGeometry(9, 7, 1, (1,)), (5,)),
     "scale as large as the layer": Case(PyramidGeometry(13, 13, 2, (13,)), (5,)),
     "one by one": Case(PyramidGeometry(1, 1, 1, (1,)), (4,)),
     "wide": Case(PyramidGeometry(301, 6, 4, (2, 5)), (9,)),
     "high": Case(PyramidGeometry(6, 301, 4, (2, 5)), (9,)),
+    "several tiles of the base product": Case(PyramidGeometry(70, 130, 2, (2, 5)), (70,)),
     "no bias": Case(SMALL, (7,), bias=False),
     "a scale that no group uses": Case(SMALL, (40,), "row", 3, zero_scale=True),
     "a scale that is not used, one group": Case(SMALL, (40,), zero_scale=True),
@@ -98,7 +101,7 @@ def assert_exact(problem: Problem, how: str) -> None:
     assert_all_match(results, truth, 1e-5)
 
 
-@pytest.mark.parametrize(("name", "how"), [(name, list(OPS)[i % 3]) for i, name in enumerate(EDGES)])
+@pytest.mark.parametrize(("name", "how"), [(name, list(OPS)[i % len(OPS)]) for i, name in enumerate(EDGES)])
 def test_edge_cases(name: str, how: str) -> None:
     assert_exact(EDGES[name].tensors(torch.float32), how)
 
