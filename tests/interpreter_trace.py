@@ -119,7 +119,7 @@ class Trace:
             if touched.writer is not None:
                 others = set(np.unique(touched.writer[places]).tolist()) - {NOBODY, program}
                 unknown = others - self._seen.get(program, set())
-                assert not unknown, f"{self._current.kernel}: program {program} reads what {unknown} may not have written"
+                assert not unknown, f"{self._current.kernel}: {program} reads what {unknown} may not have written"
 
     def store(self, pointers: np.ndarray, mask: np.ndarray) -> None:
         program = self._program()
@@ -135,7 +135,9 @@ class Trace:
             touched.writer[places] = program
             if touched.reader is not None:
                 others = touched.reader[places]
-                assert ((others == NOBODY) | (others == program)).all(), f"{self._current.kernel}: read by another program"
+                assert ((others == NOBODY) | (others == program)).all(), (
+                    f"{self._current.kernel}: another program reads"
+                )
 
     def atomic(self, operation: str, pointers: np.ndarray, semantics: str) -> None:
         program = self._program()

@@ -233,7 +233,9 @@ def test_bytes_of_the_roofline_model(fused: dict, grouping: str) -> None:
 
     def work(launched: Launched):
         _, spans = row_spans(ROWS)
-        return model.Work(ROWS, GEOMETRY, GEOMETRY.scales, "fp16", tasks, row_block=launched.config["BLOCK_T"], splits=spans)
+        return model.Work(
+            ROWS, GEOMETRY, GEOMETRY.scales, "fp16", tasks, row_block=launched.config["BLOCK_T"], splits=spans
+        )
 
     def tiles(launched: Launched):
         return model.Tiles(launched.config["BLOCK_T"], launched.config["BLOCK_C"])

@@ -23,7 +23,11 @@ MUTANTS = {
     ),
     "channel offsets overflow": ("shrink.py", "ahead[None, :].to(tl.int64) *", "ahead[None, :] *"),
     "a row of NaN counts as zero": ("shrink.py", "(v != 0).to(tl.int32)", "(tl.abs(v) > 0).to(tl.int32)"),
-    "kernels are not transposed": ("shrink.py", "1 if TRANSPOSE else SCALES[s]", "SCALES[s] if TRANSPOSE else SCALES[s]"),
+    "kernels are not transposed": (
+        "shrink.py",
+        "1 if TRANSPOSE else SCALES[s]",
+        "SCALES[s] if TRANSPOSE else SCALES[s]",
+    ),
     "the group beyond the last row is read": ("shrink.py", "tl.minimum(rows, end - 1)", "tl.minimum(rows, end)"),
     "rank blocks share their bits": (
         "shrink.py",
@@ -33,7 +37,11 @@ MUTANTS = {
     "blocks that mix groups skip as if they had one": ("shrink.py", "SKIP=skip and rows.aligned", "SKIP=skip"),
     "surplus ranks are stored": ("tiles.py", "exists = (p < RANK_BLOCK) & ", "exists = "),
     "the slice is read beyond its end": ("tiles.py", "(j[None, :] * K < features)", "(j[None, :] < features)"),
-    "slots are shifted": ("tiles.py", "own = slot[None, :, None] == (c % K)", "own = slot[None, :, None] == ((c + 1) % K)"),
+    "slots are shifted": (
+        "tiles.py",
+        "own = slot[None, :, None] == (c % K)",
+        "own = slot[None, :, None] == ((c + 1) % K)",
+    ),
     "rows are units of one row": ("plan.py", "if self.aligned else self.segment", "if self.aligned else 1"),
     "a block is skipped if one row is zero": ("expand.py", "tl.max((bits >> s) & 1, 0)", "tl.min((bits >> s) & 1, 0)"),
     "rank blocks after the first are dropped": (
@@ -47,7 +55,11 @@ MUTANTS = {
         "tl.minimum(row_blocks - strip * GROUP_T, GROUP_T)",
         "tl.minimum(GROUP_T, GROUP_T)",
     ),
-    "inner channels are not masked": ("linear.py", "channel_exists = i < inner", "channel_exists = i < inner + BLOCK_I"),
+    "inner channels are not masked": (
+        "linear.py",
+        "channel_exists = i < inner",
+        "channel_exists = i < inner + BLOCK_I",
+    ),
     "a span ends after the last row": ("factor_grad.py", "tl.minimum(start + span, rows_total)", "start + span"),
     "gradient slots are shifted": (
         "factor_grad.py",
@@ -55,14 +67,22 @@ MUTANTS = {
         "((channels + 1) % SCALES[s])[None",
     ),
     "padded slots are summed": ("reduce.py", "inside = (q < SCALES[s])[None, :] & ", "inside = "),
-    "spans after the first are dropped": ("reduce.py", "for part in range(spans):", "for part in range(tl.minimum(spans, 1)):"),
+    "spans after the first are dropped": (
+        "reduce.py",
+        "for part in range(spans):",
+        "for part in range(tl.minimum(spans, 1)):",
+    ),
     "kernels' gradient of later rank blocks is dropped": (
         "reduce.py",
         "for block in range(rank_blocks):",
         "for block in range(tl.minimum(rank_blocks, 1)):",
     ),
     "zero kernels get no gradient": ("backend.py", '"skip": not need_folded', '"skip": True'),
-    "partial sums are half": ("factor_grad.py", "dtype=torch.float32, device=rows.device", "dtype=torch.float16, device=rows.device"),
+    "partial sums are half": (
+        "factor_grad.py",
+        "dtype=torch.float32, device=rows.device",
+        "dtype=torch.float16, device=rows.device",
+    ),
     "the product waits for its first shrink tile only": (
         "single.py",
         "last = tl.minimum(first + BLOCK_T // SHRINK_T, shrink_blocks)",

@@ -72,7 +72,9 @@ EDGES = {
 def random_case(rng: random.Random) -> Case:
     """Any call: scales up to 16, rank up to 17, rows around the block sizes, every grouping, skew and layout."""
     grouping = rng.choice(GROUPINGS)
-    rows = rng.choice(((0,), (1,), (16,), (17,), (61,), (64,), (65,), (2, 5), (3, 16), (3, 31), (2, 33), (5, 7), (2, 2, 9)))
+    rows = rng.choice(
+        ((0,), (1,), (16,), (17,), (61,), (64,), (65,), (2, 5), (3, 16), (3, 31), (2, 33), (5, 7), (2, 2, 9))
+    )
     return Case(
         geometry=random_geometry(rng, largest=48, largest_scale=16, ranks=range(1, 18)),
         lead=rows,
@@ -162,6 +164,6 @@ def test_mixed_strides_of_parameters() -> None:
     problem = Case(SMALL, (9,), "row", 4).tensors(torch.float32)
     turned = {name: getattr(problem, name).T.contiguous().T for name in ("A", "B", "folded", "weight")}
     assert not any(tensor.is_contiguous() for tensor in turned.values())
-    sliced = {"bias": torch.stack([problem.bias, problem.bias], 1)[:, 0], "groups": problem.groups.repeat(2)[: 9]}
+    sliced = {"bias": torch.stack([problem.bias, problem.bias], 1)[:, 0], "groups": problem.groups.repeat(2)[:9]}
     for how in OPS:
         assert_exact(replace(problem, **turned, **sliced), how)
