@@ -107,8 +107,8 @@ def test_no_value_is_read_back(fused: dict, grouping: str) -> None:
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_memory_taken(fused: dict, grouping: str) -> None:
-    """Exactly: V and its bits, the result; backward U, V, dU, their bits, dx, three gradients and their partial sums."""
-    forward, backward, recorders = fused[grouping]
+    """Exactly: V, its bits, the result; backward U, V, dU, bits, dx, three gradients and their partial sums."""
+    _, backward, recorders = fused[grouping]
     num_groups = GROUPINGS[grouping][2]
     plan = plan_for(GEOMETRY.rank, GEOMETRY.scales)
     rows, bits = (ROWS, WIDTH), (plan.rank_blocks, ROWS)

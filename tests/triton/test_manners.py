@@ -208,7 +208,7 @@ def untouched(numbers: int) -> torch.Tensor:
 @pytest.mark.parametrize("spread", ["rows", "features"])
 @pytest.mark.parametrize("base", ["fused", "single"])
 def test_offsets_beyond_int32(base: str, spread: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows, or channels, so far apart in memory that their offsets need 64 bits; the interpreter checks for overflow."""
+    """Rows, or channels, so far apart in memory that their offsets need 64 bits; the interpreter checks overflow."""
     how = "pyramid_linear"
     monkeypatch.setenv("EPT_TRITON_BASE", base)
     monkeypatch.setattr(interpreter_builder, "options", dataclasses.replace(interpreter_builder.options, debug=True))
@@ -227,7 +227,7 @@ def test_offsets_beyond_int32(base: str, spread: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("grouping", ["none", "sample", "row"])
 @pytest.mark.parametrize(("op", "base"), [("pyramid_delta", ""), *(("pyramid_linear", plan) for plan in PLANS)])
 def test_grids_fit_a_gpu(op: str, base: str, grouping: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA allows 65535 programs along the second and third axis; nothing runs here, and meta tensors take no memory."""
+    """CUDA allows 65535 programs along the second and third axis. Nothing runs here: meta tensors, no memory."""
     monkeypatch.setenv("EPT_TRITON_BASE", base)
     grids = {}
 

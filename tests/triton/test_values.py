@@ -69,15 +69,15 @@ EDGES = {
 }
 
 
+LEADS = ((0,), (1,), (16,), (17,), (61,), (64,), (65,), (2, 5), (3, 16), (3, 31), (2, 33), (5, 7), (2, 2, 9))
+
+
 def random_case(rng: random.Random) -> Case:
     """Any call: scales up to 16, rank up to 17, rows around the block sizes, every grouping, skew and layout."""
     grouping = rng.choice(GROUPINGS)
-    rows = rng.choice(
-        ((0,), (1,), (16,), (17,), (61,), (64,), (65,), (2, 5), (3, 16), (3, 31), (2, 33), (5, 7), (2, 2, 9))
-    )
     return Case(
         geometry=random_geometry(rng, largest=48, largest_scale=16, ranks=range(1, 18)),
-        lead=rows,
+        lead=rng.choice(LEADS),
         grouping=grouping,
         num_groups=1 if grouping == "none" else rng.randint(1, 7),
         layout=rng.choice(LAYOUTS),
