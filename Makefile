@@ -1,5 +1,7 @@
 # make demo   set up everything in .venv, then train, reload and merge on real text (under 4 minutes on 2 CPU cores)
 # make test   set up everything in .venv, then run the tests
+# make static compile every shipped Triton configuration without a GPU and check the machine code (hours on one core);
+#             STATIC="--target sm_90 --sample 100" narrows it
 # make lint   style checks        make clean   remove .venv and build products
 # make memcheck   on a machine with an NVIDIA GPU and the CUDA toolkit: the GPU tests under compute-sanitizer
 #
@@ -13,7 +15,7 @@ BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint memcheck clean setup
+.PHONY: demo test static lint memcheck clean setup
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -31,6 +33,9 @@ memcheck: setup
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 99 \
 	    $(BIN)/python -m pytest tests/gpu/test_accuracy.py -k "small or determinism" -p no:cacheprovider || exit 1; \
 	done
+
+static: setup
+	$(BIN)/python benchmarks/static_report.py --output runs/static.csv $(STATIC)
 
 lint: setup
 	$(BIN)/ruff check .
