@@ -28,6 +28,9 @@ DIFFERENTIABLE = {
 }
 LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded")
 GROUPINGS = ("none", "one", "sample", "row")
+#: How many rows each group gets: any, all the same one, as many groups as there are, a few popular ones, one huge
+#: group among single rows; the last two in runs of consecutive rows, too.
+SKEWS = ("uniform", "identical", "distinct", "zipf", "huge", "zipf runs", "huge runs")
 
 
 def examples(count: int) -> settings:
@@ -71,6 +74,7 @@ class Case:
     bias: bool = True
     zero_scale: bool = False
     seed: int = 0
+    skew: str = "uniform"
 
     def tensors(self, dtype: torch.dtype = torch.float64, adapter_dtype: torch.dtype | None = None) -> Problem:
         """The tensors of this case. A, B and folded in ``adapter_dtype`` (default: that of x)."""
@@ -102,7 +106,25 @@ class Case:
         counts = {"one": 1, "sample": self.lead[0] if self.lead else 1, "row": rows}
         if self.grouping == "none":
             return None
-        return torch.randint(self.num_groups, (counts[self.grouping],), generator=generator)
+        return skewed_groups(self.skew, counts[self.grouping], self.num_groups, generator)
+
+
+def skewed_groups(skew: str, count: int, num_groups: int, generator: torch.Generator) -> Tensor:
+    """``count`` group ids below ``num_groups``, distributed as ``SKEWS`` says."""
+    kind, _, order = skew.partition(" ")
+    if kind == "identical":
+        return torch.randint(num_groups, (1,), generator=generator).repeat(count)
+    if kind == "distinct":
+        return torch.arange(count) % num_groups
+    if kind == "zipf":
+        popularity = 1 / torch.arange(1, num_groups + 1)
+        groups = torch.multinomial(popularity, max(count, 1), replacement=True, generator=generator)[:count]
+    elif kind == "huge":
+        groups = torch.randint(num_groups, (count,), generator=generator)
+        groups[torch.rand(count, generator=generator) < 0.8] = 0
+    else:
+        return torch.randint(num_groups, (count,), generator=generator)
+    return groups.sort().values if order else groups
 
 
 @dataclass(frozen=True)
@@ -171,14 +193,16 @@ def from_seed(build: Callable[[random.Random], Any]) -> st.SearchStrategy:
     return st.integers(0, 2**32 - 1).map(lambda seed: build(random.Random(seed)))
 
 
-def random_geometry(rng: random.Random, largest: int = 40) -> PyramidGeometry:
-    """Any layer and pyramid: sizes that no scale divides, odd scales, k = 1, repeats in any order, rank 1 to 16."""
+def random_geometry(
+    rng: random.Random, largest: int = 40, largest_scale: int = 9, ranks: Sequence[int] = (1, 2, 3, 5, 8, 16)
+) -> PyramidGeometry:
+    """Any layer and pyramid: sizes that no scale divides, odd scales, k = 1, repeats in any order."""
     in_features, out_features = rng.randint(1, largest), rng.randint(1, largest)
-    scales = range(1, min(in_features, out_features, 9) + 1)
+    scales = range(1, min(in_features, out_features, largest_scale) + 1)
     common = rng.choice((1, 1, 2, 3))  # a divisor of all scales, where the layer has room for one
     scales = [k for k in scales if k % common == 0] or scales
     kernel_sizes = tuple(rng.choice(scales) for _ in range(rng.randint(1, 6)))
-    rank = rng.choice((1, 2, 3, 5, 8, 16))
+    rank = rng.choice(ranks)
     return PyramidGeometry(in_features, out_features, rank, kernel_sizes, rng.random() < 0.7)
 
 
@@ -247,6 +271,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, list[Tensor]]] = []
+        self.created: list[Tensor] = []  # allocated by an operation, rather than changed or viewed
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -254,8 +279,13 @@ class Recorder(TorchDispatchMode):
             with self:
                 return function._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         result = function(*args, **kwargs)
-        flat, _ = torch.utils._pytree.tree_flatten((args, kwargs, result))
-        self.calls.append((str(function).split(".")[1], [value for value in flat if isinstance(value, Tensor)]))
+        given, made = (
+            [value for value in torch.utils._pytree.tree_flatten(part)[0] if isinstance(value, Tensor)]
+            for part in ((args, kwargs), result)
+        )
+        self.calls.append((str(function).split(".")[1], given + made))
+        known = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.created += [each for each in made if each.numel() and each.untyped_storage().data_ptr() not in known]
         return result
 
     def names(self) -> list[str]:
