@@ -69,9 +69,10 @@ def linear_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list
     """Tiles of the fused base product, the default first. ``drops``: the mask of dropout needs registers as well."""
     deep = 2 if family() == "cdna" else 3  # AMD prefetches into registers, so that a stage less is in its 64 KiB
     if itemsize > 2:
-        return [
-            Config.of(BLOCK_T=_fitting(64, rows), BLOCK_C=64, BLOCK_I=32, GROUP_T=8, num_warps=4, num_stages=deep),
-        ]
+        block = _fitting(64, rows)  # a product in three TF32 parts holds every operand twice: eight warps share them
+        warps, channels = 8 if block == 64 else 4, 32 if drops else 64
+        tiles = {"BLOCK_T": block, "BLOCK_C": channels, "BLOCK_I": 32, "GROUP_T": 8}
+        return [Config.of(**tiles, num_warps=warps, num_stages=deep)]
     if rows <= 16:  # reading the weight is all that takes time: many programs, long runs of each row of it
         return [
             Config.of(BLOCK_T=16, BLOCK_C=32, BLOCK_I=128, GROUP_T=8, num_warps=4, num_stages=deep + 1),
