@@ -70,7 +70,7 @@ def linear_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list
     deep = 2 if family() == "cdna" else 3  # AMD prefetches into registers, so that a stage less is in its 64 KiB
     if itemsize > 2:
         block = _fitting(64, rows)  # a product in three TF32 parts holds every operand twice: eight warps share them
-        warps, channels = 8 if block == 64 else 4, 32 if drops else 64
+        warps, channels = 8 if block == 64 else 4, 16 if drops else 32
         tiles = {"BLOCK_T": block, "BLOCK_C": channels, "BLOCK_I": 32, "GROUP_T": 8}
         return [Config.of(**tiles, num_warps=warps, num_stages=deep)]
     if rows <= 16:  # reading the weight is all that takes time: many programs, long runs of each row of it
