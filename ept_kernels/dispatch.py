@@ -2,10 +2,11 @@
 
 A backend is a module with a ``name``, six functions (``pyramid_weight``, ``pyramid_delta``, ``pyramid_linear`` and
 their ``_backward`` twins, with the signatures of ``torch_backend``) and, unless it serves everything, a function
-``unsupported(device, dtype)`` that says why it cannot serve, or None. Rows are 2-D, sizes are validated, autograd and
-autocast are already out of the way. ``EPT_BACKEND`` forces a backend for the whole process and fails loudly if that
-backend cannot serve; without it the first of ``AUTOMATIC`` that can serve does. Modules are imported when first asked
-for: importing the package touches no GPU and needs neither Triton nor a compiled extension.
+``unsupported(device, dtype)`` that says why it cannot serve, or None. One with ``fuses_dropout = True`` takes
+``dropout_p`` and ``seed`` as well; for the others rows are dropped before they come. Rows are 2-D, sizes are validated,
+autograd and autocast are already out of the way. ``EPT_BACKEND`` forces a backend for the whole process and fails
+loudly if that backend cannot serve; without it the first of ``AUTOMATIC`` that can serve does. Modules are imported
+when first asked for: importing the package touches no GPU and needs neither Triton nor a compiled extension.
 """
 
 from __future__ import annotations

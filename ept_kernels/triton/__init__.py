@@ -11,6 +11,7 @@ import importlib.util
 import torch
 
 name = "triton"
+fuses_dropout = True
 
 _OPS = {f"pyramid_{op}{suffix}" for op in ("weight", "delta", "linear") for suffix in ("", "_backward")}
 _OPS.add("pyramid_merge")

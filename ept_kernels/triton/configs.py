@@ -66,6 +66,15 @@ def linear_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     ]
 
 
+def single_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
+    """Tiles of the single launch, the default first."""
+    shrink = 64 if plan.block_columns <= 192 else 32 if plan.block_columns <= 384 else 16
+    if itemsize > 2:
+        return [Config.of(BLOCK_T=64, BLOCK_C=64, BLOCK_I=32, SHRINK_T=shrink, GROUP_T=8, num_warps=8, num_stages=3)]
+    tiles = {"BLOCK_T": 128, "BLOCK_I": 64, "SHRINK_T": shrink, "GROUP_T": 8}
+    return [Config.of(BLOCK_C=columns, **tiles, num_warps=8, num_stages=3) for columns in (128, 256)]
+
+
 def factor_grad_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     """Tiles of the first stage of dA and dB, the default first."""
     channels = 64 if plan.block_columns <= 192 else 32
@@ -85,7 +94,7 @@ def reduce_config() -> Config:
 WEIGHT_SPAN = 256
 
 
-def weight_candidates(plan: Plan, itemsize: int) -> list[Config]:
+def weight_candidates(plan: Plan) -> list[Config]:
     """Tiles of the weight generation, the default first; ranks beyond a block of 64 take several rounds."""
     ranks = min(64, max(16, triton.next_power_of_2(plan.rank)))
     return [

@@ -5,15 +5,17 @@ y[t, c] (+)= sum_k sum_{p, a} V_k[t, p, a] F_k[(p, a), c]      F_k[(p, a), c] = 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .configs import expand_candidates
-from .launch import launch
+from .launch import Config, launch
 from .plan import Plan
 from .precision import dot_precision
 from .tiles import block_columns, keep_mask, spread
+from .tune import choose, row_bucket
 
 
 @triton.jit
@@ -138,25 +140,30 @@ def expand(
         dropout: the mask to replay on the expanded rows (gradient of a dropped x).
     """
     total, features = y.shape
-    config = expand_candidates(plan, y.dtype.itemsize, total)[0]
     p_drop, seed = dropout
-    launch(
-        expand_kernel,
-        (triton.cdiv(total, config["BLOCK_T"]), triton.cdiv(features, config["BLOCK_C"])),
-        y,
-        v,
-        active,
-        factor,
-        seed,
-        p_drop,
-        total,
-        features,
-        plan.rank,
-        *factor.stride(),
-        config=config,
-        **plan.constants(),
-        ACCUMULATE=accumulate,
-        DROPOUT=p_drop > 0,
-        PRECISION=dot_precision(y.dtype),
-    )
+
+    def start(config: Config, target: Tensor) -> None:
+        launch(
+            expand_kernel,
+            (triton.cdiv(total, config["BLOCK_T"]), triton.cdiv(features, config["BLOCK_C"])),
+            target,
+            v,
+            active,
+            factor,
+            seed,
+            p_drop,
+            total,
+            features,
+            plan.rank,
+            *factor.stride(),
+            config=config,
+            **plan.constants(),
+            ACCUMULATE=accumulate,
+            DROPOUT=p_drop > 0,
+            PRECISION=dot_precision(y.dtype),
+        )
+
+    key = ("expand", features, plan, y.dtype, row_bucket(total), accumulate)
+    candidates = expand_candidates(plan, y.dtype.itemsize, total)
+    start(choose(key, candidates, y.device, lambda config: start(config, torch.empty_like(y))), y)
     return y

@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import factor_grad_candidates, row_spans
-from .launch import launch
+from .launch import Config, launch
 from .plan import Plan
 from .precision import dot_precision
 from .tiles import block_columns, keep_mask
+from .tune import choose, row_bucket
 
 
 @triton.jit
@@ -194,6 +195,9 @@ def factor_grad_partials(
     given = x if x is not None else dy
     total = given.shape[0]
     span, spans = row_spans(total)
+    in_features = 0 if x is None else x.shape[1]
+    out_features = 0 if dy is None else dy.shape[1]
+    p_drop, seed = dropout
 
     def partial(rows: Tensor | None) -> Tensor | None:
         if rows is None:
@@ -201,36 +205,36 @@ def factor_grad_partials(
         shape = (spans, len(plan.scales), plan.rank, rows.shape[1])
         return torch.empty(shape, dtype=torch.float32, device=rows.device)
 
-    partial_a, partial_b = partial(x), partial(dy)
-    in_features = 0 if x is None else x.shape[1]
-    out_features = 0 if dy is None else dy.shape[1]
-    config = factor_grad_candidates(plan, given.dtype.itemsize, total)[0]
-    p_drop, seed = dropout
-    launch(
-        factor_grad_kernel,
-        (
-            triton.cdiv(max(in_features, out_features), config["BLOCK_C"]),
-            spans * plan.rank_blocks,
-            (x is not None) + (dy is not None),
-        ),
-        x,
-        du,
-        partial_a,
-        dy,
-        v,
-        partial_b,
-        seed,
-        p_drop,
-        total,
-        span,
-        in_features,
-        out_features,
-        plan.rank,
-        *((0, 0) if x is None else x.stride()),
-        *((0, 0) if dy is None else dy.stride()),
-        config=config,
-        **plan.constants(),
-        DROPOUT=p_drop > 0,
-        PRECISION=dot_precision(given.dtype),
-    )
-    return partial_a, partial_b
+    def start(config: Config) -> tuple[Tensor | None, Tensor | None]:
+        partial_a, partial_b = partial(x), partial(dy)
+        launch(
+            factor_grad_kernel,
+            (
+                triton.cdiv(max(in_features, out_features), config["BLOCK_C"]),
+                spans * plan.rank_blocks,
+                (x is not None) + (dy is not None),
+            ),
+            x,
+            du,
+            partial_a,
+            dy,
+            v,
+            partial_b,
+            seed,
+            p_drop,
+            total,
+            span,
+            in_features,
+            out_features,
+            plan.rank,
+            *((0, 0) if x is None else x.stride()),
+            *((0, 0) if dy is None else dy.stride()),
+            config=config,
+            **plan.constants(),
+            DROPOUT=p_drop > 0,
+            PRECISION=dot_precision(given.dtype),
+        )
+        return partial_a, partial_b
+
+    key = ("factor_grad", in_features, out_features, plan, given.dtype, row_bucket(total))
+    return start(choose(key, factor_grad_candidates(plan, given.dtype.itemsize, total), given.device, start))

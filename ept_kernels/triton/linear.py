@@ -11,10 +11,50 @@ from torch import Tensor
 
 from .configs import linear_candidates
 from .expand import add_expanded
-from .launch import launch
+from .launch import Config, launch
 from .plan import Plan
 from .precision import dot_precision
 from .tiles import keep_mask
+from .tune import choose, row_bucket
+
+
+@triton.jit
+def base_product(
+    x_ptr,  # [T, inner]
+    weight_ptr,  # [features, inner] by strides
+    bias_ptr,  # [features] or None
+    rows,
+    row_exists,
+    columns,
+    column_exists,
+    inner,
+    stride_row,
+    stride_inner,
+    stride_weight_feature,
+    stride_weight_inner,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """A tile of ``x W^T + b``, fp32."""
+    channels = tl.arange(0, BLOCK_I)
+    x_lines = x_ptr + rows[:, None] * stride_row
+    weight_lines = weight_ptr + columns[None, :].to(tl.int64) * stride_weight_feature
+    accumulator = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for i0 in range(0, inner, BLOCK_I):
+        i = (i0 + channels).to(tl.int64)
+        channel_exists = i < inner
+        x = tl.load(x_lines + i[None, :] * stride_inner, mask=row_exists[:, None] & channel_exists[None, :], other=0.0)
+        weight = tl.load(
+            weight_lines + i[:, None] * stride_weight_inner,
+            mask=channel_exists[:, None] & column_exists[None, :],
+            other=0.0,
+        )
+        accumulator = tl.dot(x, weight, accumulator, input_precision=PRECISION)
+    if bias_ptr is not None:
+        accumulator += tl.load(bias_ptr + columns, mask=column_exists, other=0.0).to(tl.float32)[None, :]
+    return accumulator
 
 
 @triton.jit
@@ -65,22 +105,24 @@ def linear_kernel(
     c0 = column_block * BLOCK_C
     columns = c0 + tl.arange(0, BLOCK_C)
     row_exists, column_exists = rows < rows_total, columns < features
-    channels = tl.arange(0, BLOCK_I)
-    x_lines = x_ptr + rows[:, None] * stride_row
-    weight_lines = weight_ptr + columns[None, :].to(tl.int64) * stride_weight_feature
-    accumulator = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for i0 in range(0, inner, BLOCK_I):
-        i = (i0 + channels).to(tl.int64)
-        channel_exists = i < inner
-        x = tl.load(x_lines + i[None, :] * stride_inner, mask=row_exists[:, None] & channel_exists[None, :], other=0.0)
-        weight = tl.load(
-            weight_lines + i[:, None] * stride_weight_inner,
-            mask=channel_exists[:, None] & column_exists[None, :],
-            other=0.0,
-        )
-        accumulator = tl.dot(x, weight, accumulator, input_precision=PRECISION)
-    if bias_ptr is not None:
-        accumulator += tl.load(bias_ptr + columns, mask=column_exists, other=0.0).to(tl.float32)[None, :]
+    accumulator = base_product(
+        x_ptr,
+        weight_ptr,
+        bias_ptr,
+        rows,
+        row_exists,
+        columns,
+        column_exists,
+        inner,
+        stride_row,
+        stride_inner,
+        stride_weight_feature,
+        stride_weight_inner,
+        PRECISION,
+        BLOCK_T,
+        BLOCK_C,
+        BLOCK_I,
+    )
     if DROPOUT:
         base = accumulator
         accumulator = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
@@ -132,31 +174,35 @@ def linear(
     """
     total, inner = x.shape
     features = weight.shape[0]
-    y = x.new_empty(total, features)
-    config = linear_candidates(plan, x.dtype.itemsize, total)[0]
     p_drop, seed = dropout
-    launch(
-        linear_kernel,
-        (triton.cdiv(total, config["BLOCK_T"]) * triton.cdiv(features, config["BLOCK_C"]),),
-        x,
-        weight,
-        bias,
-        y,
-        v,
-        active,
-        factor,
-        seed,
-        p_drop,
-        total,
-        inner,
-        features,
-        plan.rank,
-        *x.stride(),
-        *weight.stride(),
-        *factor.stride(),
-        config=config,
-        **plan.constants(),
-        DROPOUT=p_drop > 0,
-        PRECISION=dot_precision(x.dtype),
-    )
-    return y
+
+    def start(config: Config) -> Tensor:
+        y = x.new_empty(total, features)
+        launch(
+            linear_kernel,
+            (triton.cdiv(total, config["BLOCK_T"]) * triton.cdiv(features, config["BLOCK_C"]),),
+            x,
+            weight,
+            bias,
+            y,
+            v,
+            active,
+            factor,
+            seed,
+            p_drop,
+            total,
+            inner,
+            features,
+            plan.rank,
+            *x.stride(),
+            *weight.stride(),
+            *factor.stride(),
+            config=config,
+            **plan.constants(),
+            DROPOUT=p_drop > 0,
+            PRECISION=dot_precision(x.dtype),
+        )
+        return y
+
+    key = ("linear", inner, features, plan, x.dtype, row_bucket(total), weight.stride())
+    return start(choose(key, linear_candidates(plan, x.dtype.itemsize, total), x.device, start))

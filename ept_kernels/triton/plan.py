@@ -112,14 +112,15 @@ class Rows:
         return self.blocks_per_segment if self.aligned else self.segment
 
 
-def rows_for(rows: int, segments: int, block_rows: int) -> Rows:
+def rows_for(rows: int, segments: int, block_rows: int, *, regular: bool = False) -> Rows:
     """Tile ``rows`` rows in ``segments`` equal runs by blocks of ``block_rows``.
 
     Segments at least half as long as a block are tiled one by one, at most half of the lanes idle; the blocks of
-    shorter ones mix groups.
+    shorter ones mix groups. With ``regular``, block i must hold rows ``i * block_rows`` and on, so that only segments
+    of whole blocks are tiled one by one.
     """
     segment = rows // segments if segments else 0
-    aligned = segments <= 1 or 2 * segment >= block_rows
+    aligned = segments <= 1 or (segment % block_rows == 0 if regular else 2 * segment >= block_rows)
     if aligned:
         per_segment = triton.cdiv(segment, block_rows)
         return Rows(rows, max(segment, 1), True, max(per_segment, 1), per_segment * max(segments, 1))

@@ -12,14 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import shrink_candidates
-from .launch import launch
+from .launch import Config, launch
 from .plan import Plan, Rows, rows_for
 from .precision import dot_precision
 from .tiles import block_columns, keep_mask, spread
+from .tune import choose, row_bucket
 
 
 @triton.jit
-def shrink_kernel(
+def shrink_tile(
+    rank_block,
+    block,
     x_ptr,  # [T, features]
     factor_ptr,  # [rank, ceil(features / k_min)]
     folded_ptr,  # [G, FOLDED]
@@ -57,7 +60,7 @@ def shrink_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    rank_block, block = tl.program_id(0), tl.program_id(1)
+    """U, V and partial dKbar of a block of rows and a block of ranks."""
     p0 = rank_block * RANK_BLOCK
     if ALIGNED:  # blocks start anew with every segment
         first = (block // blocks_per_segment).to(tl.int64) * segment
@@ -125,14 +128,12 @@ def shrink_kernel(
         u3 = tl.reshape(u, (BLOCK_T, RANKS[s], SLOTS[s]))
         if v_ptr is not None:
             kernels = folded_ptr + group[:, None] * FOLDED + OFFSETS[s]
-            stride_out: tl.constexpr = 1 if TRANSPOSE else SCALES[s]
-            stride_in: tl.constexpr = SCALES[s] if TRANSPOSE else 1
             p = tl.arange(0, RANKS[s])
             exists_p = (p < RANK_BLOCK) & (p0 + p < rank)
             largest = tl.zeros((BLOCK_T,), tl.float32)
             for a in tl.static_range(SCALES[s]):
                 line = tl.load(
-                    kernels + a * stride_out + slot[None, :] * stride_in,
+                    kernels + a * (1 if TRANSPOSE else SCALES[s]) + slot[None, :] * (SCALES[s] if TRANSPOSE else 1),
                     mask=row_exists[:, None] & (slot < SCALES[s])[None, :],
                     other=0.0,
                 ).to(tl.float32)
@@ -161,6 +162,87 @@ def shrink_kernel(
                     )
     if v_ptr is not None:
         tl.store(active_ptr + rank_block.to(tl.int64) * rows_total + rows, bits, mask=row_exists)
+
+
+@triton.jit
+def shrink_kernel(
+    x_ptr,
+    factor_ptr,
+    folded_ptr,
+    groups_ptr,
+    u_ptr,
+    v_ptr,
+    active_ptr,
+    u_saved_ptr,
+    partial_ptr,
+    seed_ptr,
+    p_drop,
+    rows_total,
+    segment,
+    blocks_per_segment,
+    features,
+    rank,
+    units,
+    stride_row,
+    stride_feature,
+    stride_p,
+    stride_j,
+    SCALES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FOLDED: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SKIP: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    shrink_tile(
+        tl.program_id(0),
+        tl.program_id(1),
+        x_ptr,
+        factor_ptr,
+        folded_ptr,
+        groups_ptr,
+        u_ptr,
+        v_ptr,
+        active_ptr,
+        u_saved_ptr,
+        partial_ptr,
+        seed_ptr,
+        p_drop,
+        rows_total,
+        segment,
+        blocks_per_segment,
+        features,
+        rank,
+        units,
+        stride_row,
+        stride_feature,
+        stride_p,
+        stride_j,
+        SCALES,
+        SLOTS,
+        RANKS,
+        COLUMNS,
+        OFFSETS,
+        WIDTH,
+        FOLDED,
+        RANK_BLOCK,
+        ALIGNED,
+        SKIP,
+        TRANSPOSE,
+        DROPOUT,
+        PRECISION,
+        BLOCK_T,
+        BLOCK_C,
+    )
 
 
 def shrink(
@@ -196,43 +278,47 @@ def shrink(
     """
     total, features = x.shape
     segments = 1 if groups is None else groups.shape[0]
-    config = shrink_candidates(plan, x.dtype.itemsize, total)[0]
-    rows = rows_for(total, segments, config["BLOCK_T"])
-    u = x.new_empty(total, plan.width) if keep_u else None
-    v = x.new_empty(total, plan.width) if keep_v else None
-    active = torch.empty(plan.rank_blocks, total, dtype=torch.int32, device=x.device) if keep_v else None
-    partial = None
-    if u_saved is not None:
-        partial = torch.empty(plan.rank_blocks, rows.units, plan.folded_size, dtype=torch.float32, device=x.device)
     p_drop, seed = dropout
-    launch(
-        shrink_kernel,
-        (plan.rank_blocks, rows.blocks),
-        x,
-        factor,
-        folded,
-        groups,
-        u,
-        v,
-        active,
-        u_saved,
-        partial,
-        seed,
-        p_drop,
-        total,
-        rows.segment,
-        rows.blocks_per_segment,
-        features,
-        plan.rank,
-        rows.units,
-        *x.stride(),
-        *factor.stride(),
-        config=config,
-        **plan.constants(),
-        ALIGNED=rows.aligned,
-        SKIP=skip and rows.aligned,
-        TRANSPOSE=transpose,
-        DROPOUT=p_drop > 0,
-        PRECISION=dot_precision(x.dtype),
-    )
-    return u, v, active, partial, rows
+
+    def start(config: Config) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Rows]:
+        rows = rows_for(total, segments, config["BLOCK_T"])
+        u = x.new_empty(total, plan.width) if keep_u else None
+        v = x.new_empty(total, plan.width) if keep_v else None
+        active = torch.empty(plan.rank_blocks, total, dtype=torch.int32, device=x.device) if keep_v else None
+        partial = None
+        if u_saved is not None:
+            partial = torch.empty(plan.rank_blocks, rows.units, plan.folded_size, dtype=torch.float32, device=x.device)
+        launch(
+            shrink_kernel,
+            (plan.rank_blocks, rows.blocks),
+            x,
+            factor,
+            folded,
+            groups,
+            u,
+            v,
+            active,
+            u_saved,
+            partial,
+            seed,
+            p_drop,
+            total,
+            rows.segment,
+            rows.blocks_per_segment,
+            features,
+            plan.rank,
+            rows.units,
+            *x.stride(),
+            *factor.stride(),
+            config=config,
+            **plan.constants(),
+            ALIGNED=rows.aligned,
+            SKIP=skip and rows.aligned,
+            TRANSPOSE=transpose,
+            DROPOUT=p_drop > 0,
+            PRECISION=dot_precision(x.dtype),
+        )
+        return u, v, active, partial, rows
+
+    key = ("shrink", features, plan, x.dtype, row_bucket(total), segments > 1, skip, u_saved is not None)
+    return start(choose(key, shrink_candidates(plan, x.dtype.itemsize, total), x.device, start))

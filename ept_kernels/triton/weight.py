@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import weight_candidates
-from .launch import launch
+from .launch import Config, launch
 from .plan import plan_for
 from .precision import dot_precision
 from .tiles import is_active
+from .tune import choose
 
 
 @triton.jit
@@ -75,7 +76,9 @@ def weight_kernel(
                 )
                 seed = tl.dot(left, right, seed, input_precision=PRECISION)
             # Every address is one of the k * k of the kernel, so no mask is needed for tiles that overhang.
-            total += seed * tl.load(kernel_ptr + (o % SCALES[s])[:, None] * SCALES[s] + (i % SCALES[s])[None, :]).to(tl.float32)
+            total += seed * tl.load(kernel_ptr + (o % SCALES[s])[:, None] * SCALES[s] + (i % SCALES[s])[None, :]).to(
+                tl.float32
+            )
     if base_ptr is not None:
         base = tl.load(
             base_ptr + o[:, None].to(tl.int64) * base_stride_out + i[None, :].to(tl.int64) * base_stride_in,
@@ -88,47 +91,55 @@ def weight_kernel(
 
 
 def _weights(
-    A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int], base: Tensor | None, output: Tensor
+    A: Tensor,
+    B: Tensor,
+    folded: Tensor,
+    scales: Sequence[int],
+    base: Tensor | None,
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Fill ``output [G, out, in]``."""
-    groups, out_features, in_features = output.shape
-    plan = plan_for(A.shape[0], tuple(scales))
-    config = weight_candidates(plan, A.dtype.itemsize)[0]
-    tiles = triton.cdiv(out_features, config["BLOCK_O"]) * triton.cdiv(in_features, config["BLOCK_I"])
-    launch(
-        weight_kernel,
-        (tiles * groups,),
-        A,
-        B,
-        folded.contiguous(),
-        base,
-        output,
-        groups,
-        in_features,
-        out_features,
-        plan.rank,
-        *A.stride(),
-        *B.stride(),
-        *((0, 0) if base is None else base.stride()),
-        config=config,
-        SCALES=plan.scales,
-        SLOTS=plan.slots,
-        OFFSETS=plan.offsets,
-        FOLDED=plan.folded_size,
-        PRECISION=dot_precision(A.dtype),
-    )
-    return output
+    groups, out_features, in_features = sizes
+    plan, folded = plan_for(A.shape[0], tuple(scales)), folded.contiguous()
+
+    def start(config: Config) -> Tensor:
+        output = torch.empty(sizes, dtype=dtype, device=A.device)
+        tiles = triton.cdiv(out_features, config["BLOCK_O"]) * triton.cdiv(in_features, config["BLOCK_I"])
+        launch(
+            weight_kernel,
+            (tiles * groups,),
+            A,
+            B,
+            folded,
+            base,
+            output,
+            groups,
+            in_features,
+            out_features,
+            plan.rank,
+            *A.stride(),
+            *B.stride(),
+            *((0, 0) if base is None else base.stride()),
+            config=config,
+            SCALES=plan.scales,
+            SLOTS=plan.slots,
+            OFFSETS=plan.offsets,
+            FOLDED=plan.folded_size,
+            PRECISION=dot_precision(A.dtype),
+        )
+        return output
+
+    key = ("weight", sizes, plan, A.dtype, dtype, base is not None)
+    return start(choose(key, weight_candidates(plan), A.device, start))
 
 
 def pyramid_weight(
     A: Tensor, B: Tensor, folded: Tensor, in_features: int, out_features: int, scales: Sequence[int]
 ) -> Tensor:
     """Dense update of every group, ``[G, out, in]`` in the dtype of A; A, B and folded by any strides."""
-    output = torch.empty(len(folded), out_features, in_features, dtype=A.dtype, device=A.device)
-    return _weights(A, B, folded, scales, None, output)
+    return _weights(A, B, folded, scales, None, (len(folded), out_features, in_features), A.dtype)
 
 
 def merge(weight: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int]) -> Tensor:
     """``weight [out, in]`` plus each group's update, ``[G, out, in]``: summed in fp32, rounded once to its dtype."""
-    output = torch.empty(len(folded), *weight.shape, dtype=weight.dtype, device=weight.device)
-    return _weights(A, B, folded, scales, weight, output)
+    return _weights(A, B, folded, scales, weight, (len(folded), *weight.shape), weight.dtype)

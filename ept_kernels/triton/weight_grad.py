@@ -18,11 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import WEIGHT_SPAN, weight_grad_candidates
-from .launch import launch
+from .launch import Config, launch
 from .plan import Plan, plan_for
 from .precision import dot_precision
 from .reduce import reduce_gradients
 from .tiles import is_active, spread
+from .tune import choose
 
 
 @triton.jit
@@ -223,55 +224,60 @@ def weight_grad_kernel(
                 )
 
 
-def _partials(
-    grad: Tensor, A: Tensor, B: Tensor, folded: Tensor, plan: Plan, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+Partials = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _partials(grad: Tensor, A: Tensor, B: Tensor, folded: Tensor, plan: Plan, needs: Sequence[bool]) -> Partials:
     """First stage: partial sums of dA, dB and dKbar as ``reduce_gradients`` takes them, None for what is not needed."""
     need_A, need_B, need_folded = needs
     groups, out_features, in_features = grad.shape
-    config = weight_grad_candidates(plan, grad.dtype.itemsize)[0]
-    by_column, by_row = need_A or (need_folded and not need_B), need_B
+    by_column, by_row = need_A or not need_B, need_B
     out_parts, in_parts = (groups * triton.cdiv(size, WEIGHT_SPAN) for size in (out_features, in_features))
-    out_blocks, in_blocks = (triton.cdiv(size, config["BLOCK_C"]) for size in (out_features, in_features))
 
     def partial(needed: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=torch.float32, device=grad.device) if needed else None
 
-    partial_a = partial(need_A, out_parts, len(plan.scales), plan.rank, in_features)
-    partial_b = partial(need_B, in_parts, len(plan.scales), plan.rank, out_features)
-    units = out_parts * in_blocks if by_column else in_parts * out_blocks
-    partial_folded = partial(need_folded, plan.rank_blocks, units, plan.folded_size)
-    programs = max(out_parts * in_blocks if by_column else 0, in_parts * out_blocks if by_row else 0)
-    launch(
-        weight_grad_kernel,
-        (programs * plan.rank_blocks * len(plan.scales), by_column + by_row),
-        grad,
-        A,
-        B,
-        folded,
-        partial_a,
-        partial_b,
-        partial_folded,
-        groups,
-        in_features,
-        out_features,
-        plan.rank,
-        *grad.stride(),
-        *A.stride(),
-        *B.stride(),
-        config=config,
-        SCALES=plan.scales,
-        SLOTS=plan.slots,
-        RANKS=plan.ranks,
-        OFFSETS=plan.offsets,
-        FOLDED=plan.folded_size,
-        RANK_BLOCK=plan.rank_block,
-        BY_COLUMN=by_column,
-        BY_ROW=by_row,
-        SPAN=WEIGHT_SPAN,
-        PRECISION=dot_precision(grad.dtype),
-    )
-    return partial_a, partial_b, partial_folded
+    def start(config: Config) -> Partials:
+        column_units = out_parts * triton.cdiv(in_features, config["BLOCK_C"])
+        row_units = in_parts * triton.cdiv(out_features, config["BLOCK_C"])
+        partial_a = partial(need_A, out_parts, len(plan.scales), plan.rank, in_features)
+        partial_b = partial(need_B, in_parts, len(plan.scales), plan.rank, out_features)
+        units = column_units if by_column else row_units
+        partial_folded = partial(need_folded, plan.rank_blocks, units, plan.folded_size)
+        programs = max(column_units * by_column, row_units * by_row) * plan.rank_blocks * len(plan.scales)
+        launch(
+            weight_grad_kernel,
+            (programs, by_column + by_row),
+            grad,
+            A,
+            B,
+            folded,
+            partial_a,
+            partial_b,
+            partial_folded,
+            groups,
+            in_features,
+            out_features,
+            plan.rank,
+            *grad.stride(),
+            *A.stride(),
+            *B.stride(),
+            config=config,
+            SCALES=plan.scales,
+            SLOTS=plan.slots,
+            RANKS=plan.ranks,
+            OFFSETS=plan.offsets,
+            FOLDED=plan.folded_size,
+            RANK_BLOCK=plan.rank_block,
+            BY_COLUMN=by_column,
+            BY_ROW=by_row,
+            SPAN=WEIGHT_SPAN,
+            PRECISION=dot_precision(grad.dtype),
+        )
+        return partial_a, partial_b, partial_folded
+
+    key = ("weight_grad", tuple(grad.shape), plan, grad.dtype, tuple(needs))
+    return start(choose(key, weight_grad_candidates(plan, grad.dtype.itemsize), grad.device, start))
 
 
 def pyramid_weight_backward(
