@@ -174,7 +174,7 @@ def reduce_gradients(
 
     Args:
         partial_a, partial_b: ``[spans, S, r, features]`` fp32. partial_folded: ``[rank blocks, units, folded_size]``.
-        groups: ``[N]``; unit u belongs to ``groups[u // units_per_segment]``. None: to group ``u // units_per_segment``.
+        groups: ``[N]``; unit u belongs to ``groups[u // units_per_segment]``. None: ``u // units_per_segment`` itself.
     """
     config = reduce_config()
 
