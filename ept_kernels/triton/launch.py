@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,12 @@ class Config:
 
 
 def run(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any], config: Config) -> None:
-    """Start ``kernel`` on the current stream of the current device."""
-    kernel[grid](
-        *arguments, **constants, **dict(config.tiles), num_warps=config.num_warps, num_stages=config.num_stages
-    )
+    """Start ``kernel`` on the device of its tensors, which need not be the current one, on that device's stream."""
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](
+            *arguments, **constants, **dict(config.tiles), num_warps=config.num_warps, num_stages=config.num_stages
+        )
 
 
 #: What ``launch`` calls; a test or a static check may replace it.
