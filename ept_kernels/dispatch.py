@@ -17,12 +17,13 @@ from types import ModuleType
 import torch
 
 _MODULES = {
+    "cpu": ".native",
     "torch": ".torch_backend",
     "reference": ".reference_backend",
 }
 
 #: Backends by type of device, the fastest first; "torch" serves whatever they do not.
-AUTOMATIC: dict[str, tuple[str, ...]] = {}
+AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
 
 _loaded: dict[str, ModuleType] = {}
 _chosen: dict[tuple[str | None, torch.device, torch.dtype], ModuleType] = {}
