@@ -20,7 +20,7 @@ EPT_INLINE void expand_tile(const Side& side, const Strip& strip, float* y, int6
     const auto add = [&](F* values, const float* f) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            const F weight = load(f + r * W);
+            const F weight = load_once(f + r * W);
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) values[n] += V[n][r] * weight;
         }

@@ -25,7 +25,7 @@ EPT_INLINE void shrink_tile(const Side& side, const Strip& strip, const E* x, in
     const auto add = [&](const F* values, const float* f) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            const F weight = load(f + r * W);
+            const F weight = load_once(f + r * W);
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) acc[n][r] += values[n] * weight;
         }

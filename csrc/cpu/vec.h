@@ -29,6 +29,17 @@ struct bf16 {
 EPT_INLINE F load(const float* p) { return *reinterpret_cast<const LooseF*>(p); }
 EPT_INLINE void store(float* p, F v) { *reinterpret_cast<LooseF*>(p) = v; }
 
+// A load for several uses: GCC would rather read memory again for each of them, and loads are what these loops wait for.
+EPT_INLINE F load_once(const float* p) {
+    F v = load(p);
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__SSE__)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
+
 EPT_INLINE F load(const bf16* p) {
     const H half = *reinterpret_cast<const LooseH*>(p);
     return reinterpret_cast<F>(__builtin_convertvector(half, U) << 16);

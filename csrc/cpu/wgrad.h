@@ -25,7 +25,7 @@ EPT_INLINE void wgrad_tile(const E* x, int64_t stride, int64_t apart, int64_t co
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            const F weight = load(repeated + r * pitch);
+            const F weight = load_once(repeated + r * pitch);
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) acc[n][r] += values[n] * weight;
         }
