@@ -2,10 +2,11 @@
 
 A backend is a module with a ``name``, six functions (``pyramid_weight``, ``pyramid_delta``, ``pyramid_linear`` and
 their ``_backward`` twins, with the signatures of ``torch_backend``) and, unless it serves everything, a function
-``unsupported(device, dtype)`` that says why it cannot serve, or None. Rows are 2-D, sizes are validated, autograd and
-autocast are already out of the way. ``EPT_BACKEND`` forces a backend for the whole process and fails loudly if that
-backend cannot serve; without it the first of ``AUTOMATIC`` that can serve does. Modules are imported when first asked
-for: importing the package touches no GPU and needs neither Triton nor a compiled extension.
+``unsupported(device, dtype)`` that says why it cannot serve, or None. One with ``fuses_dropout = True`` takes
+``dropout_p`` and ``seed`` as well; for the others rows are dropped before they come. Rows are 2-D, sizes are validated,
+autograd and autocast are already out of the way. ``EPT_BACKEND`` forces a backend for the whole process and fails
+loudly if that backend cannot serve; without it the first of ``AUTOMATIC`` that can serve does. Modules are imported
+when first asked for: importing the package touches no GPU and needs neither Triton nor a compiled extension.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from types import ModuleType
 import torch
 
 _MODULES = {
+    "triton": ".triton",
     "cpu": ".native",
     "torch": ".torch_backend",
     "reference": ".reference_backend",
 }
 
 #: Backends by type of device, the fastest first; "torch" serves whatever they do not.
-AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
+AUTOMATIC: dict[str, tuple[str, ...]] = {"cuda": ("triton",), "cpu": ("cpu",)}
 
 _loaded: dict[str, ModuleType] = {}
 _chosen: dict[tuple[str | None, torch.device, torch.dtype], ModuleType] = {}
