@@ -1,10 +1,10 @@
 """Builds the native sources for ``setup.py``: what can be built here, why not otherwise, and the build itself.
 
 ``EPT_BUILD_CPU`` and ``EPT_BUILD_CUDA``: ``1`` fails loudly where the toolchain is missing, ``0`` never builds, unset
-builds where it can. The CPU sources need a C++20 compiler (GCC or Clang) and pybind11, but no PyTorch: they take addresses
-and find PyTorch's thread pool at run time. The CUDA sources need nvcc and an importable torch >= 2.13, whose stable C++
-interface they use; pip's isolated build has no torch and must not pull several gigabytes of it, so there they are left
-out: ``pip install --no-build-isolation .`` builds them.
+builds where it can. The CPU sources need a C++20 compiler (GCC or Clang) and pybind11, but no PyTorch: they take
+addresses and find PyTorch's thread pool at run time. The CUDA sources need nvcc and an importable torch >= 2.13, whose
+stable C++ interface they use. pip's isolated build has no torch and must not pull several gigabytes of it, so there
+they are left out; ``pip install --no-build-isolation .`` builds them.
 """
 
 from __future__ import annotations
@@ -164,7 +164,10 @@ def cpu_commands(objects: Path, target: Path) -> tuple[Commands, Link]:
             continue
         special = X86_FLAGS.get(source.stem, python if source.stem == "binding" else [])
         made = objects / f"{source.stem}.o"
-        commands[made] = (source, [*cxx, *flags, *special, "-MMD", "-MF", f"{made}.d", "-c", str(source), "-o", str(made)])
+        commands[made] = (
+            source,
+            [*cxx, *flags, *special, "-MMD", "-MF", f"{made}.d", "-c", str(source), "-o", str(made)],
+        )
     dynamic = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     return commands, (target, [*cxx, "-shared", *dynamic, *map(str, commands), "-o", str(target)])
 
@@ -176,7 +179,9 @@ def gencode(architectures: str) -> list[str]:
         number, _, ptx = entry.partition("+")
         digits = number.replace(".", "")
         if not digits[:-1].isdigit() or ptx not in ("", "PTX"):
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST holds {entry!r}; allowed: numbers such as 8.0, with or without +PTX")
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST holds {entry!r}; allowed: numbers such as 8.0, with or without +PTX"
+            )
         flags.append(f"-gencode=arch=compute_{digits},code=sm_{digits}")
         if ptx:
             flags.append(f"-gencode=arch=compute_{digits},code=compute_{digits}")
@@ -203,7 +208,16 @@ def run_all(objects: Path, commands: Commands, link: Link) -> None:
     target, link_command = link
     ninja = shutil.which("ninja")
     if ninja:
-        rules = ["rule cc", "  command = $command", "  description = $what", "  depfile = $out.d", "  deps = gcc", "rule link", "  command = $command", "  description = $what"]
+        rules = [
+            "rule cc",
+            "  command = $command",
+            "  description = $what",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $command",
+            "  description = $what",
+        ]
         for made, (source, command) in commands.items():
             rules += [f"build {escaped(made)}: cc {escaped(source)}", f"  command = {dollars(shlex.join(command))}"]
             rules += [f"  what = {source.name}"]

@@ -1,10 +1,10 @@
 """Native CPU backend: structured kernels of ``csrc/cpu`` around PyTorch's base product, fp32 and bf16.
 
-The update costs what a LoRA of rank r costs for each scale. Forward writes ``bias + update`` into the output and the base
-product adds itself (``addmm`` with beta = 1), so the update takes the place of the pass that would have written the bias;
-backward does the same with the gradient of x. Scales whose folded kernels are zero are skipped, except for the gradient
-of those kernels. Sums over rows go by thread and then in the order of the threads: results are the same to the bit for
-the same number of threads.
+The update costs what a LoRA of rank r costs for each scale. Forward writes ``bias + update`` into the output and the
+base product adds itself (``addmm`` with beta = 1): the update takes the place of the pass that would have written the
+bias. Backward does the same with the gradient of x. Scales whose folded kernels are zero are skipped, except for the
+gradient of those kernels. Sums over rows go by thread, then in the order of the threads: results are the same to the
+bit for the same number of threads.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from .torch_backend import pyramid_weight, pyramid_weight_backward
 
 __all__ = [
+    "build_info",
     "name",
     "pyramid_delta",
     "pyramid_delta_backward",
@@ -30,6 +31,7 @@ __all__ = [
     "pyramid_linear_backward",
     "pyramid_weight",
     "pyramid_weight_backward",
+    "select_instruction_set",
     "unsupported",
 ]
 
@@ -73,6 +75,35 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it computes in float32 and bfloat16, not {dtype}"
     extension = _extension()
     return extension if isinstance(extension, str) else None
+
+
+def _module() -> ModuleType:
+    extension = _extension()
+    if isinstance(extension, str):
+        raise RuntimeError(extension)
+    return extension
+
+
+def build_info() -> dict[str, str | list[str]]:
+    """What the compiled module is: ``compiler``, and the instruction sets ``cpu_compiled``, ``cpu_detected`` on this
+    processor (best first) and ``cpu_selected``.
+
+    Raises:
+        RuntimeError: there is no compiled module; the message says why.
+    """
+    return _module().build_info()
+
+
+def select_instruction_set(isa: str) -> None:
+    """Use one of ``build_info()["cpu_detected"]`` from now on, or the best for ``""``.
+
+    The environment variable ``EPT_CPU_ISA`` names the first one.
+
+    Raises:
+        ValueError: an instruction set that is not built or not on this processor.
+        RuntimeError: there is no compiled module; the message says why.
+    """
+    _module().select_cpu_isa(isa)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -124,7 +155,7 @@ class _Call:
 
     def add_to(self, y: Tensor, start: Tensor | None) -> None:
         """``y = start + update``, ``start [out]`` or None for zeros."""
-        _extension().cpu_forward(*self.arguments, y.data_ptr(), y.stride(0), False, _address(start))
+        _module().cpu_forward(*self.arguments, y.data_ptr(), y.stride(0), False, _address(start))
 
 
 def pyramid_delta(
@@ -167,7 +198,7 @@ def pyramid_delta_backward(
     inputs = zip((A, B, folded), needs[1:], strict=True)
     sums = [tensor.new_empty(tensor.shape, dtype=torch.float32) if need else None for tensor, need in inputs]
     call = _Call(x, A, B, folded, groups, grad.shape[1], scales)
-    _extension().cpu_backward(
+    _module().cpu_backward(
         *call.arguments,
         grad.data_ptr(),
         grad.stride(0),
