@@ -21,12 +21,13 @@ import torch
 
 _MODULES = {
     "triton": ".triton",
+    "cpu": ".native",
     "torch": ".torch_backend",
     "reference": ".reference_backend",
 }
 
 #: Backends by type of device, the fastest first; "torch" serves whatever they do not.
-AUTOMATIC: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
+AUTOMATIC: dict[str, tuple[str, ...]] = {"cuda": ("triton",), "cpu": ("cpu",)}
 
 _loaded: dict[str, ModuleType] = {}
 _chosen: dict[tuple[str | None, torch.device, torch.dtype], ModuleType] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ept_kernels import PyramidGeometry
 
-BACKENDS = ("torch", "reference")
+BACKENDS = ("torch", "reference", "cpu")
+#: Backends that compute in fp32 at best.
+SINGLE_PRECISION = ("cpu",)
 
 #: The inputs of each public function that can have a gradient, in the order of its arguments.
 DIFFERENTIABLE = {
@@ -42,6 +45,16 @@ def examples(count: int) -> settings:
         database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
+
+
+def working_dtype() -> torch.dtype:
+    """The widest dtype of the backend under test: float64 where it has that."""
+    return torch.float32 if os.environ.get("EPT_BACKEND") in SINGLE_PRECISION else torch.float64
+
+
+def tight() -> float:
+    """The relative error that is allowed in ``working_dtype()``."""
+    return 1e-12 if working_dtype() == torch.float64 else 1e-5
 
 
 # --- an independent formulation, straight from section 1 of the specification -----------------------------------------
@@ -76,8 +89,9 @@ class Case:
     seed: int = 0
     skew: str = "uniform"
 
-    def tensors(self, dtype: torch.dtype = torch.float64, adapter_dtype: torch.dtype | None = None) -> Problem:
-        """The tensors of this case. A, B and folded in ``adapter_dtype`` (default: that of x)."""
+    def tensors(self, dtype: torch.dtype | None = None, adapter_dtype: torch.dtype | None = None) -> Problem:
+        """The tensors of this case in ``dtype`` (default: ``working_dtype()``); A, B, folded in ``adapter_dtype``."""
+        dtype = dtype or working_dtype()
         generator = torch.Generator().manual_seed(self.seed)
         g, adapter = self.geometry, adapter_dtype or dtype
 
