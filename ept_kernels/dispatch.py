@@ -19,10 +19,13 @@ import torch
 _MODULES = {
     "torch": ".torch_backend",
     "reference": ".reference_backend",
+    "cuda": ".cuda_backend",
 }
 
 #: Backends by type of device, the fastest first; "torch" serves whatever they do not.
-AUTOMATIC: dict[str, tuple[str, ...]] = {}
+AUTOMATIC: dict[str, tuple[str, ...]] = {
+    "cuda": ("cuda",),
+}
 
 _loaded: dict[str, ModuleType] = {}
 _chosen: dict[tuple[str | None, torch.device, torch.dtype], ModuleType] = {}
