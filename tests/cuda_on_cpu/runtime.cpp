@@ -9,7 +9,6 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <thread>
@@ -100,8 +99,19 @@ namespace shim {
 namespace {
 
 constexpr int kWarp = 32;
+constexpr int kMaxWorkers = 2;
 constexpr size_t kStack = 128 * 1024;
 constexpr long kPatience = 200000;  // rounds over all fibers before a barrier that nobody completes is a deadlock
+
+// Writes that ThreadSanitizer shall not take for the program's: those of the allocator.
+struct UnseenWrites {
+#ifdef SHIM_THREAD_SANITIZER
+  UnseenWrites() { AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
+  ~UnseenWrites() { AnnotateIgnoreWritesEnd(__FILE__, __LINE__); }
+#else
+  UnseenWrites() {}  // not trivial: an unused variable of a trivial type would be warned about
+#endif
+};
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "shim: %s\n", what);
@@ -149,13 +159,12 @@ struct Worker {
   std::vector<int> next;  // a ring over the fibers, in the order in which they run
   std::vector<Warp> warps;
   std::vector<std::pair<const void*, void*>> shared;
-  std::vector<void*> retired;       // memory of earlier blocks, which a sanitizer must not see used again
-  std::vector<char*> retired_stacks;
+  std::vector<void*> retired;  // shared memory of earlier blocks: ThreadSanitizer must not see it used again
   Barrier barrier;
   Fiber* current = nullptr;
   void* stack_pointer = nullptr;
   const std::function<void()>* kernel = nullptr;
-  int alive = 0;
+  int index = 0, alive = 0;
   char* stacks = nullptr;
   void* tsan = nullptr;
   void* asan_stack = nullptr;
@@ -172,6 +181,16 @@ struct Worker {
 };
 
 thread_local Worker* worker = nullptr;
+[[maybe_unused]] char launched = 0;  // its address orders the host before the launch
+
+#ifdef SHIM_THREAD_SANITIZER
+// The sanitizer's side of a worker's fibers. Costly to make, so blocks and launches share them: two blocks of one worker
+// seem ordered where they share a fiber or a barrier. Neighbouring blocks go to different workers, which nothing orders.
+std::vector<void*>& sanitizer_fibers(int worker_index) {
+  static std::vector<void*> pools[kMaxWorkers];
+  return pools[worker_index];
+}
+#endif
 
 void fiber_main() {
   Worker* self = worker;
@@ -181,6 +200,7 @@ void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
   if (self->asan_bottom == nullptr) self->asan_bottom = bottom, self->asan_size = size;
 #endif
+  ORDER_AFTER(&launched);
   (*self->kernel)();
   self->leave();
 }
@@ -250,10 +270,6 @@ char* map_stacks(size_t count) {
 void Worker::run_block(dim3 block_index, dim3 grid, dim3 block, bool reversed) {
   const int count = static_cast<int>(block.x);
   if (block.y != 1 || block.z != 1) fail("only one-dimensional blocks are modelled");
-#ifdef SHIM_THREAD_SANITIZER
-  if (stacks != nullptr) retired_stacks.push_back(stacks);
-  stacks = nullptr;
-#endif
   if (stacks == nullptr) stacks = map_stacks(count);
   for (auto& [key, memory] : shared) retired.push_back(memory);
   shared.clear();
@@ -261,9 +277,12 @@ void Worker::run_block(dim3 block_index, dim3 grid, dim3 block, bool reversed) {
   for (void* memory : retired) std::free(memory);
   retired.clear();
 #endif
-  fibers.assign(count, Fiber{});
-  next.resize(count);
-  warps.assign((count + kWarp - 1) / kWarp, Warp{});
+  {
+    const UnseenWrites unseen;
+    fibers.assign(count, Fiber{});
+    next.resize(count);
+    warps.assign((count + kWarp - 1) / kWarp, Warp{});
+  }
   barrier = Barrier{count};
   alive = count;
   for (int i = 0; i < count; ++i) {
@@ -287,21 +306,19 @@ void Worker::run_block(dim3 block_index, dim3 grid, dim3 block, bool reversed) {
 #endif
     fiber.stack_pointer = top;
 #ifdef SHIM_THREAD_SANITIZER
-    fiber.tsan = __tsan_create_fiber(0);
+    std::vector<void*>& pool = sanitizer_fibers(index);
+    if (static_cast<int>(pool.size()) == i) pool.push_back(__tsan_create_fiber(0));
+    fiber.tsan = pool[i];
 #endif
   }
   switch_to(&fibers[reversed ? count - 1 : 0]);
-#ifdef SHIM_THREAD_SANITIZER
-  for (Fiber& fiber : fibers) __tsan_destroy_fiber(fiber.tsan);
-#endif
 }
 
 void Worker::end_launch() {
   ORDER_AFTER(&finished);
   for (auto& [key, memory] : shared) std::free(memory);
   for (void* memory : retired) std::free(memory);
-  if (stacks != nullptr) retired_stacks.push_back(stacks);
-  for (char* memory : retired_stacks) munmap(memory, fibers.size() * kStack);
+  if (stacks != nullptr) munmap(stacks, fibers.size() * kStack);
 }
 
 }  // namespace
@@ -312,24 +329,25 @@ int lane() { return worker->current->lane; }
 void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   const long total = static_cast<long>(grid.x) * grid.y * grid.z;
   const bool reversed = setting("EPT_SHIM_REVERSED", 0) != 0;  // the last thread of a block runs first
-  std::atomic<long> taken{0};
-  const auto work = [&] {
+  const long threads = std::min<long>(kMaxWorkers, total);
+  ORDER_BEFORE(&launched);
+  const auto work = [&](int index) {
     Worker self;
     worker = &self;
+    self.index = index;
     self.kernel = &kernel;
 #ifdef SHIM_THREAD_SANITIZER
     self.tsan = __tsan_get_current_fiber();
 #endif
-    for (long i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < total;) {
+    for (long i = index; i < total; i += threads) {
       self.run_block(dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y), grid, block, reversed);
     }
     self.end_launch();
     worker = nullptr;
   };
-  const long threads = std::min<long>(setting("EPT_SHIM_THREADS", 2), total);
   std::vector<std::thread> others;
-  for (long i = 1; i < threads; ++i) others.emplace_back(work);
-  work();
+  for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
+  work(0);
   for (std::thread& other : others) other.join();
 }
 
@@ -340,13 +358,8 @@ void* shared_memory(const void* key, size_t bytes, size_t alignment) {
     if (known == key) return memory;
   }
   void* memory = nullptr;
-#ifdef SHIM_THREAD_SANITIZER
-  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);  // to take memory is no write by the fiber that comes first
-#endif
+  const UnseenWrites unseen;  // to take memory is no write by the fiber that comes first
   if (posix_memalign(&memory, std::max<size_t>(alignment, 16), bytes) != 0) fail("no memory for a block");
-#ifdef SHIM_THREAD_SANITIZER
-  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-#endif
   for (size_t i = 0; i < bytes; ++i) static_cast<unsigned char*>(memory)[i] = i % 2 ? 0x7f : 0xff;
   worker->shared.emplace_back(key, memory);
   return memory;
