@@ -37,9 +37,8 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(const __grid_constant_
 #pragma unroll
   for (int f = 0; f < kTiles; ++f) wmma::fill_fragment(sum[f], 0.0f);
   for (int start = 0; start < total; start += kDepth) {
-    __syncthreads();  // the previous stage has been read
     if (threadIdx.x < kDepth) shared.column[threadIdx.x] = packed_column(pyramid, active, start + threadIdx.x).column;
-    __syncthreads();
+    __syncthreads();  // the columns are known, and the previous stage has been read
     for (int e = threadIdx.x; e < kRows * kDepth; e += kThreads) {
       const int t = e / kDepth, n = e % kDepth, column = shared.column[n];
       const bool exists = column >= 0 && begin + t < end;

@@ -24,25 +24,30 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
     return folder
 
 
-def _once(folder: Path, name: str, make: Callable[[], object]) -> None:
-    """Call ``make`` in the first worker that comes here; the others wait."""
-    with (folder / f"{name}.lock").open("a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.seek(0)
-        if not lock.read():
-            make()
-            lock.write("done")
+@pytest.fixture(scope="session")
+def once(shared_folder: Path) -> Callable[[str, Callable[[], object]], None]:
+    """Calls a function in the first worker that comes; the others wait for it."""
+
+    def call(name: str, make: Callable[[], object]) -> None:
+        with (shared_folder / f"{name}.lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            if not lock.read():
+                make()
+                lock.write("done")
+
+    return call
 
 
 @pytest.fixture(scope="session")
-def build(shared_folder: Path) -> Callable[[str], Build]:
+def build(shared_folder: Path, once: Callable[[str, Callable[[], object]], None]) -> Callable[[str], Build]:
     """The kernels, compiled in a flavour."""
     if (reason := missing()) is not None:
         pytest.skip(f"the CUDA kernels cannot be executed on this CPU: {reason}")
 
     def get(flavour: str) -> Build:
         folder = shared_folder / flavour
-        _once(shared_folder, flavour, lambda: Build(flavour, folder).compile_all().driver(folder / "driver"))
+        once(flavour, lambda: Build(flavour, folder).compile_all().driver(folder / "driver"))
         return Build(flavour, folder)
 
     return get
@@ -60,10 +65,12 @@ def threads(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 
 
 @pytest.fixture(scope="session")
-def library(build: Callable[[str], Build], shared_folder: Path) -> None:
+def library(
+    build: Callable[[str], Build], shared_folder: Path, once: Callable[[str, Callable[[], object]], None]
+) -> None:
     """``torch.ops.ept_cuda``, on CPU tensors."""
     plain, target = build("plain"), shared_folder / "ept_cuda_on_cpu.so"
-    _once(shared_folder, "library", lambda: plain.library(target))
+    once("library", lambda: plain.library(target))
     torch.ops.load_library(target)
 
 

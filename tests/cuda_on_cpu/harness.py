@@ -112,7 +112,7 @@ class Suite:
         self.expected = [_expected(call) for call in calls]
 
     def run(self, driver: Path, *, reverse: bool = False) -> str | None:
-        """What is wrong with the driver's results, or None: a crash, a sanitizer's report, a wrong or missing number."""
+        """What is wrong with the driver, or None: a crash, a sanitizer's report, a wrong or missing number."""
         target = self.folder / f"{self.name}-{driver.name}-{int(reverse)}.out"
         environment = {
             **os.environ,

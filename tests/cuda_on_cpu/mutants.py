@@ -1,7 +1,7 @@
 """Faults planted in the kernels, each a replacement of text, and what has to notice it.
 
-``values``: the comparison with the reference. ``address`` and ``thread``: the sanitizers, where the numbers may come out
-right: reads beyond an array, barriers that only luck replaces.
+``values``: the comparison with the reference. ``address`` and ``thread``: the sanitizers, where the numbers may come
+out right: reads beyond an array, barriers that only luck replaces.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Mutant:
         for unit in units:  # beside the file, so that they include the copy
             (folder / unit).write_text((SOURCES / unit).read_text())
         (folder / self.file).write_text(text.replace(self.old, self.new))
-        replaced = {unit: build.compile(folder / unit, folder / f"{unit}.o") for unit in units}
+        replaced = {unit: build.compile(folder / unit, folder / f"{unit}.o", "-w") for unit in units}
         return build.driver(folder / "driver", replaced)
 
 
@@ -73,7 +73,7 @@ MUTANTS = {
     ),
     "half a warp summed": Mutant("weight_grad.cu", "distance = kWarp / 2", "distance = kWarp / 4", "values"),
     "B's gradient in A's layout": Mutant(
-        "delta.cu", "gradients.B, 1, problem.pyramid.rank,", "gradients.B, problem.pyramid.rank, 1,", "address"
+        "delta.cu", "gradients.B, 1, problem.pyramid.rank,", "gradients.B, problem.pyramid.rank, 1,", "values"
     ),
     # memory
     "padding of the last row of X read": Mutant("shrink.cu", "if (c >= features) break;", "", "address"),
@@ -101,7 +101,10 @@ MUTANTS = {
         "expand.cu", "      __syncthreads();\n    }\n    if (!inside)", "    }\n    if (!inside)", "thread"
     ),
     "stage overwritten while others read": Mutant(
-        "shrink_tensor_cores.cu", "__syncthreads();  // the previous stage", "// the previous stage", "thread"
+        "factor_grad.cu", "__syncthreads();  // the previous block", "// the previous block", "thread"
+    ),
+    "staged tile multiplied before it is there": Mutant(
+        "shrink_tensor_cores.cu", "      __syncthreads();\n#pragma unroll", "#pragma unroll", "thread"
     ),
     "tile read before its warp has stored it": Mutant(
         "factor_grad_tensor_cores.cu", "wmma::mem_row_major);\n      __syncwarp();", "wmma::mem_row_major);", "thread"
