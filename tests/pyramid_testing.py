@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -85,9 +85,10 @@ class Case:
     num_groups: int = 1
     layout: str = "contiguous"
     bias: bool = True
-    zero_scale: bool = False
+    zero_scale: bool = False  # the last scale is switched off
     seed: int = 0
     skew: str = "uniform"
+    zero_groups: tuple[int, ...] = ()  # groups in which the first scale is switched off
 
     def tensors(self, dtype: torch.dtype | None = None, adapter_dtype: torch.dtype | None = None) -> Problem:
         """The tensors of this case in ``dtype`` (default: ``working_dtype()``); A, B, folded in ``adapter_dtype``."""
@@ -102,6 +103,7 @@ class Case:
         if self.zero_scale:
             start, k = g.offsets[-1], g.scales[-1]
             folded[:, start : start + k * k] = 0
+        folded[list(self.zero_groups), : g.scales[0] ** 2] = 0
         return Problem(
             geometry=g,
             x=_laid_out(self.layout, self.lead, g.in_features, dtype, normal),
@@ -224,7 +226,7 @@ def random_case(rng: random.Random) -> Case:
     """Any call of an op: leading shape (also empty), grouping, unused groups, memory layout."""
     batch, length = rng.choice((0, 1, 2, 3, 5, 7)), rng.choice((0, 1, 2, 5))
     grouping = rng.choice(GROUPINGS)
-    return Case(
+    case = Case(
         geometry=random_geometry(rng),
         lead=rng.choice(((), (batch,), (batch, length), (batch, length), (batch, length, 2))),
         grouping=grouping,
@@ -234,6 +236,7 @@ def random_case(rng: random.Random) -> Case:
         zero_scale=rng.random() < 0.2,
         seed=rng.randrange(1000),
     )
+    return replace(case, zero_groups=tuple(group for group in range(case.num_groups) if rng.random() < 0.3))
 
 
 geometries = partial(from_seed, random_geometry)
