@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ept_kernels import PyramidGeometry
 
-BACKENDS = ("torch", "reference")
+BACKENDS = ("torch", "reference", "cpu")
+#: Backends that compute in fp32 at best.
+SINGLE_PRECISION = ("cpu",)
 
 #: The inputs of each public function that can have a gradient, in the order of its arguments.
 DIFFERENTIABLE = {
@@ -42,6 +45,16 @@ def examples(count: int) -> settings:
         database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
+
+
+def working_dtype() -> torch.dtype:
+    """The widest dtype of the backend under test: float64 where it has that."""
+    return torch.float32 if os.environ.get("EPT_BACKEND") in SINGLE_PRECISION else torch.float64
+
+
+def tight() -> float:
+    """The relative error that is allowed in ``working_dtype()``."""
+    return 1e-12 if working_dtype() == torch.float64 else 1e-5
 
 
 # --- an independent formulation, straight from section 1 of the specification -----------------------------------------
@@ -72,12 +85,14 @@ class Case:
     num_groups: int = 1
     layout: str = "contiguous"
     bias: bool = True
-    zero_scale: bool = False
+    zero_scale: bool = False  # the last scale is switched off
     seed: int = 0
     skew: str = "uniform"
+    zero_groups: tuple[int, ...] = ()  # groups in which the first scale is switched off
 
-    def tensors(self, dtype: torch.dtype = torch.float64, adapter_dtype: torch.dtype | None = None) -> Problem:
-        """The tensors of this case. A, B and folded in ``adapter_dtype`` (default: that of x)."""
+    def tensors(self, dtype: torch.dtype | None = None, adapter_dtype: torch.dtype | None = None) -> Problem:
+        """The tensors of this case in ``dtype`` (default: ``working_dtype()``); A, B, folded in ``adapter_dtype``."""
+        dtype = dtype or working_dtype()
         generator = torch.Generator().manual_seed(self.seed)
         g, adapter = self.geometry, adapter_dtype or dtype
 
@@ -88,6 +103,7 @@ class Case:
         if self.zero_scale:
             start, k = g.offsets[-1], g.scales[-1]
             folded[:, start : start + k * k] = 0
+        folded[list(self.zero_groups), : g.scales[0] ** 2] = 0
         return Problem(
             geometry=g,
             x=_laid_out(self.layout, self.lead, g.in_features, dtype, normal),
@@ -210,7 +226,7 @@ def random_case(rng: random.Random) -> Case:
     """Any call of an op: leading shape (also empty), grouping, unused groups, memory layout."""
     batch, length = rng.choice((0, 1, 2, 3, 5, 7)), rng.choice((0, 1, 2, 5))
     grouping = rng.choice(GROUPINGS)
-    return Case(
+    case = Case(
         geometry=random_geometry(rng),
         lead=rng.choice(((), (batch,), (batch, length), (batch, length), (batch, length, 2))),
         grouping=grouping,
@@ -220,6 +236,7 @@ def random_case(rng: random.Random) -> Case:
         zero_scale=rng.random() < 0.2,
         seed=rng.randrange(1000),
     )
+    return replace(case, zero_groups=tuple(group for group in range(case.num_groups) if rng.random() < 0.3))
 
 
 geometries = partial(from_seed, random_geometry)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..torch_backend import pyramid_weight, pyramid_weight_backward
 from .expand import expand
 from .factor_grad import factor_grad_partials
 from .linear import linear
@@ -23,6 +22,9 @@ from .plan import Plan, plan_for
 from .reduce import reduce_gradients
 from .shrink import shrink
 from .single import shrink_linear
+from .weight import merge as pyramid_merge
+from .weight import pyramid_weight
+from .weight_grad import pyramid_weight_backward
 
 __all__ = [
     "PLANS",
@@ -31,6 +33,7 @@ __all__ = [
     "pyramid_delta_backward",
     "pyramid_linear",
     "pyramid_linear_backward",
+    "pyramid_merge",
     "pyramid_weight",
     "pyramid_weight_backward",
 ]

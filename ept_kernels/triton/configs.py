@@ -117,3 +117,24 @@ def factor_grad_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]
 def reduce_config() -> Config:
     """Tiles of the second stage of the parameter gradients."""
     return Config.of(BLOCK_J=64, BLOCK_U=32, BLOCK_F=32, num_warps=4, num_stages=1)
+
+
+#: Lines of a span of the first stage of a dense update's gradients: a constant multiple of every block.
+WEIGHT_SPAN = 256
+
+
+def weight_candidates(plan: Plan) -> list[Config]:
+    """Tiles of the weight generation, the default first; ranks beyond a block of 64 take several rounds."""
+    ranks = min(64, max(16, triton.next_power_of_2(plan.rank)))
+    return [
+        Config.of(BLOCK_O=32, BLOCK_I=128, BLOCK_P=ranks, num_warps=8, num_stages=1),
+        Config.of(BLOCK_O=32, BLOCK_I=64, BLOCK_P=ranks, num_warps=4, num_stages=1),
+    ]
+
+
+def weight_grad_candidates(plan: Plan, itemsize: int) -> list[Config]:
+    """Tiles of the first stage of a dense update's gradients, the default first; a program serves one scale."""
+    columns = max(rank * slot for rank, slot in zip(plan.ranks, plan.slots, strict=True))
+    block = 64 if itemsize <= 2 and columns <= 64 else 32
+    # With 4 warps sm_100 spills a few registers.
+    return [Config.of(BLOCK_T=block, BLOCK_C=block, num_warps=8, num_stages=stages) for stages in (2, 1)]

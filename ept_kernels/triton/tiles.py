@@ -43,6 +43,14 @@ def spread(
 
 
 @triton.jit
+def is_active(kernel_ptr, K: tl.constexpr, SLOT: tl.constexpr):
+    """Whether a folded kernel ``[K, K]`` has an entry that is not zero (NaN counts): else its scale can be skipped."""
+    entry = tl.arange(0, SLOT * SLOT)
+    values = tl.load(kernel_ptr + entry, mask=entry < K * K, other=0.0)
+    return tl.max((values != 0).to(tl.int32), 0) > 0
+
+
+@triton.jit
 def block_columns(p0, rank, K: tl.constexpr, SLOT: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
     """Columns of a scale's block in a row of intermediates, relative to the scale's first, and which of them exist."""
     n = tl.arange(0, RANK * SLOT)
