@@ -21,12 +21,14 @@ import torch
 
 _MODULES = {
     "triton": ".triton",
+    "cuda": ".cuda_backend",
+    "cpu": ".native",
     "torch": ".torch_backend",
     "reference": ".reference_backend",
 }
 
 #: Backends by type of device, the fastest first; "torch" serves whatever they do not.
-AUTOMATIC: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
+AUTOMATIC: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 _loaded: dict[str, ModuleType] = {}
 _chosen: dict[tuple[str | None, torch.device, torch.dtype], ModuleType] = {}

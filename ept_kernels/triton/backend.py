@@ -1,9 +1,9 @@
 """The ops on Triton kernels: what is launched, and in which order.
 
-Forward: shrink, then the base product with the expansion as its epilogue; or all of it in a single launch; or torch's
-product and an expansion added to it (``base_plan`` says which). Backward, at most five launches: shrink of x again (U
-and V: forward keeps neither, x is all that a layer holds), shrink of dy, dx, first stage of dA and dB, second stage of
-all parameter gradients.
+Forward: shrink, then the base product with the expansion in its accumulator; or all of it in a single launch; or
+torch's product and an expansion added to it (``base_plan`` says which). Backward, at most five launches: shrink of x
+again (U and V: forward keeps neither, x is all that a layer holds), shrink of dy, dx, first stage of dA and dB, second
+stage of all parameter gradients.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ PLANS = ("fused", "single", "split")
 
 
 def base_plan(x: Tensor, weight: Tensor) -> str:
-    """How the base product runs: ``fused`` (our kernel, the expansion its epilogue, after a shrink), ``single`` (the
-    shrink in the same launch too) or ``split`` (torch's library, then an expansion added to its output).
+    """How the base product runs: ``fused`` (our kernel, the expansion in its accumulator, after a shrink), ``single``
+    (the shrink in the same launch too) or ``split`` (torch's library, then an expansion added to its output).
 
     Fused, y is written once; apart, the library's faster product is followed by a kernel that reads and writes y again.
     The rule: fused for half precision where rows are 16-byte multiples (the kernel's loads are then full vectors);

@@ -110,9 +110,20 @@ def shrink_tile(
             accumulator = accumulators[s]
             if wanted[s]:
                 tile = spread(
-                    factor_ptr, stride_p, stride_j, p0, c0, rank, features, SCALES[s], SLOTS[s], RANKS[s], BLOCK_C
+                    factor_ptr,
+                    stride_p,
+                    stride_j,
+                    p0,
+                    c0,
+                    rank,
+                    features,
+                    SCALES[s],
+                    SLOTS[s],
+                    RANKS[s],
+                    BLOCK_C,
+                    x.dtype,
                 )
-                accumulator = tl.dot(x, tl.trans(tile.to(x.dtype)), accumulator, input_precision=PRECISION)
+                accumulator = tl.dot(x, tl.trans(tile), accumulator, input_precision=PRECISION)
             updated = updated + (accumulator,)
         accumulators = updated
 
