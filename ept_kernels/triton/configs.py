@@ -123,9 +123,10 @@ def reduce_config() -> Config:
 WEIGHT_SPAN = 256
 
 
-def weight_candidates(plan: Plan) -> list[Config]:
-    """Tiles of the weight generation, the default first; ranks beyond a block of 64 take several rounds."""
-    ranks = min(64, max(16, triton.next_power_of_2(plan.rank)))
+def weight_candidates(plan: Plan, itemsize: int) -> list[Config]:
+    """Tiles of the weight generation, the default first; ranks beyond a block take several rounds."""
+    most = 64 if itemsize <= 2 else 32  # three TF32 products of 64 ranks spill on sm_80
+    ranks = min(most, max(16, triton.next_power_of_2(plan.rank)))
     return [
         Config.of(BLOCK_O=32, BLOCK_I=128, BLOCK_P=ranks, num_warps=8, num_stages=1),
         Config.of(BLOCK_O=32, BLOCK_I=64, BLOCK_P=ranks, num_warps=4, num_stages=1),
