@@ -78,6 +78,37 @@ def pyramid_weight(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeomet
         )
 
 
+def pyramid_merge(weight: Tensor, A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeometry) -> Tensor:
+    """A base weight with each group's update added, ``W0 + sum_k crop((B_k A_k) kron Kbar_k[g])`` (spec identity 5).
+
+    For inference: there is no gradient. ``weight + pyramid_weight(...)`` has one.
+
+    Args:
+        weight: ``[out, in]``, any floating dtype and strides; it is read, never written.
+        A: ``[r, ceil(in / k_min)]``, B: ``[ceil(out / k_min), r]``, one floating dtype.
+        folded: ``[G, folded_size]``, packed as ``fold_kernels`` packs.
+        geometry: the layer's sizes.
+
+    Returns:
+        ``[G, out, in]`` in the dtype of weight: summed in fp32 or wider, rounded once. Where the backend fuses the sum
+        (``triton``), no dense update is in memory beside it.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit the geometry.
+        RuntimeError: an input requires a gradient and autograd is on.
+    """
+    _check_adapter(A, B, folded, geometry)
+    _expect("weight", weight, (geometry.out_features, geometry.in_features), "[out, in] =")
+    if not weight.is_floating_point():
+        raise ValueError(f"weight must be a floating-point tensor, got {weight.dtype}")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weight, A, B, folded)):
+        raise RuntimeError(
+            "pyramid_merge has no gradient; call it under torch.no_grad(), or add pyramid_weight to the weight"
+        )
+    with without_autocast(weight.device):
+        return torch.ops.ept.pyramid_merge(weight, A, B, folded, list(geometry.scales))
+
+
 def pyramid_delta(
     x: Tensor,
     A: Tensor,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import backend_for
+from .dispatch import backend_for, serves
 
 _library = torch.library.Library("ept", "DEF")
 
@@ -25,6 +25,7 @@ _library.define(
     "pyramid_weight_backward(Tensor grad, Tensor A, Tensor B, Tensor folded, int[] scales, bool[] needs)"
     " -> (Tensor, Tensor, Tensor)"
 )
+_library.define("pyramid_merge(Tensor weight, Tensor A, Tensor B, Tensor folded, int[] scales) -> Tensor")
 _library.define(
     "pyramid_delta(Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int out_features, int[] scales,"
     " float dropout_p=0.0, Tensor? seed=None) -> Tensor"
@@ -65,9 +66,31 @@ for _op in ("pyramid_weight", "pyramid_delta", "pyramid_linear"):
     _implement(f"{_op}_backward")
 
 
+def _merge(weight: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int]) -> Tensor:
+    """By the backend's own ``pyramid_merge``, if it has one and serves this weight; else through the dense update."""
+    factor_dtype = torch.promote_types(A.dtype, torch.float32)
+    A, B, folded = (tensor.to(factor_dtype) for tensor in (A, B, folded))
+    backend = backend_for(weight.device, factor_dtype)
+    if hasattr(backend, "pyramid_merge") and serves(backend, weight.device, weight.dtype):
+        return backend.pyramid_merge(weight, A, B, folded, scales).contiguous()
+    out_features, in_features = weight.shape
+    update = backend.pyramid_weight(A, B, folded, in_features, out_features, scales)
+    in_place = update.dtype == torch.promote_types(weight.dtype, update.dtype)
+    total = update.add_(weight) if in_place else weight + update
+    return total.to(weight.dtype).contiguous()
+
+
+_library.impl("pyramid_merge", _merge, "CompositeExplicitAutograd")
+
+
 @torch.library.register_fake("ept::pyramid_weight", lib=_library)
 def _(A: Tensor, B: Tensor, folded: Tensor, in_features: int, out_features: int, scales: Sequence[int]) -> Tensor:
     return A.new_empty(folded.shape[0], out_features, in_features)
+
+
+@torch.library.register_fake("ept::pyramid_merge", lib=_library)
+def _(weight, A, B, folded, scales) -> Tensor:
+    return weight.new_empty(folded.shape[0], *weight.shape)
 
 
 @torch.library.register_fake("ept::pyramid_delta", lib=_library)
@@ -148,8 +171,13 @@ def _refuse(ctx, *grads):
     raise RuntimeError("the ept ops can be differentiated once; their gradients have no derivative of their own")
 
 
+def _refuse_merge(ctx, grad):
+    raise RuntimeError("a merged weight has no gradient: pyramid_merge serves inference; train through pyramid_weight")
+
+
 for _op in ("pyramid_weight", "pyramid_delta", "pyramid_linear"):
     torch.library.register_autograd(f"ept::{_op}_backward", _refuse, lib=_library)
+torch.library.register_autograd("ept::pyramid_merge", _refuse_merge, lib=_library)
 torch.library.register_autograd("ept::pyramid_weight", _weight_backward, setup_context=_weight_setup, lib=_library)
 torch.library.register_autograd("ept::pyramid_delta", _delta_backward, setup_context=_delta_setup, lib=_library)
 torch.library.register_autograd("ept::pyramid_linear", _linear_backward, setup_context=_linear_setup, lib=_library)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -31,6 +31,9 @@ DIFFERENTIABLE = {
 }
 LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded")
 GROUPINGS = ("none", "one", "sample", "row")
+#: How many rows each group gets: any, all the same one, as many groups as there are, a few popular ones, one huge
+#: group among single rows; the last two in runs of consecutive rows, too.
+SKEWS = ("uniform", "identical", "distinct", "zipf", "huge", "zipf runs", "huge runs")
 
 
 def examples(count: int) -> settings:
@@ -82,8 +85,10 @@ class Case:
     num_groups: int = 1
     layout: str = "contiguous"
     bias: bool = True
-    zero_scale: bool = False
+    zero_scale: bool = False  # the last scale is switched off
     seed: int = 0
+    skew: str = "uniform"
+    zero_groups: tuple[int, ...] = ()  # groups in which the first scale is switched off
 
     def tensors(self, dtype: torch.dtype | None = None, adapter_dtype: torch.dtype | None = None) -> Problem:
         """The tensors of this case in ``dtype`` (default: ``working_dtype()``); A, B, folded in ``adapter_dtype``."""
@@ -98,6 +103,7 @@ class Case:
         if self.zero_scale:
             start, k = g.offsets[-1], g.scales[-1]
             folded[:, start : start + k * k] = 0
+        folded[list(self.zero_groups), : g.scales[0] ** 2] = 0
         return Problem(
             geometry=g,
             x=_laid_out(self.layout, self.lead, g.in_features, dtype, normal),
@@ -116,7 +122,25 @@ class Case:
         counts = {"one": 1, "sample": self.lead[0] if self.lead else 1, "row": rows}
         if self.grouping == "none":
             return None
-        return torch.randint(self.num_groups, (counts[self.grouping],), generator=generator)
+        return skewed_groups(self.skew, counts[self.grouping], self.num_groups, generator)
+
+
+def skewed_groups(skew: str, count: int, num_groups: int, generator: torch.Generator) -> Tensor:
+    """``count`` group ids below ``num_groups``, distributed as ``SKEWS`` says."""
+    kind, _, order = skew.partition(" ")
+    if kind == "identical":
+        return torch.randint(num_groups, (1,), generator=generator).repeat(count)
+    if kind == "distinct":
+        return torch.arange(count) % num_groups
+    if kind == "zipf":
+        popularity = 1 / torch.arange(1, num_groups + 1)
+        groups = torch.multinomial(popularity, max(count, 1), replacement=True, generator=generator)[:count]
+    elif kind == "huge":
+        groups = torch.randint(num_groups, (count,), generator=generator)
+        groups[torch.rand(count, generator=generator) < 0.8] = 0
+    else:
+        return torch.randint(num_groups, (count,), generator=generator)
+    return groups.sort().values if order else groups
 
 
 @dataclass(frozen=True)
@@ -185,14 +209,16 @@ def from_seed(build: Callable[[random.Random], Any]) -> st.SearchStrategy:
     return st.integers(0, 2**32 - 1).map(lambda seed: build(random.Random(seed)))
 
 
-def random_geometry(rng: random.Random, largest: int = 40) -> PyramidGeometry:
-    """Any layer and pyramid: sizes that no scale divides, odd scales, k = 1, repeats in any order, rank 1 to 16."""
+def random_geometry(
+    rng: random.Random, largest: int = 40, largest_scale: int = 9, ranks: Sequence[int] = (1, 2, 3, 5, 8, 16)
+) -> PyramidGeometry:
+    """Any layer and pyramid: sizes that no scale divides, odd scales, k = 1, repeats in any order."""
     in_features, out_features = rng.randint(1, largest), rng.randint(1, largest)
-    scales = range(1, min(in_features, out_features, 9) + 1)
+    scales = range(1, min(in_features, out_features, largest_scale) + 1)
     common = rng.choice((1, 1, 2, 3))  # a divisor of all scales, where the layer has room for one
     scales = [k for k in scales if k % common == 0] or scales
     kernel_sizes = tuple(rng.choice(scales) for _ in range(rng.randint(1, 6)))
-    rank = rng.choice((1, 2, 3, 5, 8, 16))
+    rank = rng.choice(ranks)
     return PyramidGeometry(in_features, out_features, rank, kernel_sizes, rng.random() < 0.7)
 
 
@@ -200,7 +226,7 @@ def random_case(rng: random.Random) -> Case:
     """Any call of an op: leading shape (also empty), grouping, unused groups, memory layout."""
     batch, length = rng.choice((0, 1, 2, 3, 5, 7)), rng.choice((0, 1, 2, 5))
     grouping = rng.choice(GROUPINGS)
-    return Case(
+    case = Case(
         geometry=random_geometry(rng),
         lead=rng.choice(((), (batch,), (batch, length), (batch, length), (batch, length, 2))),
         grouping=grouping,
@@ -210,6 +236,7 @@ def random_case(rng: random.Random) -> Case:
         zero_scale=rng.random() < 0.2,
         seed=rng.randrange(1000),
     )
+    return replace(case, zero_groups=tuple(group for group in range(case.num_groups) if rng.random() < 0.3))
 
 
 geometries = partial(from_seed, random_geometry)
@@ -261,6 +288,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, list[Tensor]]] = []
+        self.created: list[Tensor] = []  # allocated by an operation, rather than changed or viewed
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -268,8 +296,13 @@ class Recorder(TorchDispatchMode):
             with self:
                 return function._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         result = function(*args, **kwargs)
-        flat, _ = torch.utils._pytree.tree_flatten((args, kwargs, result))
-        self.calls.append((str(function).split(".")[1], [value for value in flat if isinstance(value, Tensor)]))
+        given, made = (
+            [value for value in torch.utils._pytree.tree_flatten(part)[0] if isinstance(value, Tensor)]
+            for part in ((args, kwargs), result)
+        )
+        self.calls.append((str(function).split(".")[1], given + made))
+        known = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.created += [each for each in made if each.numel() and each.untyped_storage().data_ptr() not in known]
         return result
 
     def names(self) -> list[str]:

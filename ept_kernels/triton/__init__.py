@@ -14,6 +14,7 @@ name = "triton"
 fuses_dropout = True
 
 _OPS = {f"pyramid_{op}{suffix}" for op in ("weight", "delta", "linear") for suffix in ("", "_backward")}
+_OPS.add("pyramid_merge")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -1,9 +1,9 @@
 """The ops on Triton kernels: what is launched, and in which order.
 
-Forward: shrink, then the base product with the expansion as its epilogue; or all of it in a single launch; or torch's
-product and an expansion added to it (``base_plan`` says which). Backward, at most five launches: shrink of x again (U
-and V: forward keeps neither, x is all that a layer holds), shrink of dy, dx, first stage of dA and dB, second stage of
-all parameter gradients.
+Forward: shrink, then the base product with the expansion in its accumulator; or all of it in a single launch; or
+torch's product and an expansion added to it (``base_plan`` says which). Backward, at most five launches: shrink of x
+again (U and V: forward keeps neither, x is all that a layer holds), shrink of dy, dx, first stage of dA and dB, second
+stage of all parameter gradients.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..torch_backend import pyramid_weight, pyramid_weight_backward
 from .expand import expand
 from .factor_grad import factor_grad_partials
 from .linear import linear
@@ -23,6 +22,9 @@ from .plan import Plan, plan_for
 from .reduce import reduce_gradients
 from .shrink import shrink
 from .single import shrink_linear
+from .weight import merge as pyramid_merge
+from .weight import pyramid_weight
+from .weight_grad import pyramid_weight_backward
 
 __all__ = [
     "PLANS",
@@ -31,6 +33,7 @@ __all__ = [
     "pyramid_delta_backward",
     "pyramid_linear",
     "pyramid_linear_backward",
+    "pyramid_merge",
     "pyramid_weight",
     "pyramid_weight_backward",
 ]
@@ -43,8 +46,8 @@ PLANS = ("fused", "single", "split")
 
 
 def base_plan(x: Tensor, weight: Tensor) -> str:
-    """How the base product runs: ``fused`` (our kernel, the expansion its epilogue, after a shrink), ``single`` (the
-    shrink in the same launch too) or ``split`` (torch's library, then an expansion added to its output).
+    """How the base product runs: ``fused`` (our kernel, the expansion in its accumulator, after a shrink), ``single``
+    (the shrink in the same launch too) or ``split`` (torch's library, then an expansion added to its output).
 
     Fused, y is written once; apart, the library's faster product is followed by a kernel that reads and writes y again.
     The rule: fused for half precision where rows are 16-byte multiples (the kernel's loads are then full vectors);

@@ -53,9 +53,20 @@ def add_expanded(
                     other=0.0,
                 )
                 tile = spread(
-                    factor_ptr, stride_p, stride_j, p0, c0, rank, features, SCALES[s], SLOTS[s], RANKS[s], BLOCK_C
+                    factor_ptr,
+                    stride_p,
+                    stride_j,
+                    p0,
+                    c0,
+                    rank,
+                    features,
+                    SCALES[s],
+                    SLOTS[s],
+                    RANKS[s],
+                    BLOCK_C,
+                    v.dtype,
                 )
-                accumulator = tl.dot(v, tile.to(v.dtype), accumulator, input_precision=PRECISION)
+                accumulator = tl.dot(v, tile, accumulator, input_precision=PRECISION)
     return accumulator
 
 

@@ -1,4 +1,4 @@
-"""The base product with the expansion as its epilogue: one launch, y written once.
+"""The base product, its accumulator begun with the expansion: one launch, y written once.
 
 y = x W^T + b + sum_k V_k F_k              (backward: dx = dy W + sum_k dU_k F_k, W read by its other stride)
 """
@@ -20,6 +20,7 @@ from .tune import choose, row_bucket
 
 @triton.jit
 def base_product(
+    accumulator,  # [BLOCK_T, BLOCK_C] fp32
     x_ptr,  # [T, inner]
     weight_ptr,  # [features, inner] by strides
     bias_ptr,  # [features] or None
@@ -33,15 +34,12 @@ def base_product(
     stride_weight_feature,
     stride_weight_inner,
     PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """A tile of ``x W^T + b``, fp32."""
+    """Add a tile of ``x W^T + b``."""
     channels = tl.arange(0, BLOCK_I)
     x_lines = x_ptr + rows[:, None] * stride_row
     weight_lines = weight_ptr + columns[None, :].to(tl.int64) * stride_weight_feature
-    accumulator = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for i0 in range(0, inner, BLOCK_I):
         i = (i0 + channels).to(tl.int64)
         channel_exists = i < inner
@@ -105,29 +103,9 @@ def linear_kernel(
     c0 = column_block * BLOCK_C
     columns = c0 + tl.arange(0, BLOCK_C)
     row_exists, column_exists = rows < rows_total, columns < features
-    accumulator = base_product(
-        x_ptr,
-        weight_ptr,
-        bias_ptr,
-        rows,
-        row_exists,
-        columns,
-        column_exists,
-        inner,
-        stride_row,
-        stride_inner,
-        stride_weight_feature,
-        stride_weight_inner,
-        PRECISION,
-        BLOCK_T,
-        BLOCK_C,
-        BLOCK_I,
-    )
-    if DROPOUT:
-        base = accumulator
-        accumulator = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    # The expansion comes first: its mask leaves the base alone, and a second accumulator does not fit the registers.
     accumulator = add_expanded(
-        accumulator,
+        tl.zeros((BLOCK_T, BLOCK_C), tl.float32),
         v_ptr,
         active_ptr,
         factor_ptr,
@@ -150,7 +128,24 @@ def linear_kernel(
     )
     if DROPOUT:
         kept = keep_mask(tl.load(seed_ptr), rows, columns, p_drop)
-        accumulator = base + tl.where(kept, accumulator / (1.0 - p_drop), 0.0)
+        accumulator = tl.where(kept, accumulator / (1.0 - p_drop), 0.0)
+    accumulator = base_product(
+        accumulator,
+        x_ptr,
+        weight_ptr,
+        bias_ptr,
+        rows,
+        row_exists,
+        columns,
+        column_exists,
+        inner,
+        stride_row,
+        stride_inner,
+        stride_weight_feature,
+        stride_weight_inner,
+        PRECISION,
+        BLOCK_I,
+    )
     place = y_ptr + rows[:, None] * features + columns[None, :]
     tl.store(place, accumulator.to(y_ptr.dtype.element_ty), mask=row_exists[:, None] & column_exists[None, :])
 
@@ -204,5 +199,6 @@ def linear(
         )
         return y
 
-    key = ("linear", inner, features, plan, x.dtype, row_bucket(total), weight.stride())
-    return start(choose(key, linear_candidates(plan, x.dtype.itemsize, total), x.device, start))
+    drops = p_drop > 0
+    key = ("linear", inner, features, plan, x.dtype, row_bucket(total), weight.stride(), drops)
+    return start(choose(key, linear_candidates(plan, x.dtype.itemsize, total, drops), x.device, start))

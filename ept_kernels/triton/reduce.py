@@ -62,13 +62,17 @@ def sum_folded(
     if group < num_groups:
         entry = (index % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
         total = tl.zeros((BLOCK_F,), tl.float32)
-        for u0 in range(0, units, BLOCK_U):
+        if groups_ptr is None:  # segment g is group g
+            first = group * units_per_segment
+            last = tl.minimum(first + units_per_segment, units)
+        else:
+            first = 0
+            last = units
+        for u0 in range(first, last, BLOCK_U):
             unit = u0 + tl.arange(0, BLOCK_U)
-            exists = unit < units
-            if groups_ptr is None:
-                own = exists & (group == 0)
-            else:
-                own = exists & (tl.load(groups_ptr + unit // units_per_segment, mask=exists, other=-1) == group)
+            own = unit < last
+            if groups_ptr is not None:
+                own = own & (tl.load(groups_ptr + unit // units_per_segment, mask=own, other=-1) == group)
             for block in range(rank_blocks):
                 line = tl.cast(block * units + unit, tl.int64) * FOLDED
                 inside = own[:, None] & (entry < FOLDED)[None, :]
@@ -85,7 +89,8 @@ def reduce_kernel(
     partial_folded_ptr,
     grad_folded_ptr,
     groups_ptr,
-    spans,
+    a_spans,
+    b_spans,
     in_features,
     out_features,
     rank,
@@ -112,7 +117,7 @@ def reduce_kernel(
             sum_factor(
                 partial_a_ptr,
                 grad_a_ptr,
-                spans,
+                a_spans,
                 in_features,
                 rank,
                 width,
@@ -127,7 +132,7 @@ def reduce_kernel(
             sum_factor(
                 partial_b_ptr,
                 grad_b_ptr,
-                spans,
+                b_spans,
                 out_features,
                 rank,
                 height,
@@ -169,7 +174,7 @@ def reduce_gradients(
 
     Args:
         partial_a, partial_b: ``[spans, S, r, features]`` fp32. partial_folded: ``[rank blocks, units, folded_size]``.
-        groups: ``[N]`` or None; unit u belongs to ``groups[u // units_per_segment]``.
+        groups: ``[N]``; unit u belongs to ``groups[u // units_per_segment]``. None: ``u // units_per_segment`` itself.
     """
     config = reduce_config()
 
@@ -179,7 +184,6 @@ def reduce_gradients(
     folded_programs = 0
     if grad_folded is not None:
         folded_programs = grad_folded.shape[0] * triton.cdiv(plan.folded_size, config["BLOCK_F"])
-    factor_partial = partial_a if partial_a is not None else partial_b
     launch(
         reduce_kernel,
         (max(programs(grad_a), programs(grad_b), folded_programs), 3),
@@ -190,7 +194,8 @@ def reduce_gradients(
         partial_folded,
         grad_folded,
         groups,
-        0 if factor_partial is None else factor_partial.shape[0],
+        0 if partial_a is None else partial_a.shape[0],
+        0 if partial_b is None else partial_b.shape[0],
         0 if partial_a is None else partial_a.shape[3],
         0 if partial_b is None else partial_b.shape[3],
         plan.rank,

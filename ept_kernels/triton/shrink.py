@@ -90,7 +90,7 @@ def shrink_tile(
     channels = tl.arange(0, BLOCK_C)
     lines = x_ptr + rows[:, None] * stride_row
     following = tl.load(
-        lines + channels[None, :] * stride_feature,
+        lines + channels[None, :].to(tl.int64) * stride_feature,
         mask=row_exists[:, None] & (channels < features)[None, :],
         other=0.0,
     )
@@ -110,9 +110,20 @@ def shrink_tile(
             accumulator = accumulators[s]
             if wanted[s]:
                 tile = spread(
-                    factor_ptr, stride_p, stride_j, p0, c0, rank, features, SCALES[s], SLOTS[s], RANKS[s], BLOCK_C
+                    factor_ptr,
+                    stride_p,
+                    stride_j,
+                    p0,
+                    c0,
+                    rank,
+                    features,
+                    SCALES[s],
+                    SLOTS[s],
+                    RANKS[s],
+                    BLOCK_C,
+                    x.dtype,
                 )
-                accumulator = tl.dot(x, tl.trans(tile.to(x.dtype)), accumulator, input_precision=PRECISION)
+                accumulator = tl.dot(x, tl.trans(tile), accumulator, input_precision=PRECISION)
             updated = updated + (accumulator,)
         accumulators = updated
 
@@ -130,7 +141,7 @@ def shrink_tile(
             kernels = folded_ptr + group[:, None] * FOLDED + OFFSETS[s]
             p = tl.arange(0, RANKS[s])
             exists_p = (p < RANK_BLOCK) & (p0 + p < rank)
-            largest = tl.zeros((BLOCK_T,), tl.float32)
+            nonzero = tl.zeros((BLOCK_T,), tl.int32)
             for a in tl.static_range(SCALES[s]):
                 line = tl.load(
                     kernels + a * (1 if TRANSPOSE else SCALES[s]) + slot[None, :] * (SCALES[s] if TRANSPOSE else 1),
@@ -140,9 +151,9 @@ def shrink_tile(
                 v = tl.sum(u3 * line[:, None, :], 2)  # [BLOCK_T, RANKS[s]]
                 target = rows[:, None] * WIDTH + COLUMNS[s] + (p0 + p)[None, :] * SCALES[s] + a
                 tl.store(v_ptr + target, v.to(v_ptr.dtype.element_ty), mask=row_exists[:, None] & exists_p[None, :])
-                largest = tl.maximum(largest, tl.max(tl.abs(v), 1))
-            # "not equal" and not "greater": a row of NaN must reach the output, not be skipped
-            bits += tl.where(largest != 0, 1 << s, 0)
+                # a maximum would drop NaN; "not equal" sees it, and a row of NaN must reach the output
+                nonzero |= tl.max((v != 0).to(tl.int32), 1)
+            bits += nonzero << s
         if partial_ptr is not None:
             saved = tl.load(u_saved_ptr + place, mask=inside, other=0.0).to(tl.float32)
             saved3 = tl.reshape(saved, (BLOCK_T, RANKS[s], SLOTS[s]))
@@ -203,9 +214,11 @@ def shrink_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    # one axis, because the others end at 65535; neighbours share their rows
+    rank_blocks = tl.cdiv(rank, RANK_BLOCK)
     shrink_tile(
-        tl.program_id(0),
-        tl.program_id(1),
+        tl.program_id(0) % rank_blocks,
+        tl.program_id(0) // rank_blocks,
         x_ptr,
         factor_ptr,
         folded_ptr,
@@ -290,7 +303,7 @@ def shrink(
             partial = torch.empty(plan.rank_blocks, rows.units, plan.folded_size, dtype=torch.float32, device=x.device)
         launch(
             shrink_kernel,
-            (plan.rank_blocks, rows.blocks),
+            (plan.rank_blocks * rows.blocks,),
             x,
             factor,
             folded,

@@ -143,6 +143,7 @@ def single_kernel(
             columns = c0 + tl.arange(0, BLOCK_C)
             row_exists, column_exists = rows < rows_total, columns < features
             accumulator = base_product(
+                tl.zeros((BLOCK_T, BLOCK_C), tl.float32),
                 x_ptr,
                 weight_ptr,
                 bias_ptr,
@@ -156,8 +157,6 @@ def single_kernel(
                 stride_weight_feature,
                 stride_weight_inner,
                 PRECISION,
-                BLOCK_T,
-                BLOCK_C,
                 BLOCK_I,
             )
             first = row_block * (BLOCK_T // SHRINK_T)

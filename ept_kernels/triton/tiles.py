@@ -19,6 +19,7 @@ def spread(
     SLOT: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """``F[(p, q), c] = factor[p, c // K] * (c % K == q)`` for channels c0, c0 + 1, ...: ``[RANK * SLOT, BLOCK_C]``.
 
@@ -30,15 +31,23 @@ def spread(
     if BLOCK_C % K == 0:
         j = c0 // K + tl.arange(0, BLOCK_C // K)
         inside = (p[:, None] < rank) & (j[None, :] * K < features)
-        part = tl.load(factor_ptr + p[:, None] * stride_p + j[None, :] * stride_j, mask=inside, other=0.0)
+        part = tl.load(factor_ptr + p[:, None] * stride_p + j[None, :] * stride_j, mask=inside, other=0.0).to(DTYPE)
         repeated = tl.broadcast_to(part[:, :, None], (RANK, BLOCK_C // K, K)).reshape(RANK, BLOCK_C)
     else:
         inside = (p[:, None] < rank) & (c[None, :] < features)
         offsets = p[:, None] * stride_p + (c // K)[None, :] * stride_j
-        repeated = tl.load(factor_ptr + offsets, mask=inside, other=0.0)
+        repeated = tl.load(factor_ptr + offsets, mask=inside, other=0.0).to(DTYPE)
     slot = tl.arange(0, SLOT)
     own = slot[None, :, None] == (c % K)[None, None, :]
     return tl.where(own, repeated[:, None, :], 0.0).reshape(RANK * SLOT, BLOCK_C)
+
+
+@triton.jit
+def is_active(kernel_ptr, K: tl.constexpr, SLOT: tl.constexpr):
+    """Whether a folded kernel ``[K, K]`` has an entry that is not zero (NaN counts): else its scale can be skipped."""
+    entry = tl.arange(0, SLOT * SLOT)
+    values = tl.load(kernel_ptr + entry, mask=entry < K * K, other=0.0)
+    return tl.max((values != 0).to(tl.int32), 0) > 0
 
 
 @triton.jit
