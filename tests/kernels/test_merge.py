@@ -43,7 +43,7 @@ def test_rounded_once_in_the_dtype_of_the_weight(
     """Half factors too: their products are exact in fp32, so half the last place is all that rounding may cost."""
     p = CASE.tensors(dtype, adapter_dtype=adapter_dtype)
     if adapter_dtype == torch.float64 != working_dtype():
-        with pytest.raises(RuntimeError, match="cannot serve torch.float64"):
+        with pytest.raises(RuntimeError, match=r"cannot serve torch\.float64"):
             merge(p)
         return
     with poisoned_memory():
