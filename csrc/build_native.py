@@ -206,7 +206,8 @@ def cuda_commands(objects: Path, target: Path) -> tuple[Commands, Link]:
 def run_all(objects: Path, commands: Commands, link: Link) -> None:
     """Compile, then link. ninja compiles only what changed; without it everything is compiled, in parallel."""
     target, link_command = link
-    ninja = shutil.which("ninja")
+    beside_python = str(Path(sys.executable).parent)  # where pip puts ninja; pip's builds do not have it on the path
+    ninja = shutil.which("ninja", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
     if ninja:
         rules = [
             "rule cc",
