@@ -1,6 +1,9 @@
 # make demo   set up everything in .venv, then train, reload and merge on real text (under 4 minutes on 2 CPU cores)
 # make test   set up everything in .venv, then run the tests
+# make static compile every shipped Triton configuration without a GPU and check the machine code (hours on one core);
+#             STATIC="--target sm_90 --sample 100" narrows it
 # make lint   style checks        make clean   remove .venv and build products
+# make memcheck   on a machine with an NVIDIA GPU and the CUDA toolkit: the GPU tests under compute-sanitizer
 #
 # PYTHON    interpreter to start from, >= 3.10 (default python3)
 # TORCH     what to install as torch; by default a CPU build where no NVIDIA GPU is found
@@ -12,14 +15,27 @@ BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint clean setup
+.PHONY: demo test static lint memcheck clean setup
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(BIN)/python -m ept.demo --output runs/demo
 
+# Triton decides at its first import whether it interprets kernels: the interpreter's tests are a run of their own.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore=tests/triton
+
+# Out-of-bounds accesses, then races, then reads of memory that nobody wrote (without torch's caching allocator, which
+# would hide the first); a tool that finds something exits with 99.
+memcheck: setup
+	for tool in memcheck racecheck initcheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 99 \
+	    $(BIN)/python -m pytest tests/gpu/test_accuracy.py -k "small or determinism" -p no:cacheprovider || exit 1; \
+	done
+
+static: setup
+	$(BIN)/python benchmarks/static_report.py --output runs/static.csv $(STATIC)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,5 +1,11 @@
-"""Pure Python today; native sources under ``csrc/`` will be built here when a toolchain is found, never demanded."""
+"""Builds the native kernels of ``csrc/`` where a toolchain is found; without one the package is pure Python."""
+
+import sys
+from pathlib import Path
 
 from setuptools import setup
 
-setup()
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))  # pip does not put the source folder on the path
+from build_native import BuildNative, extensions
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative})

@@ -60,6 +60,11 @@ class PyramidAdapter(nn.Module):
     def task_table(self) -> TaskTable:
         return self._task_table[0]
 
+    @property
+    def dropout_p(self) -> float:
+        """Probability with which this call drops an entry of the adapter's input: 0 outside training."""
+        return self.dropout.p if self.training else 0.0
+
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
         """Gaussian seed of variance 1/in and 1/out (README, "Why these defaults"), zero kernels, Kaiming gate.

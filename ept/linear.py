@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ept_kernels import pyramid_delta, pyramid_linear
+from ept_kernels import pyramid_linear
 
 from .adapter import PyramidAdapter
 from .config import EPTConfig
@@ -135,10 +135,9 @@ class EPTLinear(PyramidAdapter):
         if self.merged:
             return self._forward_merged(x, task_ids)
         folded, groups = self.fold(self.tasks_for(x, task_ids))
-        if self.training and self.dropout.p > 0:
-            delta = pyramid_delta(self.dropout(x), self.A, self.B, folded, groups, self.geometry)  # refuses a bad x
-            return F.linear(x, self.weight, self.bias) + delta
-        return pyramid_linear(x, self.weight, self.bias, self.A, self.B, folded, groups, self.geometry)
+        return pyramid_linear(
+            x, self.weight, self.bias, self.A, self.B, folded, groups, self.geometry, dropout_p=self.dropout_p
+        )
 
     def _forward_merged(self, x: Tensor, task_ids: TaskIds | None) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ept_kernels import pyramid_merge
+
 from .adapter import PyramidAdapter
 
 
 def merged_weight(weight: Tensor, adapters: list[PyramidAdapter], task: int, *, transposed: bool = False) -> Tensor:
-    """``weight + sum of the adapters' updates`` for one task, added in the adapters' precision and rounded once.
+    """``weight + sum of the adapters' updates`` for one task, added in at least fp32 and rounded once.
 
     Args:
         weight: ``[out, in]``, or ``[in, out]`` with ``transposed`` (GPT-2's ``Conv1D``).
@@ -20,12 +23,15 @@ def merged_weight(weight: Tensor, adapters: list[PyramidAdapter], task: int, *, 
     Raises:
         ValueError: the result is not finite; nothing has been changed then.
     """
+    total = weight.detach().T if transposed else weight.detach()
+    if len(adapters) > 1:  # one is rounded once by the op; a sum of several is held in a wider dtype until its end
+        dtypes = (torch.float32, *(adapter.A.dtype for adapter in adapters))
+        total = total.to(reduce(torch.promote_types, dtypes, total.dtype))
     with torch.no_grad():
-        total = weight
         for adapter in adapters:
-            delta = adapter.delta_weight(task)
-            total = total.to(torch.promote_types(total.dtype, delta.dtype)) + (delta.T if transposed else delta)
-        total = total.to(weight.dtype)
+            folded, _ = adapter.fold(task)
+            total = pyramid_merge(total, adapter.A, adapter.B, folded, adapter.geometry)[0]
+    total = (total.T if transposed else total).to(weight.dtype).contiguous()
     if not torch.isfinite(total).all():
         raise ValueError(f"merging task {task} gives a weight that is not finite; nothing was changed")
     return total

@@ -3,7 +3,7 @@
 from .autocast import without_autocast
 from .dispatch import available_backends, backend_for
 from .folding import fold_kernels
-from .functional import pyramid_delta, pyramid_linear, pyramid_weight
+from .functional import pyramid_delta, pyramid_linear, pyramid_merge, pyramid_weight
 from .geometry import PyramidGeometry
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "fold_kernels",
     "pyramid_delta",
     "pyramid_linear",
+    "pyramid_merge",
     "pyramid_weight",
     "without_autocast",
 ]

@@ -2,10 +2,13 @@
 
 A backend is a module with a ``name``, six functions (``pyramid_weight``, ``pyramid_delta``, ``pyramid_linear`` and
 their ``_backward`` twins, with the signatures of ``torch_backend``) and, unless it serves everything, a function
-``unsupported(device, dtype)`` that says why it cannot serve, or None. Rows are 2-D, sizes are validated, autograd and
-autocast are already out of the way. ``EPT_BACKEND`` forces a backend for the whole process and fails loudly if that
-backend cannot serve; without it the first of ``AUTOMATIC`` that can serve does. Modules are imported when first asked
-for: importing the package touches no GPU and needs neither Triton nor a compiled extension.
+``unsupported(device, dtype)`` that says why it cannot serve, or None. One with ``fuses_dropout = True`` takes
+``dropout_p`` and ``seed`` as well; for the others rows are dropped before they come. One that can add an update to a
+base weight in passing has ``pyramid_merge(weight, A, B, folded, scales)``: any weight of a dtype it serves, A, B and
+folded of one dtype, fp32 or wider. Rows are 2-D, sizes are validated, autograd and autocast are already out of the way.
+``EPT_BACKEND`` forces a backend for the whole process and fails loudly if that backend cannot serve; without it the
+first of ``AUTOMATIC`` that can serve does. Modules are imported when first asked for: importing the package touches no
+GPU and needs neither Triton nor a compiled extension.
 """
 
 from __future__ import annotations
@@ -17,15 +20,15 @@ from types import ModuleType
 import torch
 
 _MODULES = {
+    "triton": ".triton",
+    "cuda": ".cuda_backend",
+    "cpu": ".native",
     "torch": ".torch_backend",
     "reference": ".reference_backend",
-    "cuda": ".cuda_backend",
 }
 
 #: Backends by type of device, the fastest first; "torch" serves whatever they do not.
-AUTOMATIC: dict[str, tuple[str, ...]] = {
-    "cuda": ("cuda",),
-}
+AUTOMATIC: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 _loaded: dict[str, ModuleType] = {}
 _chosen: dict[tuple[str | None, torch.device, torch.dtype], ModuleType] = {}
@@ -40,6 +43,11 @@ def _load(name: str) -> ModuleType:
 def _unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     check = getattr(_load(name), "unsupported", None)
     return check(device, dtype) if check is not None else None
+
+
+def serves(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend that is loaded takes tensors of ``dtype`` on ``device``."""
+    return not hasattr(backend, "unsupported") or backend.unsupported(device, dtype) is None
 
 
 def available_backends(device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops as _ops  # noqa: F401  (registers torch.ops.ept)
 from .autocast import autocast_dtype, without_autocast
+from .dispatch import backend_for
 from .geometry import PyramidGeometry
 
 
@@ -40,6 +42,21 @@ def _check_rows(x: Tensor, folded: Tensor, groups: Tensor | None, geometry: Pyra
         raise ValueError(f"groups must have a length that divides the {rows} rows of x, got {count}")
 
 
+def _check_dropout(dropout_p: float) -> None:
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+
+
+@torch.compiler.assume_constant_result
+def _fuses_dropout(device: torch.device, dtype: torch.dtype) -> bool:
+    return getattr(backend_for(device, dtype), "fuses_dropout", False)
+
+
+def _dropout_seed(x: Tensor) -> Tensor:
+    """``[1]`` int64 from torch's generator on the device of x, so that recomputation replays the mask; no host read."""
+    return torch.randint(2**62, (1,), device=x.device)
+
+
 def pyramid_weight(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeometry) -> Tensor:
     """Dense update of every group, ``sum_k crop((B_k A_k) kron Kbar_k[g])`` (spec identity 5).
 
@@ -61,8 +78,46 @@ def pyramid_weight(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeomet
         )
 
 
+def pyramid_merge(weight: Tensor, A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeometry) -> Tensor:
+    """A base weight with each group's update added, ``W0 + sum_k crop((B_k A_k) kron Kbar_k[g])`` (spec identity 5).
+
+    For inference: there is no gradient. ``weight + pyramid_weight(...)`` has one.
+
+    Args:
+        weight: ``[out, in]``, any floating dtype and strides; it is read, never written.
+        A: ``[r, ceil(in / k_min)]``, B: ``[ceil(out / k_min), r]``, one floating dtype.
+        folded: ``[G, folded_size]``, packed as ``fold_kernels`` packs.
+        geometry: the layer's sizes.
+
+    Returns:
+        ``[G, out, in]`` in the dtype of weight: summed in fp32 or wider, rounded once. Where the backend fuses the sum
+        (``triton``), no dense update is in memory beside it.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit the geometry.
+        RuntimeError: an input requires a gradient and autograd is on.
+    """
+    _check_adapter(A, B, folded, geometry)
+    _expect("weight", weight, (geometry.out_features, geometry.in_features), "[out, in] =")
+    if not weight.is_floating_point():
+        raise ValueError(f"weight must be a floating-point tensor, got {weight.dtype}")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weight, A, B, folded)):
+        raise RuntimeError(
+            "pyramid_merge has no gradient; call it under torch.no_grad(), or add pyramid_weight to the weight"
+        )
+    with without_autocast(weight.device):
+        return torch.ops.ept.pyramid_merge(weight, A, B, folded, list(geometry.scales))
+
+
 def pyramid_delta(
-    x: Tensor, A: Tensor, B: Tensor, folded: Tensor, groups: Tensor | None, geometry: PyramidGeometry
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    folded: Tensor,
+    groups: Tensor | None,
+    geometry: PyramidGeometry,
+    *,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """The adapter's output for any base layer (spec section 2): ``sum_k B_k (A_k X) Kbar_k[g]^T``.
 
@@ -73,21 +128,31 @@ def pyramid_delta(
         groups: ``[N]`` rows of ``folded``, one for every ``T / N`` consecutive rows of x (N = 1, the batch, or T); None
             with G = 1.
         geometry: the layer's sizes.
+        dropout_p: probability with which an entry of x is zero, in [0, 1); the others are divided by 1 - p. Drawn from
+            torch's generator.
 
     Returns:
         ``[..., out]`` in the dtype of x (autocast's, where that is on), differentiable once in x, A, B and folded.
 
     Raises:
-        ValueError: a shape or dtype that does not fit, or groups that do not divide the rows.
+        ValueError: a shape or dtype that does not fit, groups that do not divide the rows, dropout_p out of range.
     """
     _check_adapter(A, B, folded, geometry)
     _check_rows(x, folded, groups, geometry)
+    _check_dropout(dropout_p)
     dtype = autocast_dtype(x)
     if dtype is not None:
         with without_autocast(x.device):
-            return pyramid_delta(x.to(dtype), A, B, folded, groups, geometry)
+            return pyramid_delta(x.to(dtype), A, B, folded, groups, geometry, dropout_p=dropout_p)
+    seed = None
+    if dropout_p > 0:
+        if _fuses_dropout(x.device, x.dtype):
+            seed = _dropout_seed(x)
+        else:
+            x = F.dropout(x, dropout_p)
+    rows = x.reshape(-1, geometry.in_features)
     delta = torch.ops.ept.pyramid_delta(
-        x.reshape(-1, geometry.in_features), A, B, folded, groups, geometry.out_features, list(geometry.scales)
+        rows, A, B, folded, groups, geometry.out_features, list(geometry.scales), dropout_p, seed
     )
     return delta.view(*x.shape[:-1], geometry.out_features)
 
@@ -101,8 +166,12 @@ def pyramid_linear(
     folded: Tensor,
     groups: Tensor | None,
     geometry: PyramidGeometry,
+    *,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """``x @ weight.T + bias`` and the adapter's output in one call; x, A, B, folded, groups as in ``pyramid_delta``.
+    """``x @ weight.T + bias`` and the adapter's output in one call; the rest as in ``pyramid_delta``.
+
+    Dropout acts on what the adapter sees, not on the base product.
 
     Args:
         weight: ``[out, in]`` in the dtype of x. bias: ``[out]`` or None.
@@ -115,6 +184,7 @@ def pyramid_linear(
     """
     _check_adapter(A, B, folded, geometry)
     _check_rows(x, folded, groups, geometry)
+    _check_dropout(dropout_p)
     _expect("weight", weight, (geometry.out_features, geometry.in_features), "[out, in] =")
     if bias is not None:
         _expect("bias", bias, (geometry.out_features,), "[out] =")
@@ -122,11 +192,20 @@ def pyramid_linear(
     if dtype is not None:
         with without_autocast(x.device):
             cast_bias = None if bias is None else bias.to(dtype)
-            return pyramid_linear(x.to(dtype), weight.to(dtype), cast_bias, A, B, folded, groups, geometry)
+            return pyramid_linear(
+                x.to(dtype), weight.to(dtype), cast_bias, A, B, folded, groups, geometry, dropout_p=dropout_p
+            )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+    seed = None
+    if dropout_p > 0:
+        if not _fuses_dropout(x.device, x.dtype):
+            delta = pyramid_delta(F.dropout(x, dropout_p), A, B, folded, groups, geometry)
+            return F.linear(x, weight, bias) + delta
+        seed = _dropout_seed(x)
+    rows = x.reshape(-1, geometry.in_features)
     output = torch.ops.ept.pyramid_linear(
-        x.reshape(-1, geometry.in_features), weight, bias, A, B, folded, groups, list(geometry.scales)
+        rows, weight, bias, A, B, folded, groups, list(geometry.scales), dropout_p, seed
     )
     return output.view(*x.shape[:-1], geometry.out_features)

@@ -2,7 +2,8 @@
 
 Rows are 2-D here; ``functional`` validates, flattens and handles autocast. ``groups [N]`` gives the row of ``folded``
 for each of N equal runs of consecutive rows (N divides T: 1, one a sample, or one a row); None means row 0 for all.
-Backward saves only what forward was given, so a layer keeps x and tiny tensors alive. The backward ops have no
+Backward saves only what forward was given, so a layer keeps x and tiny tensors alive. With a ``seed [1]`` the adapter
+sees x with entries dropped at ``dropout_p``; the same seed drops the same entries in backward. The backward ops have no
 derivative of their own: a second differentiation raises.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import backend_for
+from .dispatch import backend_for, serves
 
 _library = torch.library.Library("ept", "DEF")
 
@@ -24,26 +25,34 @@ _library.define(
     "pyramid_weight_backward(Tensor grad, Tensor A, Tensor B, Tensor folded, int[] scales, bool[] needs)"
     " -> (Tensor, Tensor, Tensor)"
 )
+_library.define("pyramid_merge(Tensor weight, Tensor A, Tensor B, Tensor folded, int[] scales) -> Tensor")
 _library.define(
-    "pyramid_delta(Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int out_features, int[] scales)"
-    " -> Tensor"
+    "pyramid_delta(Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int out_features, int[] scales,"
+    " float dropout_p=0.0, Tensor? seed=None) -> Tensor"
 )
 _library.define(
     "pyramid_delta_backward(Tensor grad, Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int[] scales,"
-    " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    " bool[] needs, float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "pyramid_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor folded, Tensor? groups,"
-    " int[] scales) -> Tensor"
+    " int[] scales, float dropout_p=0.0, Tensor? seed=None) -> Tensor"
 )
 _library.define(
     "pyramid_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor folded, Tensor? groups,"
-    " int[] scales, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    " int[] scales, bool[] needs, float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+#: Arguments of the ops that may drop entries of x, without ``dropout_p`` and ``seed``.
+_ARITY = {"pyramid_delta": 7, "pyramid_delta_backward": 8, "pyramid_linear": 8, "pyramid_linear_backward": 9}
 
 
 def _implement(op: str) -> None:
     def kernel(*args):
+        # Without a seed nothing is dropped, and a backend that cannot drop need not know of it.
+        if op in _ARITY and (len(args) == _ARITY[op] or args[-1] is None):
+            args = args[: _ARITY[op]]
         result = getattr(backend_for(args[0].device, args[0].dtype), op)(*args)
         if isinstance(result, tuple):  # an op cannot return None: an empty tensor stands for "not asked for"
             return tuple(args[0].new_empty(0) if part is None else part.contiguous() for part in result)
@@ -57,18 +66,40 @@ for _op in ("pyramid_weight", "pyramid_delta", "pyramid_linear"):
     _implement(f"{_op}_backward")
 
 
+def _merge(weight: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int]) -> Tensor:
+    """By the backend's own ``pyramid_merge``, if it has one and serves this weight; else through the dense update."""
+    factor_dtype = torch.promote_types(A.dtype, torch.float32)
+    A, B, folded = (tensor.to(factor_dtype) for tensor in (A, B, folded))
+    backend = backend_for(weight.device, factor_dtype)
+    if hasattr(backend, "pyramid_merge") and serves(backend, weight.device, weight.dtype):
+        return backend.pyramid_merge(weight, A, B, folded, scales).contiguous()
+    out_features, in_features = weight.shape
+    update = backend.pyramid_weight(A, B, folded, in_features, out_features, scales)
+    in_place = update.dtype == torch.promote_types(weight.dtype, update.dtype)
+    total = update.add_(weight) if in_place else weight + update
+    return total.to(weight.dtype).contiguous()
+
+
+_library.impl("pyramid_merge", _merge, "CompositeExplicitAutograd")
+
+
 @torch.library.register_fake("ept::pyramid_weight", lib=_library)
 def _(A: Tensor, B: Tensor, folded: Tensor, in_features: int, out_features: int, scales: Sequence[int]) -> Tensor:
     return A.new_empty(folded.shape[0], out_features, in_features)
 
 
+@torch.library.register_fake("ept::pyramid_merge", lib=_library)
+def _(weight, A, B, folded, scales) -> Tensor:
+    return weight.new_empty(folded.shape[0], *weight.shape)
+
+
 @torch.library.register_fake("ept::pyramid_delta", lib=_library)
-def _(x, A, B, folded, groups, out_features, scales) -> Tensor:
+def _(x, A, B, folded, groups, out_features, scales, dropout_p=0.0, seed=None) -> Tensor:
     return x.new_empty(x.shape[0], out_features)
 
 
 @torch.library.register_fake("ept::pyramid_linear", lib=_library)
-def _(x, weight, bias, A, B, folded, groups, scales) -> Tensor:
+def _(x, weight, bias, A, B, folded, groups, scales, dropout_p=0.0, seed=None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -83,12 +114,12 @@ def _(grad, A, B, folded, scales, needs):
 
 
 @torch.library.register_fake("ept::pyramid_delta_backward", lib=_library)
-def _(grad, x, A, B, folded, groups, scales, needs):
+def _(grad, x, A, B, folded, groups, scales, needs, dropout_p=0.0, seed=None):
     return _fake_gradients(grad, (x, A, B, folded), needs)
 
 
 @torch.library.register_fake("ept::pyramid_linear_backward", lib=_library)
-def _(grad, x, weight, A, B, folded, groups, scales, needs):
+def _(grad, x, weight, A, B, folded, groups, scales, needs, dropout_p=0.0, seed=None):
     return _fake_gradients(grad, (x, A, B, folded), needs)
 
 
@@ -108,38 +139,45 @@ def _weight_backward(ctx, grad):
 
 
 def _delta_setup(ctx, inputs, output) -> None:
-    x, A, B, folded, groups, _, ctx.scales = inputs
-    ctx.save_for_backward(x, A, B, folded, groups)
+    x, A, B, folded, groups, _, ctx.scales, ctx.dropout_p, seed = inputs
+    ctx.save_for_backward(x, A, B, folded, groups, seed)
 
 
 def _delta_backward(ctx, grad):
     needs = list(ctx.needs_input_grad[:4])
-    gradients = torch.ops.ept.pyramid_delta_backward(grad, *ctx.saved_tensors, ctx.scales, needs)
-    return *_asked(gradients, needs), None, None, None
+    *saved, seed = ctx.saved_tensors
+    gradients = torch.ops.ept.pyramid_delta_backward(grad, *saved, ctx.scales, needs, ctx.dropout_p, seed)
+    return *_asked(gradients, needs), None, None, None, None, None
 
 
 def _linear_setup(ctx, inputs, output) -> None:
-    x, weight, _, A, B, folded, groups, ctx.scales = inputs
-    ctx.save_for_backward(x, weight, A, B, folded, groups)
+    x, weight, _, A, B, folded, groups, ctx.scales, ctx.dropout_p, seed = inputs
+    ctx.save_for_backward(x, weight, A, B, folded, groups, seed)
 
 
 def _linear_backward(ctx, grad):
     need_x, need_weight, need_bias, *need_adapter = ctx.needs_input_grad[:6]
     needs = [need_x, *need_adapter]
-    gradients = torch.ops.ept.pyramid_linear_backward(grad, *ctx.saved_tensors, ctx.scales, needs)
+    *saved, seed = ctx.saved_tensors
+    gradients = torch.ops.ept.pyramid_linear_backward(grad, *saved, ctx.scales, needs, ctx.dropout_p, seed)
     grad_x, *grad_adapter = _asked(gradients, needs)
     # The base is frozen in EPT, but an op must not drop a gradient that somebody asks for.
-    grad_weight = grad.T @ ctx.saved_tensors[0] if need_weight else None
+    grad_weight = grad.T @ saved[0] if need_weight else None
     grad_bias = grad.sum(0) if need_bias else None
-    return grad_x, grad_weight, grad_bias, *grad_adapter, None, None
+    return grad_x, grad_weight, grad_bias, *grad_adapter, None, None, None, None
 
 
 def _refuse(ctx, *grads):
     raise RuntimeError("the ept ops can be differentiated once; their gradients have no derivative of their own")
 
 
+def _refuse_merge(ctx, grad):
+    raise RuntimeError("a merged weight has no gradient: pyramid_merge serves inference; train through pyramid_weight")
+
+
 for _op in ("pyramid_weight", "pyramid_delta", "pyramid_linear"):
     torch.library.register_autograd(f"ept::{_op}_backward", _refuse, lib=_library)
+torch.library.register_autograd("ept::pyramid_merge", _refuse_merge, lib=_library)
 torch.library.register_autograd("ept::pyramid_weight", _weight_backward, setup_context=_weight_setup, lib=_library)
 torch.library.register_autograd("ept::pyramid_delta", _delta_backward, setup_context=_delta_setup, lib=_library)
 torch.library.register_autograd("ept::pyramid_linear", _linear_backward, setup_context=_linear_setup, lib=_library)

@@ -171,7 +171,7 @@ def _left_factor(B: Tensor, folded: Tensor, out_features: int, scales: Sequence[
     for kernel, k in zip(folded.to(B.dtype).split([k * k for k in scales], dim=1), scales, strict=True):
         height = -(-out_features // k)
         block = torch.einsum("ip,gaq->giapq", B[:height], kernel.view(-1, k, k))
-        blocks.append(block.reshape(len(folded), height * k, -1)[:, :out_features])
+        blocks.append(block.reshape(len(folded), height * k, B.shape[1] * k)[:, :out_features])
     return torch.cat(blocks, dim=2)
 
 

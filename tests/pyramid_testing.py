@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ept_kernels import PyramidGeometry
 
-BACKENDS = ("torch", "reference")
+BACKENDS = ("torch", "reference", "cpu")
+#: Backends that compute in fp32 at best.
+SINGLE_PRECISION = ("cpu",)
 
 #: The inputs of each public function that can have a gradient, in the order of its arguments.
 DIFFERENTIABLE = {
@@ -28,6 +31,9 @@ DIFFERENTIABLE = {
 }
 LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded")
 GROUPINGS = ("none", "one", "sample", "row")
+#: How many rows each group gets: any, all the same one, as many groups as there are, a few popular ones, one huge
+#: group among single rows; the last two in runs of consecutive rows, too.
+SKEWS = ("uniform", "identical", "distinct", "zipf", "huge", "zipf runs", "huge runs")
 
 
 def examples(count: int) -> settings:
@@ -39,6 +45,16 @@ def examples(count: int) -> settings:
         database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
+
+
+def working_dtype() -> torch.dtype:
+    """The widest dtype of the backend under test: float64 where it has that."""
+    return torch.float32 if os.environ.get("EPT_BACKEND") in SINGLE_PRECISION else torch.float64
+
+
+def tight() -> float:
+    """The relative error that is allowed in ``working_dtype()``."""
+    return 1e-12 if working_dtype() == torch.float64 else 1e-5
 
 
 # --- an independent formulation, straight from section 1 of the specification -----------------------------------------
@@ -71,10 +87,12 @@ class Case:
     bias: bool = True
     zero_scale: bool = False  # the last scale is switched off
     seed: int = 0
+    skew: str = "uniform"
     zero_groups: tuple[int, ...] = ()  # groups in which the first scale is switched off
 
-    def tensors(self, dtype: torch.dtype = torch.float64, adapter_dtype: torch.dtype | None = None) -> Problem:
-        """The tensors of this case. A, B and folded in ``adapter_dtype`` (default: that of x)."""
+    def tensors(self, dtype: torch.dtype | None = None, adapter_dtype: torch.dtype | None = None) -> Problem:
+        """The tensors of this case in ``dtype`` (default: ``working_dtype()``); A, B, folded in ``adapter_dtype``."""
+        dtype = dtype or working_dtype()
         generator = torch.Generator().manual_seed(self.seed)
         g, adapter = self.geometry, adapter_dtype or dtype
 
@@ -104,7 +122,25 @@ class Case:
         counts = {"one": 1, "sample": self.lead[0] if self.lead else 1, "row": rows}
         if self.grouping == "none":
             return None
-        return torch.randint(self.num_groups, (counts[self.grouping],), generator=generator)
+        return skewed_groups(self.skew, counts[self.grouping], self.num_groups, generator)
+
+
+def skewed_groups(skew: str, count: int, num_groups: int, generator: torch.Generator) -> Tensor:
+    """``count`` group ids below ``num_groups``, distributed as ``SKEWS`` says."""
+    kind, _, order = skew.partition(" ")
+    if kind == "identical":
+        return torch.randint(num_groups, (1,), generator=generator).repeat(count)
+    if kind == "distinct":
+        return torch.arange(count) % num_groups
+    if kind == "zipf":
+        popularity = 1 / torch.arange(1, num_groups + 1)
+        groups = torch.multinomial(popularity, max(count, 1), replacement=True, generator=generator)[:count]
+    elif kind == "huge":
+        groups = torch.randint(num_groups, (count,), generator=generator)
+        groups[torch.rand(count, generator=generator) < 0.8] = 0
+    else:
+        return torch.randint(num_groups, (count,), generator=generator)
+    return groups.sort().values if order else groups
 
 
 @dataclass(frozen=True)
@@ -173,14 +209,16 @@ def from_seed(build: Callable[[random.Random], Any]) -> st.SearchStrategy:
     return st.integers(0, 2**32 - 1).map(lambda seed: build(random.Random(seed)))
 
 
-def random_geometry(rng: random.Random, largest: int = 40) -> PyramidGeometry:
-    """Any layer and pyramid: sizes that no scale divides, odd scales, k = 1, repeats in any order, rank 1 to 16."""
+def random_geometry(
+    rng: random.Random, largest: int = 40, largest_scale: int = 9, ranks: Sequence[int] = (1, 2, 3, 5, 8, 16)
+) -> PyramidGeometry:
+    """Any layer and pyramid: sizes that no scale divides, odd scales, k = 1, repeats in any order."""
     in_features, out_features = rng.randint(1, largest), rng.randint(1, largest)
-    scales = range(1, min(in_features, out_features, 9) + 1)
+    scales = range(1, min(in_features, out_features, largest_scale) + 1)
     common = rng.choice((1, 1, 2, 3))  # a divisor of all scales, where the layer has room for one
     scales = [k for k in scales if k % common == 0] or scales
     kernel_sizes = tuple(rng.choice(scales) for _ in range(rng.randint(1, 6)))
-    rank = rng.choice((1, 2, 3, 5, 8, 16))
+    rank = rng.choice(ranks)
     return PyramidGeometry(in_features, out_features, rank, kernel_sizes, rng.random() < 0.7)
 
 
@@ -250,6 +288,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, list[Tensor]]] = []
+        self.created: list[Tensor] = []  # allocated by an operation, rather than changed or viewed
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -257,8 +296,13 @@ class Recorder(TorchDispatchMode):
             with self:
                 return function._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         result = function(*args, **kwargs)
-        flat, _ = torch.utils._pytree.tree_flatten((args, kwargs, result))
-        self.calls.append((str(function).split(".")[1], [value for value in flat if isinstance(value, Tensor)]))
+        given, made = (
+            [value for value in torch.utils._pytree.tree_flatten(part)[0] if isinstance(value, Tensor)]
+            for part in ((args, kwargs), result)
+        )
+        self.calls.append((str(function).split(".")[1], given + made))
+        known = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.created += [each for each in made if each.numel() and each.untyped_storage().data_ptr() not in known]
         return result
 
     def names(self) -> list[str]:

@@ -87,25 +87,37 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self.enabled_adapters()
-        if len(adapters) == 1 and not args and not kwargs and self._fusable(adapters[0]):
+        if len(adapters) == 1 and not args and not kwargs and self._base_is_plain():
             adapter = adapters[0]
             folded, groups = adapter.fold(adapter.tasks_for(x, None))
             base = self.base_layer
             weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-            return pyramid_linear(x, weight, base.bias, adapter.A, adapter.B, folded, groups, adapter.geometry)
+            return pyramid_linear(
+                x,
+                weight,
+                base.bias,
+                adapter.A,
+                adapter.B,
+                folded,
+                groups,
+                adapter.geometry,
+                dropout_p=adapter.dropout_p,
+            )
         output = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
             folded, groups = adapter.fold(adapter.tasks_for(x, None))
-            rows = adapter.dropout(x).to(output.dtype)
-            output = output + pyramid_delta(rows, adapter.A, adapter.B, folded, groups, adapter.geometry)
+            rows = x.to(output.dtype)
+            output = output + pyramid_delta(
+                rows, adapter.A, adapter.B, folded, groups, adapter.geometry, dropout_p=adapter.dropout_p
+            )
         return output
 
-    def _fusable(self, adapter: PyramidAdapter) -> bool:
+    def _base_is_plain(self) -> bool:
         """Whether base and adapter may run as one op: a plain dense base that nobody has hooked or patched."""
         base = self.base_layer
         plain = type(base) in (nn.Linear, Conv1D) and "forward" not in base.__dict__
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        return plain and not hooked and not (adapter.training and adapter.dropout.p > 0)
+        return plain and not hooked
 
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, task: int | None = None

@@ -24,6 +24,7 @@ from pyramid_testing import (
     examples,
     poisoned_memory,
     relative_error,
+    tight,
 )
 
 import ept_kernels
@@ -61,7 +62,7 @@ EDGES = {
 
 def exact(case: Case, op: str) -> dict[str, torch.Tensor]:
     """Output and gradients of the definition, in float64."""
-    return case.tensors().evaluate(reference, op)
+    return case.tensors().evaluate(reference, op, dtype=torch.float64)
 
 
 # --- values and gradients ---------------------------------------------------------------------------------------------
@@ -71,15 +72,15 @@ def exact(case: Case, op: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.usefixtures("backend")
 def test_edge_cases_match_the_reference(op: str, case: Case) -> None:
-    assert_all_match(case.tensors().evaluate(ept_kernels, op), exact(case, op), 1e-12)
+    assert_all_match(case.tensors().evaluate(ept_kernels, op), exact(case, op), tight())
 
 
 @pytest.mark.parametrize("op", OPS)
 @given(case=cases())
 @examples(40)
 @pytest.mark.usefixtures("backend")
-def test_matches_the_reference_in_float64(op: str, case: Case) -> None:
-    assert_all_match(case.tensors().evaluate(ept_kernels, op), exact(case, op), 1e-12)
+def test_matches_the_reference_in_the_widest_dtype(op: str, case: Case) -> None:
+    assert_all_match(case.tensors().evaluate(ept_kernels, op), exact(case, op), tight())
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -101,14 +102,21 @@ ACCURACY_CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+HALF = pytest.mark.parametrize(
+    ("backend_name", "dtype"),
+    [("torch", torch.bfloat16), ("torch", torch.float16), ("cpu", torch.bfloat16)],
+    ids=["torch bf16", "torch fp16", "cpu bf16"],
+)
+
+
+@HALF
 @pytest.mark.parametrize("case", ACCURACY_CASES.values(), ids=ACCURACY_CASES)
 @pytest.mark.parametrize("op", ROW_OPS)
 def test_half_error_at_most_twice_that_of_plain_torch(
-    op: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    op: str, case: Case, backend_name: str, dtype: torch.dtype, force_backend: Callable[[str], None]
 ) -> None:
     """fp32 A and B beside half rows; plain torch multiplies by the dense weight in the rows' dtype."""
-    monkeypatch.setenv("EPT_BACKEND", "torch")
+    force_backend(backend_name)
     problem = case.tensors(dtype, adapter_dtype=torch.float32)
     truth = problem.evaluate(reference, op, dtype=torch.float64)
     ours, plain = problem.evaluate(ept_kernels, op), problem.evaluate(reference, op)
@@ -120,11 +128,11 @@ def test_half_error_at_most_twice_that_of_plain_torch(
             assert not torch.equal(value, value.to(dtype).float()), f"{name}: scales are summed in fp32"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@HALF
 @pytest.mark.parametrize("op", ROW_OPS)
-def test_half_everything(op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_everything(op: str, backend_name: str, dtype: torch.dtype, force_backend: Callable[[str], None]) -> None:
     """A, B and folded may be half, too; every gradient comes in the dtype of its tensor."""
-    monkeypatch.setenv("EPT_BACKEND", "torch")
+    force_backend(backend_name)
     problem = ACCURACY_CASES["by sample"].tensors(dtype)
     truth = problem.evaluate(reference, op, dtype=torch.float64)
     for name, value in problem.evaluate(ept_kernels, op).items():
@@ -155,8 +163,8 @@ def test_rows_of_one_segment_share_their_group_and_others_do_not() -> None:
     problem = replace(problem, groups=torch.tensor([1, 0]))
     weight = reference.pyramid_weight(problem.A, problem.B, problem.folded, GEOMETRY)
     delta = problem.call(ept_kernels, "pyramid_delta")
-    assert_matches(delta[0], problem.x[0] @ weight[1].T, 1e-12)
-    assert_matches(delta[1], problem.x[1] @ weight[0].T, 1e-12)
+    assert_matches(delta[0], problem.x[0] @ weight[1].T, tight())
+    assert_matches(delta[1], problem.x[1] @ weight[0].T, tight())
 
 
 @pytest.mark.parametrize("op", ROW_OPS)
@@ -184,7 +192,7 @@ def test_a_weight_that_is_not_contiguous() -> None:
     problem = MIXED.tensors()
     transposed = replace(problem, weight=problem.weight.T.contiguous().T)
     assert not transposed.weight.is_contiguous()
-    assert_all_match(transposed.evaluate(ept_kernels, "pyramid_linear"), exact(MIXED, "pyramid_linear"), 1e-12)
+    assert_all_match(transposed.evaluate(ept_kernels, "pyramid_linear"), exact(MIXED, "pyramid_linear"), tight())
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -192,7 +200,7 @@ def test_a_weight_that_is_not_contiguous() -> None:
 def test_parameters_that_are_not_contiguous(op: str) -> None:
     problem = MIXED.tensors()
     strided = replace(problem, **{name: getattr(problem, name).T.contiguous().T for name in ("A", "B", "folded")})
-    assert_all_match(strided.evaluate(ept_kernels, op), exact(MIXED, op), 1e-12)
+    assert_all_match(strided.evaluate(ept_kernels, op), exact(MIXED, op), tight())
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -207,7 +215,7 @@ def test_only_the_gradients_asked_for(op: str) -> None:
         problem.call(ept_kernels, op, **leaves).backward(problem.cotangent_of(op))
         for name, leaf in leaves.items():
             if name in wanted:
-                assert_matches(leaf.grad, truth[name], 1e-12, f"{name} of {wanted}")
+                assert_matches(leaf.grad, truth[name], tight(), f"{name} of {wanted}")
             else:
                 assert leaf.grad is None, f"{name} of {wanted}"
 
@@ -279,7 +287,7 @@ def test_uninitialised_memory_never_shows(op: str, case: Case) -> None:
     with poisoned_memory():
         assert torch.empty(1).isnan().all(), "the poison works"
         results = case.tensors().evaluate(ept_kernels, op)
-    assert_all_match(results, truth, 1e-12)
+    assert_all_match(results, truth, tight())
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -361,9 +369,10 @@ def test_autocast_runs_rows_in_bf16_and_keeps_fp32_gradients(op: str) -> None:
         assert_matches(leaf.grad, truth[name], 2e-2, name)
 
 
+@pytest.mark.parametrize("backend_name", ["torch", "reference"])
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.usefixtures("backend")
-def test_autocast_leaves_float64_alone(op: str) -> None:
+def test_autocast_leaves_float64_alone(op: str, backend_name: str, force_backend: Callable[[str], None]) -> None:
+    force_backend(backend_name)
     problem = MIXED.tensors()
     with torch.autocast("cpu", torch.bfloat16):
         output = problem.call(ept_kernels, op)
@@ -402,11 +411,12 @@ def op_arguments(name: str, p: Problem) -> tuple:
         (Case(GEOMETRY, (6,)), "torch"),
         (Case(GEOMETRY, (6,), "row", num_groups=3), "torch"),
         (Case(GEOMETRY, (6,), "one", num_groups=2, bias=False), "reference"),
+        (Case(GEOMETRY, (6,), "row", num_groups=3), "cpu"),
     ],
-    ids=["ungrouped", "by row", "one group, no bias, reference"],
+    ids=["ungrouped", "by row", "one group, no bias, reference", "by row, cpu"],
 )
-def test_opcheck(name: str, case: Case, backend_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EPT_BACKEND", backend_name)
+def test_opcheck(name: str, case: Case, backend_name: str, force_backend: Callable[[str], None]) -> None:
+    force_backend(backend_name)
     arguments = op_arguments(name, case.tensors(torch.float32))
     if not name.endswith("_backward"):
         arguments = tuple(
@@ -519,9 +529,12 @@ def test_bad_input_is_named(what: str) -> None:
             broken.call(ept_kernels, op)
 
 
+@pytest.mark.parametrize("backend_name", ["torch", "cpu"])
 @pytest.mark.parametrize("group", [-1, 4])
-def test_a_group_that_does_not_exist_is_refused(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EPT_BACKEND", "torch")
+def test_a_group_that_does_not_exist_is_refused(
+    group: int, backend_name: str, force_backend: Callable[[str], None]
+) -> None:
+    force_backend(backend_name)
     problem = replace(MIXED.tensors(), groups=torch.tensor([0, group, 1]))
     with pytest.raises((IndexError, RuntimeError, ValueError)):
         problem.call(ept_kernels, "pyramid_delta")

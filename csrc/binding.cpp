@@ -1,0 +1,98 @@
+// Python's view of the native code: ept_kernels._C. Tensors come as addresses and sizes, checked by ept_kernels/native.py;
+// so this module needs neither PyTorch's headers nor its libraries and fits every version of it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu/pyramid.h"
+#include "cpu/threads.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+ept::Problem problem(bool bf16, int64_t in_features, int64_t out_features, int64_t rank, std::vector<int64_t> scales,
+                     Address x, int64_t x_stride, int64_t rows, Address A, Address B, Address folded,
+                     int64_t num_groups, Address groups, int64_t segments) {
+    return {in_features,
+            out_features,
+            rank,
+            std::move(scales),
+            bf16 ? ept::DType::bf16 : ept::DType::f32,
+            {at<const void>(x), x_stride},
+            rows,
+            at<const float>(A),
+            at<const float>(B),
+            at<const float>(folded),
+            num_groups,
+            at<const int64_t>(groups),
+            segments};
+}
+
+std::string compiler() {
+#if defined(__clang__)
+    return "clang " __clang_version__;
+#else
+    return "gcc " __VERSION__;
+#endif
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["compiler"] = compiler();
+    info["cpu_compiled"] = ept::compiled_instruction_sets();
+    info["cpu_detected"] = ept::instruction_sets();
+    info["cpu_selected"] = ept::selected_instruction_set();
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Native kernels of Expert Pyramid Tuning and what this build holds.";
+    module.def("build_info", &build_info, "Compiler; CPU instruction sets compiled, usable on this processor, selected.");
+    module.def("select_cpu_isa", &ept::select_instruction_set, py::arg("name"),
+               "Uses one of build_info()['cpu_detected'], or the best of them for ''.");
+    module.def(
+        "set_thread_pool",
+        [](Address parallel_for, Address num_threads) {
+            ept::set_thread_pool(reinterpret_cast<ept::ParallelFor>(parallel_for),
+                                 reinterpret_cast<ept::NumThreads>(num_threads));
+        },
+        py::arg("parallel_for"), py::arg("num_threads"),
+        "Addresses of torch_parallel_for and torch_get_num_threads; zeros: the calling thread does everything.");
+    module.def(
+        "cpu_forward",
+        [](bool bf16, int64_t in_features, int64_t out_features, int64_t rank, std::vector<int64_t> scales, Address x,
+           int64_t x_stride, int64_t rows, Address A, Address B, Address folded, int64_t num_groups, Address groups,
+           int64_t segments, Address y, int64_t y_stride, bool accumulate, Address start) {
+            py::gil_scoped_release release;
+            ept::forward(problem(bf16, in_features, out_features, rank, std::move(scales), x, x_stride, rows, A, B,
+                                 folded, num_groups, groups, segments),
+                         {at<void>(y), y_stride, accumulate, at<const void>(start)});
+        },
+        "y = start, or what is there, plus the update of each row.");
+    module.def(
+        "cpu_backward",
+        [](bool bf16, int64_t in_features, int64_t out_features, int64_t rank, std::vector<int64_t> scales, Address x,
+           int64_t x_stride, int64_t rows, Address A, Address B, Address folded, int64_t num_groups, Address groups,
+           int64_t segments, Address grad, int64_t grad_stride, Address grad_x, int64_t grad_x_stride, bool accumulate,
+           Address grad_A, Address grad_B, Address grad_folded) {
+            py::gil_scoped_release release;
+            ept::backward(problem(bf16, in_features, out_features, rank, std::move(scales), x, x_stride, rows, A, B,
+                                  folded, num_groups, groups, segments),
+                          {at<const void>(grad), grad_stride}, {at<void>(grad_x), grad_x_stride, accumulate, nullptr},
+                          at<float>(grad_A), at<float>(grad_B), at<float>(grad_folded));
+        },
+        "Gradients of x, A, B and folded; an address of 0: not wanted.");
+}

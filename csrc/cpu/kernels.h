@@ -1,0 +1,77 @@
+// What an instruction set provides: the passes over a range of rows, and the packing around them. Plain data in and out,
+// so that files compiled for different instruction sets share nothing but these declarations.
+#pragma once
+
+#include "layout.h"
+
+namespace ept {
+
+enum class DType { f32, bf16 };
+
+// Rows of a matrix with unit stride inside a row.
+struct Rows {
+    const void* data;
+    int64_t stride;
+};
+
+struct MutableRows {
+    void* data;
+    int64_t stride;
+    bool accumulate;   // add to what is there; else start from `start`
+    const void* start; // one row, or null for zeros
+};
+
+// Folded kernels, one for each group, and which rows use them.
+struct Cores {
+    const float* columns;         // [groups][core]: entry (q, lane of a) is Kbar[a, q]
+    const float* rows;            // [groups][core]: entry (a, lane of q) is Kbar[a, q]
+    const unsigned char* active;  // [groups][num_scales]: whether a kernel has an entry that is not zero
+    const int64_t* groups;        // [segments], null: all rows use kernel 0
+    int64_t segment;              // rows of one segment
+};
+
+struct Forward {
+    const Layer* layer;
+    DType dtype;
+    Rows x;
+    MutableRows y;
+    const float* A;  // packed
+    const float* B;
+    Cores cores;
+};
+
+struct Backward {
+    const Layer* layer;
+    DType dtype;
+    Rows grad, x;
+    MutableRows grad_x;  // null data: not wanted
+    const float* A;
+    const float* B;
+    Cores cores;
+    bool need_A, need_B, need_core;
+};
+
+// Sums over the rows of one task, in the layouts of the packed factors and of the repeated cores. Zero at first.
+struct Partial {
+    float* A;
+    float* B;
+    float* core;  // [groups][core]: entry (q, lane of a) is the gradient of Kbar[a, q]
+};
+
+struct Kernels {
+    const char* name;
+    int width;  // floats in a vector
+    int64_t (*block_rows)(const Layer&);
+    int64_t (*forward_scratch)(const Forward&);    // floats of scratch that one task needs
+    int64_t (*backward_scratch)(const Backward&);
+    void (*forward)(const Forward&, int64_t begin, int64_t end, float* scratch);
+    void (*backward)(const Backward&, int64_t begin, int64_t end, const Partial&, float* scratch);
+    // factor[p * rank_stride + j * group_stride] -> packed, one strip of it
+    void (*pack)(const Layer&, const Side&, int strip, const float* factor, int64_t rank_stride, int64_t group_stride,
+                 float* packed);
+    // the adjoint for one strip and rank: adds the sum of the parts, in their order, to grad[j * group_stride]
+    void (*unpack)(const Layer&, const Side&, int strip, int64_t rank, const float* const* parts, int count, float* grad,
+                   int64_t group_stride);
+};
+
+}  // namespace ept

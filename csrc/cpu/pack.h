@@ -1,0 +1,55 @@
+// Factors repeated along the lanes as the strips want them, and the adjoint for their gradients.
+#pragma once
+
+#include "kernels.h"
+#include "shrink.h"
+
+namespace ept::EPT_ISA {
+
+// Group of each lane: factor column j of lane l in vector v is v * copies + l / k, zero beyond the row or the strip.
+static void pack(const Layer& layer, const Side& side, int index, const float* factor, int64_t rank_stride,
+                 int64_t group_stride, float* packed) {
+    const Strip& strip = side.strips[index];
+    const int64_t k = layer.scales[strip.scale].k;
+    each_rank_block(layer.rank, [&]<int R>(int64_t p) {
+        float* to = packed + layer.rank * strip.start + p * strip.vectors * W;
+        for (int64_t v = 0; v < strip.vectors; ++v) {
+            const int64_t lanes = least(lanes_inside(side, strip, v), strip.lanes);
+            for (int r = 0; r < R; ++r, to += W) {
+                const float* from = factor + (p + r) * rank_stride + v * strip.copies * group_stride;
+                for (int64_t lane = 0; lane < W;) {
+                    const float value = lane < lanes ? *from : 0.0f;
+                    const int64_t next = lane < lanes ? least(lanes, lane + k) : W;
+                    for (; lane < next; ++lane) to[lane] = value;
+                    from += group_stride;
+                }
+            }
+        }
+    });
+}
+
+// Adds to grad[j * group_stride], the gradient of rank p, the sums of the parts over the lanes of each group.
+static void unpack(const Layer& layer, const Side& side, int index, int64_t rank, const float* const* parts, int count,
+                   float* grad, int64_t group_stride) {
+    const Strip& strip = side.strips[index];
+    const int64_t k = layer.scales[strip.scale].k;
+    each_rank_block(layer.rank, [&]<int R>(int64_t p) {
+        if (rank < p || rank >= p + R) return;
+        const int64_t start = layer.rank * strip.start + p * strip.vectors * W + (rank - p) * W;
+        for (int64_t v = 0; v < strip.vectors; ++v) {
+            F sum = {};
+            for (int part = 0; part < count; ++part) sum += load(parts[part] + start + v * R * W);
+            float lane_sums[W];
+            store(lane_sums, sum);
+            const int64_t lanes = least(lanes_inside(side, strip, v), strip.lanes);
+            float* to = grad + v * strip.copies * group_stride;
+            for (int64_t lane = 0; lane < lanes; to += group_stride) {
+                float group = 0;
+                for (const int64_t next = least(lanes, lane + k); lane < next; ++lane) group += lane_sums[lane];
+                *to += group;
+            }
+        }
+    });
+}
+
+}  // namespace ept::EPT_ISA

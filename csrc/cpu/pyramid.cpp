@@ -1,0 +1,202 @@
+// One call from beginning to end: plan, pack, share the rows among threads, sum what they found.
+#include "pyramid.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+#include "plan.h"
+#include "select.h"
+#include "threads.h"
+
+namespace ept {
+namespace {
+
+// Floats on a cache line of their own; not initialised.
+class Buffer {
+  public:
+    explicit Buffer(int64_t floats)
+        : data_(static_cast<float*>(::operator new(static_cast<std::size_t>(floats) * sizeof(float), alignment))) {}
+    float* data() const { return data_.get(); }
+
+  private:
+    static constexpr std::align_val_t alignment{64};
+    struct Free {
+        void operator()(float* data) const { ::operator delete(data, alignment); }
+    };
+    std::unique_ptr<float, Free> data_;
+};
+
+// The tables of every group's kernels, for both directions, and which of them are not zero.
+class PackedCores {
+  public:
+    PackedCores(const Layer& layer, const Problem& problem)
+        : tables_(2 * layer.core * problem.num_groups),
+          active_(static_cast<std::size_t>(layer.num_scales * problem.num_groups)),
+          used_(static_cast<std::size_t>(layer.num_scales)) {
+        float* columns = tables_.data();
+        float* rows = columns + layer.core * problem.num_groups;
+        for (int64_t g = 0; g < problem.num_groups; ++g)
+            for (int s = 0; s < layer.num_scales; ++s) {
+                const Scale& scale = layer.scales[s];
+                const float* kernel = problem.folded + g * layer.folded + scale.folded;
+                const bool active = std::any_of(kernel, kernel + scale.k * scale.k, [](float v) { return v != 0; });
+                active_[static_cast<std::size_t>(g * layer.num_scales + s)] = active;
+                used_[static_cast<std::size_t>(s)] |= active;
+                if (active) fill(layer, s, kernel, columns + g * layer.core, rows + g * layer.core);
+            }
+        cores = {columns, rows, active_.data(), problem.groups, problem.rows / std::max<int64_t>(1, problem.segments)};
+    }
+    bool used(int scale) const { return used_[static_cast<std::size_t>(scale)]; }
+
+    Cores cores;
+
+  private:
+    // Repeats a kernel along the lanes, as far as whole copies go; the lanes behind them are zero.
+    static void fill(const Layer& layer, int s, const float* kernel, float* columns, float* rows) {
+        const auto [k, pitch, column, core, folded] = layer.scales[s];
+        const int64_t repeated = pitch / k * k;
+        for (int64_t i = 0; i < k; ++i)
+            for (int64_t lane = 0; lane < pitch; ++lane) {
+                columns[core + i * pitch + lane] = lane < repeated ? kernel[lane % k * k + i] : 0.0f;
+                rows[core + i * pitch + lane] = lane < repeated ? kernel[i * k + lane % k] : 0.0f;
+            }
+    }
+
+    Buffer tables_;
+    std::vector<unsigned char> active_, used_;
+};
+
+void check_groups(const Problem& problem) {
+    for (int64_t i = 0; problem.groups != nullptr && i < problem.segments; ++i)
+        if (problem.groups[i] < 0 || problem.groups[i] >= problem.num_groups)
+            throw std::out_of_range("groups holds " + std::to_string(problem.groups[i]) + "; allowed: 0 to " +
+                                    std::to_string(problem.num_groups - 1));
+}
+
+// A and B repeated along the lanes, for the scales that `wanted` names.
+template <class Wanted>
+void pack(const Kernels& kernels, const Layer& layer, const Problem& problem, float* A, float* B, bool parallelly,
+          Wanted wanted) {
+    const int64_t width = (layer.in.features + layer.scales[0].k - 1) / layer.scales[0].k;
+    const auto one = [&](int64_t task) {
+        const int strip = static_cast<int>(task / 2);
+        if (!wanted(layer.in.strips[strip].scale)) return;
+        if (task % 2 == 0) kernels.pack(layer, layer.in, strip, problem.A, width, 1, A);
+        else kernels.pack(layer, layer.out, strip, problem.B, 1, layer.rank, B);
+    };
+    const int64_t tasks = 2 * int64_t{layer.num_strips};
+    if (parallelly) parallel(tasks, one);
+    else for (int64_t task = 0; task < tasks; ++task) one(task);
+}
+
+// Multiply-adds below which another thread costs more than it saves.
+constexpr int64_t least_work = int64_t{1} << 19;
+
+// Depends on sizes and the number of threads only, so that sums are the same in every run.
+int64_t count_tasks(const Problem& problem) {
+    const int64_t row = (problem.in_features + problem.out_features) * problem.rank *
+                        static_cast<int64_t>(problem.scales.size());
+    const int64_t useful = std::max<int64_t>(1, problem.rows * row / least_work);
+    return std::max<int64_t>(1, std::min({static_cast<int64_t>(num_threads()), useful, problem.rows}));
+}
+
+// Rows before task i of `count`: whole blocks where there are enough.
+int64_t first_row(int64_t i, int64_t count, int64_t rows, int64_t block) {
+    const int64_t unit = rows >= 2 * count * block ? block : 1;
+    const int64_t units = (rows + unit - 1) / unit;
+    return std::min(rows, units * i / count * unit);
+}
+
+}  // namespace
+
+void forward(const Problem& problem, const MutableRows& y) {
+    check_groups(problem);
+    if (problem.rows == 0) return;
+    const Kernels& kernels = selected_kernels();
+    const Plan plan(problem.in_features, problem.out_features, problem.rank, problem.scales, kernels.width);
+    const Layer& layer = plan.layer;
+    const PackedCores cores(layer, problem);
+    const Buffer A(layer.rank * layer.in.floats), B(layer.rank * layer.out.floats);
+    const int64_t tasks = count_tasks(problem);
+    pack(kernels, layer, problem, A.data(), B.data(), tasks > 1, [&](int scale) { return cores.used(scale); });
+    const Forward call{&layer, problem.dtype, problem.x, y, A.data(), B.data(), cores.cores};
+    const int64_t floats = kernels.forward_scratch(call), block = kernels.block_rows(layer);
+    const Buffer scratch(tasks * floats);
+    parallel(tasks, [&](int64_t i) {
+        kernels.forward(call, first_row(i, tasks, problem.rows, block), first_row(i + 1, tasks, problem.rows, block),
+                        scratch.data() + i * floats);
+    });
+}
+
+void backward(const Problem& problem, const Rows& grad, const MutableRows& grad_x, float* grad_A, float* grad_B,
+              float* grad_folded) {
+    check_groups(problem);
+    const Kernels& kernels = selected_kernels();
+    const Plan plan(problem.in_features, problem.out_features, problem.rank, problem.scales, kernels.width);
+    const Layer& layer = plan.layer;
+    const int64_t k_min = layer.scales[0].k;
+    const int64_t width = (layer.in.features + k_min - 1) / k_min, height = (layer.out.features + k_min - 1) / k_min;
+    if (grad_A) std::fill_n(grad_A, layer.rank * width, 0.0f);
+    if (grad_B) std::fill_n(grad_B, layer.rank * height, 0.0f);
+    if (grad_folded) std::fill_n(grad_folded, problem.num_groups * layer.folded, 0.0f);
+    if (problem.rows == 0) return;
+
+    const PackedCores cores(layer, problem);
+    const Buffer A(layer.rank * layer.in.floats), B(layer.rank * layer.out.floats);
+    const int64_t tasks = count_tasks(problem);
+    pack(kernels, layer, problem, A.data(), B.data(), tasks > 1,
+         [&](int scale) { return grad_folded || cores.used(scale); });
+
+    const Backward call{&layer,   problem.dtype, grad,        problem.x,         grad_x,
+                        A.data(), B.data(),      cores.cores, grad_A != nullptr, grad_B != nullptr,
+                        grad_folded != nullptr};
+    const int64_t sums_A = grad_A ? layer.rank * layer.in.floats : 0;
+    const int64_t sums_B = grad_B ? layer.rank * layer.out.floats : 0;
+    const int64_t sums_core = grad_folded ? layer.core * problem.num_groups : 0;
+    const int64_t sums = sums_A + sums_B + sums_core, floats = kernels.backward_scratch(call);
+    const int64_t block = kernels.block_rows(layer);
+    const Buffer memory(tasks * (sums + floats));
+    const auto partial = [&](int64_t i) {
+        float* start = memory.data() + i * (sums + floats);
+        return Partial{start, start + sums_A, start + sums_A + sums_B};
+    };
+    parallel(tasks, [&](int64_t i) {
+        const Partial mine = partial(i);
+        std::memset(mine.A, 0, static_cast<std::size_t>(sums) * sizeof(float));
+        kernels.backward(call, first_row(i, tasks, problem.rows, block), first_row(i + 1, tasks, problem.rows, block),
+                         mine, mine.A + sums);
+    });
+
+    // Every sum over the tasks goes in the order of the tasks, that over the scales in the order of the scales.
+    std::vector<const float*> parts_A, parts_B;
+    for (int64_t i = 0; i < tasks; ++i) {
+        parts_A.push_back(partial(i).A);
+        parts_B.push_back(partial(i).B);
+    }
+    const auto unpack = [&](int64_t p) {
+        for (int strip = 0; strip < layer.num_strips; ++strip) {
+            if (!cores.used(layer.in.strips[strip].scale)) continue;
+            if (grad_A)
+                kernels.unpack(layer, layer.in, strip, p, parts_A.data(), static_cast<int>(tasks), grad_A + p * width, 1);
+            if (grad_B)
+                kernels.unpack(layer, layer.out, strip, p, parts_B.data(), static_cast<int>(tasks), grad_B + p,
+                               layer.rank);
+        }
+    };
+    if (tasks > 1) parallel(layer.rank, unpack);
+    else for (int64_t p = 0; p < layer.rank; ++p) unpack(p);
+    for (int64_t i = 0; grad_folded && i < tasks; ++i)
+        for (int64_t g = 0; g < problem.num_groups; ++g)
+            for (int s = 0; s < layer.num_scales; ++s) {
+                const Scale& scale = layer.scales[s];
+                const float* from = partial(i).core + g * layer.core + scale.core;  // [q][lane of a]
+                float* to = grad_folded + g * layer.folded + scale.folded;
+                for (int64_t a = 0; a < scale.k; ++a)
+                    for (int64_t q = 0; q < scale.k; ++q) to[a * scale.k + q] += from[q * scale.pitch + a];
+            }
+}
+
+}  // namespace ept

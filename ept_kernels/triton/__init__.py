@@ -1,0 +1,37 @@
+"""Backend ``triton``: fused kernels for GPUs, checked on a CPU through Triton's interpreter.
+
+Importing this package needs no Triton; its kernels are imported by the first call that they serve.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import torch
+
+name = "triton"
+fuses_dropout = True
+
+_OPS = {f"pyramid_{op}{suffix}" for op in ("weight", "delta", "linear") for suffix in ("", "_backward")}
+_OPS.add("pyramid_merge")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve ``dtype`` on ``device``, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    if dtype not in _DTYPES:
+        return f"it computes in {', '.join(str(each) for each in _DTYPES)}"
+    from triton import knobs
+
+    if device.type != "cuda" and not (device.type == "cpu" and knobs.runtime.interpret):
+        return "it runs on GPUs (on a CPU only in Triton's interpreter: TRITON_INTERPRET=1, slow, for tests)"
+    return None
+
+
+def __getattr__(attribute: str) -> object:
+    if attribute in _OPS:
+        return getattr(importlib.import_module(".backend", __name__), attribute)
+    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")

@@ -1,0 +1,139 @@
+"""Shipped tile sizes: what runs where nobody has tuned. Each is compiled for every target by the static check.
+
+Keyed by what decides whether a tile fits: bytes of an element, columns that a program accumulates, how many rows there
+are to share, and the family of the GPU (``target.family``; an unknown one gets the tiles that fit them all).
+"""
+
+from __future__ import annotations
+
+import triton
+
+from .launch import Config
+from .plan import Plan
+from .target import family
+
+#: Rows of a span of the first stage of dA and dB. A constant, so that sums do not depend on the GPU.
+SPAN = 1024
+MOST_SPANS = 16
+
+
+def row_spans(rows: int) -> tuple[int, int]:
+    """``(rows of a span, spans)`` of the two-stage sums over ``rows`` rows."""
+    spans = min(triton.cdiv(rows, SPAN), MOST_SPANS)
+    return (triton.cdiv(rows, spans) if spans else 0), spans
+
+
+#: Programs that a kernel of few rows should have at least, so that most of a large GPU's processors have one.
+MANY_PROGRAMS = 128
+
+
+def _fitting(block: int, rows: int) -> int:
+    """A block of at most ``block`` rows, no larger than a few rows need, and 16 at least (a matrix instruction's)."""
+    return min(block, max(16, triton.next_power_of_2(rows)))
+
+
+def _spreading(block: int, rows: int, programs: int) -> int:
+    """A block of at most ``block`` rows, smaller while ``programs`` for each block of rows are too few, 16 at least."""
+    while block > 16 and triton.cdiv(rows, block) * programs < MANY_PROGRAMS:
+        block //= 2
+    return block
+
+
+def _shrink_rows(plan: Plan) -> int:
+    """Rows that a shrinking program can accumulate in registers: twice as many where matrix instructions leave more."""
+    most = 64 if family() == "wide" else 32
+    return most if plan.block_columns <= 192 else most // 2
+
+
+def shrink_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
+    """Tiles of the shrink kernel, the default first."""
+    block = _spreading(_shrink_rows(plan), rows, plan.rank_blocks)
+    channels = 64 if itemsize <= 2 else 32
+    warps = 8 if block == 64 else 4
+    return [
+        Config.of(BLOCK_T=block, BLOCK_C=channels, num_warps=warps, num_stages=1),
+        Config.of(BLOCK_T=max(block // 2, 16), BLOCK_C=2 * channels, num_warps=4, num_stages=1),
+    ]
+
+
+def expand_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
+    """Tiles of the expand kernel, the default first."""
+    channels = 128 if itemsize <= 2 else 64
+    return [
+        Config.of(BLOCK_T=_fitting(32, rows), BLOCK_C=channels, num_warps=4, num_stages=1),
+        Config.of(BLOCK_T=_fitting(64, rows), BLOCK_C=channels, num_warps=8, num_stages=1),
+    ]
+
+
+def linear_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list[Config]:
+    """Tiles of the fused base product, the default first. ``drops``: the mask of dropout needs registers as well."""
+    deep = 2 if family() == "cdna" else 3  # AMD prefetches into registers, so that a stage less is in its 64 KiB
+    if itemsize > 2:
+        return [
+            Config.of(BLOCK_T=_fitting(64, rows), BLOCK_C=64, BLOCK_I=32, GROUP_T=8, num_warps=4, num_stages=deep),
+        ]
+    if rows <= 16:  # reading the weight is all that takes time: many programs, long runs of each row of it
+        return [
+            Config.of(BLOCK_T=16, BLOCK_C=32, BLOCK_I=128, GROUP_T=8, num_warps=4, num_stages=deep + 1),
+            Config.of(BLOCK_T=16, BLOCK_C=64, BLOCK_I=64, GROUP_T=8, num_warps=4, num_stages=deep + 1),
+        ]
+    if rows <= 64:
+        block = _fitting(64, rows)
+        return [
+            Config.of(BLOCK_T=block, BLOCK_C=64, BLOCK_I=64, GROUP_T=8, num_warps=4, num_stages=deep + 1),
+            Config.of(BLOCK_T=block, BLOCK_C=128, BLOCK_I=64, GROUP_T=8, num_warps=4, num_stages=deep),
+        ]
+    channels = 64 if drops else 128
+    return [
+        Config.of(BLOCK_T=128, BLOCK_C=channels, BLOCK_I=64, GROUP_T=8, num_warps=8, num_stages=deep),
+        Config.of(BLOCK_T=128, BLOCK_C=channels, BLOCK_I=32, GROUP_T=8, num_warps=8, num_stages=deep + 1),
+    ]
+
+
+def single_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
+    """Tiles of the single launch, the default first."""
+    deep = 2 if family() == "cdna" else 3
+    shrink = _shrink_rows(plan)
+    if itemsize > 2:
+        return [Config.of(BLOCK_T=64, BLOCK_C=64, BLOCK_I=32, SHRINK_T=shrink, GROUP_T=8, num_warps=8, num_stages=deep)]
+    return [Config.of(BLOCK_T=128, BLOCK_C=64, BLOCK_I=64, SHRINK_T=shrink, GROUP_T=8, num_warps=8, num_stages=deep)]
+
+
+def factor_grad_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
+    """Tiles of the first stage of dA and dB, the default first."""
+    channels = 64 if plan.block_columns <= 192 else 32
+    if itemsize > 2:
+        channels //= 2
+    small = Config.of(BLOCK_T=_fitting(32, rows), BLOCK_C=channels, num_warps=4, num_stages=2)
+    if family() == "cdna":
+        return [small]
+    if family() == "safe":  # wider tiles need fewer registers there: more of the operands are shared
+        channels *= 2
+    depth = 64 if itemsize <= 2 else 32
+    return [Config.of(BLOCK_T=_fitting(depth, rows), BLOCK_C=channels, num_warps=8, num_stages=2), small]
+
+
+def reduce_config() -> Config:
+    """Tiles of the second stage of the parameter gradients."""
+    return Config.of(BLOCK_J=64, BLOCK_U=32, BLOCK_F=32, num_warps=4, num_stages=1)
+
+
+#: Lines of a span of the first stage of a dense update's gradients: a constant multiple of every block.
+WEIGHT_SPAN = 256
+
+
+def weight_candidates(plan: Plan) -> list[Config]:
+    """Tiles of the weight generation, the default first; ranks beyond a block of 64 take several rounds."""
+    ranks = min(64, max(16, triton.next_power_of_2(plan.rank)))
+    return [
+        Config.of(BLOCK_O=32, BLOCK_I=128, BLOCK_P=ranks, num_warps=8, num_stages=1),
+        Config.of(BLOCK_O=32, BLOCK_I=64, BLOCK_P=ranks, num_warps=4, num_stages=1),
+    ]
+
+
+def weight_grad_candidates(plan: Plan, itemsize: int) -> list[Config]:
+    """Tiles of the first stage of a dense update's gradients, the default first; a program serves one scale."""
+    columns = max(rank * slot for rank, slot in zip(plan.ranks, plan.slots, strict=True))
+    block = 64 if itemsize <= 2 and columns <= 64 else 32
+    # With 4 warps sm_100 spills a few registers.
+    return [Config.of(BLOCK_T=block, BLOCK_C=block, num_warps=8, num_stages=stages) for stages in (2, 1)]

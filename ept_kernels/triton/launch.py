@@ -1,0 +1,46 @@
+"""The one place that starts a kernel, so that tests can count launches and a static check can compile them instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """A kernel's tile sizes (compile-time arguments by name) and how it is compiled."""
+
+    tiles: tuple[tuple[str, int], ...]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @staticmethod
+    def of(num_warps: int = 4, num_stages: int = 2, **tiles: int) -> Config:
+        return Config(tuple(tiles.items()), num_warps, num_stages)
+
+    def __getitem__(self, tile: str) -> int:
+        return dict(self.tiles)[tile]
+
+
+def run(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any], config: Config) -> None:
+    """Start ``kernel`` on the device of its tensors, which need not be the current one, on that device's stream."""
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](
+            *arguments, **constants, **dict(config.tiles), num_warps=config.num_warps, num_stages=config.num_stages
+        )
+
+
+#: What ``launch`` calls; a test or a static check may replace it.
+runner: Callable[[Any, tuple[int, ...], tuple, dict[str, Any], Config], None] = run
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, **constants: Any) -> None:
+    """Start ``kernel`` with run-time arguments, compile-time ones and a config's tiles; nothing for an empty grid."""
+    if 0 not in grid:
+        runner(kernel, grid, arguments, constants, config)

@@ -1,0 +1,23 @@
+"""The GPU tests: all of them marked ``gpu``, skipped with the reason where there is no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here (torch.cuda.is_available() is False)"))
+
+
+@pytest.fixture(autouse=True)
+def triton_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPT_BACKEND", "triton")

@@ -1,0 +1,26 @@
+"""What the GPU tests share: problems on a GPU, at the size of a trained layer."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from pyramid_testing import Problem
+
+#: Ways to run the base product; ``EPT_TRITON_BASE`` forces one.
+PLANS = ("fused", "single", "split")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PAPER = (2, 2, 4, 4, 6, 6, 8, 8)
+
+
+def on_gpu(problem: Problem) -> Problem:
+    tensors = {field.name: getattr(problem, field.name) for field in fields(problem)}
+    moved = {name: value.cuda() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    return replace(problem, **moved)
+
+
+def like_a_layer(problem: Problem) -> Problem:
+    """Weights of a trained layer's size rather than of 1, so that outputs stay near 1 and fp16 does not overflow."""
+    g = problem.geometry
+    factors = {"weight": g.in_features**-0.5, "A": g.seed_width**-0.5, "B": g.rank**-0.5}
+    return replace(problem, **{name: getattr(problem, name) * factor for name, factor in factors.items()})

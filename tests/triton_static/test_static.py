@@ -1,0 +1,87 @@
+"""The static check of the Triton kernels: a sample of what ships passes, and what must not ship is refused.
+
+``make static`` compiles everything. The check runs in processes of its own: tests elsewhere interpret kernels, and one
+process does not mix that with compiling.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("compiling kernels needs the package triton (pip install triton)", allow_module_level=True)
+
+REPOSITORY = Path(__file__).parents[2]
+REPORT = REPOSITORY / "benchmarks" / "static_report.py"
+
+
+def run(script: Path, cache: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run ``script`` as a user would, compiling anew."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run([sys.executable, script, *words], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("sm_80", "bf16"), ("sm_90", "fp16"), ("sm_100", "bf16"), ("gfx942", "fp32")]
+)
+def test_a_sample_of_what_ships_passes(target: str, dtype: str, tmp_path: Path) -> None:
+    report = tmp_path / "report.csv"
+    words = ["--target", target, "--dtype", dtype, "--sample", "5", "--seed", "3", "--jobs", "1"]
+    done = run(REPORT, tmp_path / "cache", *words, "--output", str(report))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 kernels compiled, 0 violations" in done.stdout
+    assert len(report.read_text().splitlines()) == 6
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    done = run(Path(__file__).with_name("planted.py"), tmp_path_factory.mktemp("cache"))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", ["innocent", "innocent on AMD"])
+def test_sound_kernels_pass(name: str, verdicts: dict[str, list[str]]) -> None:
+    assert verdicts[name] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no dot", "no matrix instruction"),
+        ("narrow loads", "narrow loads"),
+        ("narrow loads on AMD", "narrow loads"),
+        ("unlisted", "missing from EXPECTATIONS"),
+        ("refused", "does not compile"),
+        ("spill", "spills"),
+        ("shared memory", "bytes of shared memory"),
+    ],
+)
+def test_planted_violations_are_caught(name: str, reason: str, verdicts: dict[str, list[str]]) -> None:
+    assert any(reason in line for line in verdicts[name]), verdicts[name]
+
+
+def test_interpreting_is_refused(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, REPORT, "--target", "sm_80", "--dtype", "bf16", "--sample", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET is set" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [(["--sample", "0"], "--sample must be at least 1"), (["--output", "x.txt"], "--output must end")],
+)
+def test_bad_arguments_are_named(words: list[str], complaint: str, tmp_path: Path) -> None:
+    done = run(REPORT, tmp_path, *words)
+    assert done.returncode == 2
+    assert complaint in done.stderr
