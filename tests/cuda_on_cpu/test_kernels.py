@@ -24,7 +24,7 @@ from pyramid_testing import (
 )
 
 import ept_kernels
-from ept_kernels import PyramidGeometry, cuda_backend, reference
+from ept_kernels import PyramidGeometry, reference
 
 OPS = tuple(DIFFERENTIABLE)
 ROW_OPS = ("pyramid_delta", "pyramid_linear")
@@ -174,7 +174,7 @@ def test_the_same_call_gives_the_same_bits(op: str, monkeypatch: pytest.MonkeyPa
 def test_merged_weight(dtype: torch.dtype) -> None:
     """Added in fp32, rounded once."""
     problem = MIXED.tensors(dtype, adapter_dtype=torch.float32)
-    merged = cuda_backend.merged_weight(problem.weight, problem.A, problem.B, problem.folded, GEOMETRY.scales)
+    merged = ept_kernels.pyramid_merge(problem.weight, problem.A, problem.B, problem.folded, GEOMETRY)
     update = reference.pyramid_weight(problem.A.double(), problem.B.double(), problem.folded.double(), GEOMETRY)
     assert merged.dtype == dtype
     assert_matches(merged, problem.weight.double() + update, 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)

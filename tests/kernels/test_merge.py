@@ -9,7 +9,7 @@ import torch
 from pyramid_testing import Case, Problem, assert_matches, assert_same_bits, poisoned_memory, tight, working_dtype
 
 import ept_kernels
-from ept_kernels import PyramidGeometry, available_backends, backend_for, reference
+from ept_kernels import PyramidGeometry, backend_for, reference
 
 CASE = Case(PyramidGeometry(11, 7, 3, (2, 3, 2, 5)), num_groups=3)
 
