@@ -100,6 +100,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> RunSet
     """The settings that ``argv`` (None: the process's) asks for; exits with code 2 and a named error if one is bad."""
     settings = RunSettings(**vars(parser.parse_args(argv)))
     experts = len(settings.kernel_sizes)
+    if settings.top_k > experts and settings.top_k == _default(EPTConfig, "top_k"):
+        parser.error(
+            f"argument --kernel-sizes: must name at least {settings.top_k} experts, the number that --top-k mixes, "
+            f"got {','.join(map(str, settings.kernel_sizes))!r}; name more, or give a smaller --top-k"
+        )
     if settings.top_k > experts:
         parser.error(f"argument --top-k: must be at most {experts}, the number of --kernel-sizes, got {settings.top_k}")
     if settings.resume and settings.overwrite:
