@@ -224,6 +224,7 @@ def test_a_text_to_label_model_runs_too(source: Path, command: Callable, tmp_pat
         ),
         ({"top_k": "4"}, "argument --top-k: must be at most 3, the number of --kernel-sizes, got 4"),
         ({"dropout": "1"}, "argument --dropout: must be a number >= 0 and < 1, got '1'"),
+        ({"task_similarity": "1"}, "argument --task-similarity: must be a number >= 0 and < 1, got '1'"),
         ({"task_batching": "both"}, "argument --task-batching: invalid choice: 'both'"),
         ({"init_seed": "ones"}, "argument --init-seed: invalid choice: 'ones'"),
         ({"tasks": "topic,,degree"}, "argument --tasks: must be names separated by commas"),
