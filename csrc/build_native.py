@@ -125,8 +125,9 @@ class BuildNative(build_ext):
     """Compiles in parallel with flags of its own for each file, through ninja where there is one."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname == CUDA_LIBRARY:  # a plain library that torch.ops.load_library opens, whatever Python's version
-            return str(Path(*fullname.split("."))) + ".so"
+        parts = fullname.split(".")  # an in-place build asks for the last part alone
+        if parts[-1] == CUDA_LIBRARY.split(".")[-1]:  # a plain library for torch.ops.load_library and any Python
+            return str(Path(*parts)) + ".so"
         return super().get_ext_filename(fullname)
 
     def build_extension(self, extension: Extension) -> None:

@@ -36,7 +36,10 @@ EPT_INLINE void shrink_tile(const Side& side, const Strip& strip, const E* x, in
     for (const int64_t whole = least(to, strip.whole); v < whole; ++v, at += strip.stride, f += R * W) {
         F values[N];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) values[n] = load(at + n * stride);
+        for (int n = 0; n < N; ++n) {
+            values[n] = load(at + n * stride);
+            __builtin_prefetch(at + (n + N) * stride);  // the next rows: a short row ends before hardware learns
+        }
         add(values, f);
     }
     for (; v < to; ++v, at += strip.stride, f += R * W) {
