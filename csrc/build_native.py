@@ -28,8 +28,10 @@ CSRC = Path(__file__).parent
 CPU_MODULE, CUDA_LIBRARY = "ept_kernels._C", "ept_kernels._cuda"
 
 #: Instruction sets of x86 and what the compiler must be told; ``portable.cpp`` needs nothing.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 X86_FLAGS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
 }
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
