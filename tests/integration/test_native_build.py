@@ -101,3 +101,12 @@ def test_commands_hold_every_source_and_its_flags(build: ModuleType) -> None:
         assert "-mavx512f" in by_name["avx512"]
     assert not any("march=native" in flag for command in by_name.values() for flag in command)
     assert str(target) in link
+
+
+def test_the_cuda_library_has_the_name_that_its_backend_loads(build: ModuleType) -> None:
+    from setuptools import Distribution
+
+    command = build.BuildNative(Distribution())
+    assert command.get_ext_filename("ept_kernels._cuda") == str(Path("ept_kernels", "_cuda.so"))
+    assert command.get_ext_filename("_cuda") == "_cuda.so"
+    assert command.get_ext_filename("ept_kernels._C") != str(Path("ept_kernels", "_C.so"))
