@@ -45,6 +45,7 @@ EDGES = {
     "every scale up to 16": Case(PyramidGeometry(50, 33, 2, tuple(range(1, 17))), lead=(18,)),
     "a scale wider than a warp": Case(PyramidGeometry(101, 83, 2, (33, 70)), lead=(18,)),
     "as many ranks as columns of a tile": Case(PyramidGeometry(30, 30, 16, (1, 2)), lead=(18,)),
+    "more chunks of rows than warps that add them up": Case(PyramidGeometry(6, 5, 2, (2, 3)), lead=(701,)),
     "more columns than a round": Case(PyramidGeometry(70, 150, 17, (4, 9)), lead=(70,)),
     **{f"{layout} rows": replace(MIXED, layout=layout) for layout in LAYOUTS},
 }
