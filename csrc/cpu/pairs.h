@@ -47,7 +47,8 @@ EPT_INLINE U two_vectors(const Side& side, const Strip& strip, const bf16* at, i
 // shrink_tile for vectors from..to, `from` even. factor: [pairs of vectors][R][W].
 template <int R, int N>
 EPT_INLINE void shrink_tile(const Side& side, const Strip& strip, const bf16* x, int64_t stride, int64_t from,
-                                  int64_t to, const std::uint32_t* factor, float* raw, int64_t row, int64_t pitch) {
+                                  int64_t to, const std::uint32_t* factor, int64_t ahead, float* raw, int64_t row,
+                            int64_t pitch) {
     F acc[N][R];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n)
@@ -69,7 +70,7 @@ EPT_INLINE void shrink_tile(const Side& side, const Strip& strip, const bf16* x,
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
             values[n] = widen(load_half(at + n * stride)) | widen(load_half(at + n * stride + strip.stride)) << 16;
-            __builtin_prefetch(at + (n + N) * stride);
+            __builtin_prefetch(at + n * stride + ahead, 0, 2);
         }
         add(values, f);
     }

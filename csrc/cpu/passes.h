@@ -176,6 +176,18 @@ static const typename Factor<E>::type* wgrad_factor([[maybe_unused]] int64_t row
 
 static int64_t intermediate_floats(const Layer& layer) { return block_rows(layer) * layer.row + W; }
 
+// How many scales shrink a block, and in which order: those that are active, or all.
+class Turns {
+  public:
+    Turns(const Layer& layer, const Cores& cores, bool all, int64_t first, int64_t last) : turn_{-1, 0} {
+        for (int s = 0; s < layer.num_scales; ++s) turn_.of += all || is_active(layer, cores, s, first, last);
+    }
+    Turn next() { return ++turn_.index, turn_; }
+
+  private:
+    Turn turn_;
+};
+
 template <class E>
 static void forward_rows(const Forward& call, int64_t begin, int64_t end, float* scratch) {
     const Layer& layer = *call.layer;
@@ -184,11 +196,13 @@ static void forward_rows(const Forward& call, int64_t begin, int64_t end, float*
     Output<E> y(layer.out, call.y, V + intermediate_floats(layer));
     for (int64_t first = begin; first < end; first += block_rows(layer)) {
         const int64_t last = least(end, first + block_rows(layer)), rows = last - first;
+        Turns turns(layer, call.cores, false, first, last);
         for (int s = 0; s < layer.num_scales; ++s) {
             if (!is_active(layer, call.cores, s, first, last)) continue;
+            const Turn turn = turns.next();
             const int64_t at = layer.scales[s].column * rows;
             each_strip(layer, layer.in, s, [&](const Strip& strip) {
-                shrink(layer, layer.in, strip, row_of<E>(call.x, first), call.x.stride, rows,
+                shrink(layer, layer.in, strip, row_of<E>(call.x, first), call.x.stride, rows, turn,
                        shrink_factor<E>(call.A), U + at);
             });
             core_rows(layer, call.cores, call.cores.columns, s, first, last, U + at, V + at);
@@ -211,18 +225,21 @@ static void backward_rows(const Backward& call, int64_t begin, int64_t end, cons
         const int64_t last = least(end, first + block_rows(layer)), rows = last - first;
         const E* x = row_of<E>(call.x, first);
         const E* grad = row_of<E>(call.grad, first);
+        Turns turns(layer, call.cores, call.need_core, first, last);
         for (int s = 0; s < layer.num_scales; ++s) {
             const Scale& scale = layer.scales[s];
             const bool active = is_active(layer, call.cores, s, first, last);
             const int64_t at = scale.column * rows, row = layer.rank * scale.pitch;
-            if (call.need_core || (active && call.need_B))
+            if (!active && !call.need_core) continue;
+            const Turn turn = turns.next();
+            if (call.need_core || call.need_B)
                 each_strip(layer, layer.in, s, [&](const Strip& strip) {
-                    shrink(layer, layer.in, strip, x, call.x.stride, rows,
-                       shrink_factor<E>(call.A), U + at);
+                    shrink(layer, layer.in, strip, x, call.x.stride, rows, turn,
+                           shrink_factor<E>(call.A), U + at);
                 });
-            if (call.need_core || (active && (need_x || call.need_A)))
+            if (call.need_core || need_x || call.need_A)
                 each_strip(layer, layer.out, s, [&](const Strip& strip) {
-                    shrink(layer, layer.out, strip, grad, call.grad.stride, rows,
+                    shrink(layer, layer.out, strip, grad, call.grad.stride, rows, turn,
                            shrink_factor<E>(call.B), dV + at);
                 });
             if (call.need_core) {

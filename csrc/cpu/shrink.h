@@ -16,7 +16,7 @@ EPT_INLINE int64_t lanes_inside(const Side& side, const Strip& strip, int64_t v)
 // Adds vectors from..to of N rows to raw[n][r], which starts at zero where `from` is 0.
 template <int R, int N, class E>
 EPT_INLINE void shrink_tile(const Side& side, const Strip& strip, const E* x, int64_t stride, int64_t from, int64_t to,
-                            const float* factor, float* raw, int64_t row, int64_t pitch) {
+                            const float* factor, int64_t ahead, float* raw, int64_t row, int64_t pitch) {
     F acc[N][R];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n)
@@ -38,7 +38,7 @@ EPT_INLINE void shrink_tile(const Side& side, const Strip& strip, const E* x, in
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
             values[n] = load(at + n * stride);
-            __builtin_prefetch(at + (n + N) * stride);  // the next rows: a short row ends before hardware learns
+            __builtin_prefetch(at + n * stride + ahead, 0, 2);
         }
         add(values, f);
     }
@@ -54,19 +54,38 @@ EPT_INLINE void shrink_tile(const Side& side, const Strip& strip, const E* x, in
         for (int r = 0; r < R; ++r) store(raw + n * row + r * pitch, acc[n][r]);
 }
 
-// Sums the copies of a vector: lane q of each rank becomes the sum over the lanes q, q + k, q + 2k, ...
+// Sums the copies of each vector: lane q becomes the sum over the lanes q, q + k, q + 2k, ... Lanes from k on hold rubbish
+// that nobody reads. Where the copies fill the vector and are a power of two, halves are added to halves.
 static void fold_copies(const Scale& scale, int copies, int64_t vectors, float* raw) {
+    const bool halves = scale.k * copies == W && (copies & (copies - 1)) == 0;
     for (int64_t i = 0; i < vectors; ++i, raw += W) {
         F sum = load(raw);
-        for (int c = 1; c < copies; ++c) sum += load(raw + c * scale.k);  // lanes beyond k hold rubbish, never read
+        if (halves) {
+            if (copies > 1) sum += rotate<W / 2>(sum);
+            if (copies > 2) sum += rotate<W / 4>(sum);
+            if (copies > 4) sum += rotate<W / 8 ? W / 8 : 0>(sum);
+            if (copies > 8) sum += rotate<W / 16 ? W / 16 : 0>(sum);
+        } else {
+            for (int c = 1; c < copies; ++c) sum += load(raw + c * scale.k);
+        }
         store(raw, sum);
     }
 }
 
-// One strip of a block of rows. raw: this scale's intermediates of the block, [rows][rank][pitch].
+// Which of the scales that shrink a block this one is.
+struct Turn {
+    int index, of;
+};
+
+// One strip of a block of rows, prefetching into the second-level cache: the next rows of the block, since a row may end
+// before the hardware has learnt where it leads; and in some tiles, which the scales take in turns, rows of the next block,
+// so that reading them from memory overlaps with the work on this one. raw: this scale's intermediates of the block, [rows][rank][pitch].
 template <class E, class P>
 static void shrink(const Layer& layer, const Side& side, const Strip& strip, const E* x, int64_t stride, int64_t rows,
-                   const P* packed, float* raw) {
+                   Turn turn, const P* packed, float* raw) {
+    const auto ahead = [&](int64_t t, int64_t tile) {
+        return (t / tile % turn.of == turn.index ? rows : tile) * stride;
+    };
     const Scale& scale = layer.scales[strip.scale];
     const int64_t pitch = scale.pitch, row = layer.rank * pitch;
     const int64_t chunks = most(1, (strip.vectors + shrink_chunk - 1) / shrink_chunk);
@@ -78,7 +97,7 @@ static void shrink(const Layer& layer, const Side& side, const Strip& strip, con
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const int64_t from = start_of(chunk), to = start_of(chunk + 1);
             each_tile(0, rows, [&]<int N>(int64_t t) {
-                shrink_tile<R, N>(side, strip, x + t * stride, stride, from, to, factor,
+                shrink_tile<R, N>(side, strip, x + t * stride, stride, from, to, factor, ahead(t, N),
                                   raw + t * row + p * pitch + strip.offset, row, pitch);
             });
         }

@@ -20,6 +20,16 @@ typedef std::uint16_t H __attribute__((vector_size(2 * W)));
 typedef float LooseF __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef std::uint16_t LooseH __attribute__((vector_size(2 * W), aligned(2), may_alias));
 
+template <int... L>
+struct Lanes {};
+template <int Count, int... L>
+struct CountLanes : CountLanes<Count - 1, Count - 1, L...> {};
+template <int... L>
+struct CountLanes<0, L...> {
+    using type = Lanes<L...>;
+};
+using AllLanes = CountLanes<W>::type;
+
 struct bf16 {
     std::uint16_t bits;
 };
@@ -55,6 +65,16 @@ EPT_INLINE H narrow(F v) {
     return __builtin_convertvector((quiet & is_nan) | (rounded & ~is_nan), H);
 }
 EPT_INLINE void store(bf16* p, F v) { *reinterpret_cast<LooseH*>(p) = narrow(v); }
+
+// Lane l of the result is lane (l + N) % W of v.
+template <int N, int... L>
+EPT_INLINE F rotate_lanes(F v, Lanes<L...>) {
+    return __builtin_shufflevector(v, v, ((L + N) % W)...);
+}
+template <int N>
+EPT_INLINE F rotate(F v) {
+    return rotate_lanes<N>(v, AllLanes{});
+}
 
 // The first `count` lanes, zeros behind them; touches no memory beyond.
 #if defined(__AVX512BW__)
