@@ -28,8 +28,10 @@ CSRC = Path(__file__).parent
 CPU_MODULE, CUDA_LIBRARY = "ept_kernels._C", "ept_kernels._cuda"
 
 #: Instruction sets of x86 and what the compiler must be told; ``portable.cpp`` needs nothing.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 X86_FLAGS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
 }
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
@@ -125,8 +127,9 @@ class BuildNative(build_ext):
     """Compiles in parallel with flags of its own for each file, through ninja where there is one."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname == CUDA_LIBRARY:  # a plain library that torch.ops.load_library opens, whatever Python's version
-            return str(Path(*fullname.split("."))) + ".so"
+        parts = fullname.split(".")  # an in-place build asks for the last part alone
+        if parts[-1] == CUDA_LIBRARY.split(".")[-1]:  # a plain library for torch.ops.load_library and any Python
+            return str(Path(*parts)) + ".so"
         return super().get_ext_filename(fullname)
 
     def build_extension(self, extension: Extension) -> None:
@@ -206,7 +209,8 @@ def cuda_commands(objects: Path, target: Path) -> tuple[Commands, Link]:
 def run_all(objects: Path, commands: Commands, link: Link) -> None:
     """Compile, then link. ninja compiles only what changed; without it everything is compiled, in parallel."""
     target, link_command = link
-    ninja = shutil.which("ninja")
+    beside_python = str(Path(sys.executable).parent)  # where pip puts ninja; pip's builds do not have it on the path
+    ninja = shutil.which("ninja", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
     if ninja:
         rules = [
             "rule cc",

@@ -16,7 +16,7 @@ static int64_t forward_scratch(const Forward& call) {
 static int64_t backward_scratch(const Backward& call) {
     const Layer& layer = *call.layer;
     const int64_t output = call.dtype == DType::bf16 ? Output<bf16>::scratch(layer.in, block_rows(layer)) : 0;
-    return 4 * intermediate_floats(layer) + output;
+    return 5 * intermediate_floats(layer) + output;
 }
 
 static void forward(const Forward& call, int64_t begin, int64_t end, float* scratch) {
@@ -33,7 +33,7 @@ static void backward(const Backward& call, int64_t begin, int64_t end, const Par
 #define EPT_STRING(x) EPT_STRING_(x)
 
 extern const Kernels kernels;
-const Kernels kernels = {EPT_STRING(EPT_ISA), W,        block_rows, forward_scratch, backward_scratch,
-                         forward,             backward, pack,       unpack};
+const Kernels kernels = {EPT_STRING(EPT_ISA), W,        block_rows,  forward_scratch, backward_scratch,
+                         forward,             backward, takes_pairs, pack,            unpack};
 
 }  // namespace ept::EPT_ISA

@@ -30,13 +30,20 @@ struct Cores {
     int64_t segment;              // rows of one segment
 };
 
+// A factor repeated along the lanes, as floats or as pairs of bf16, for the pass that reduces over vectors (shrink) and
+// for the one that reduces over ranks (expand). Floats serve both; pairs are made from a plain copy.
+struct Packed {
+    void* shrink;
+    void* expand;
+    void* plain;
+};
+
 struct Forward {
     const Layer* layer;
     DType dtype;
     Rows x;
     MutableRows y;
-    const float* A;  // packed
-    const float* B;
+    Packed A, B;
     Cores cores;
 };
 
@@ -45,8 +52,7 @@ struct Backward {
     DType dtype;
     Rows grad, x;
     MutableRows grad_x;  // null data: not wanted
-    const float* A;
-    const float* B;
+    Packed A, B;
     Cores cores;
     bool need_A, need_B, need_core;
 };
@@ -66,9 +72,11 @@ struct Kernels {
     int64_t (*backward_scratch)(const Backward&);
     void (*forward)(const Forward&, int64_t begin, int64_t end, float* scratch);
     void (*backward)(const Backward&, int64_t begin, int64_t end, const Partial&, float* scratch);
+    // Whether rows of this dtype take factors as pairs: the three buffers of Packed differ then.
+    bool (*takes_pairs)(DType);
     // factor[p * rank_stride + j * group_stride] -> packed, one strip of it
-    void (*pack)(const Layer&, const Side&, int strip, const float* factor, int64_t rank_stride, int64_t group_stride,
-                 float* packed);
+    void (*pack)(const Layer&, const Side&, int strip, DType, const float* factor, int64_t rank_stride,
+                 int64_t group_stride, const Packed&);
     // the adjoint for one strip and rank: adds the sum of the parts, in their order, to grad[j * group_stride]
     void (*unpack)(const Layer&, const Side&, int strip, int64_t rank, const float* const* parts, int count, float* grad,
                    int64_t group_stride);

@@ -2,17 +2,16 @@
 #pragma once
 
 #include "kernels.h"
+#include "pairs.h"
 #include "shrink.h"
 
 namespace ept::EPT_ISA {
 
 // Group of each lane: factor column j of lane l in vector v is v * copies + l / k, zero beyond the row or the strip.
-static void pack(const Layer& layer, const Side& side, int index, const float* factor, int64_t rank_stride,
-                 int64_t group_stride, float* packed) {
-    const Strip& strip = side.strips[index];
+static void pack_floats(const Layer& layer, const Side& side, const Strip& strip, const float* factor,
+                        int64_t rank_stride, int64_t group_stride, float* to) {
     const int64_t k = layer.scales[strip.scale].k;
     each_rank_block(layer.rank, [&]<int R>(int64_t p) {
-        float* to = packed + layer.rank * strip.start + p * strip.vectors * W;
         for (int64_t v = 0; v < strip.vectors; ++v) {
             const int64_t lanes = least(lanes_inside(side, strip, v), strip.lanes);
             for (int r = 0; r < R; ++r, to += W) {
@@ -26,6 +25,28 @@ static void pack(const Layer& layer, const Side& side, int index, const float* f
             }
         }
     });
+}
+
+static bool takes_pairs([[maybe_unused]] DType dtype) {
+#if defined(__AVX512BF16__)
+    return dtype == DType::bf16;
+#else
+    return false;
+#endif
+}
+
+static void pack(const Layer& layer, const Side& side, int index, [[maybe_unused]] DType dtype, const float* factor,
+                 int64_t rank_stride, int64_t group_stride, const Packed& packed) {
+    const Strip& strip = side.strips[index];
+#if defined(__AVX512BF16__)
+    if (takes_pairs(dtype)) {  
+        float* plain = static_cast<float*>(packed.plain) + layer.rank * strip.start;
+        pack_floats(layer, side, strip, factor, rank_stride, group_stride, plain);
+        return pack_pairs(layer, strip, plain, packed);
+    }
+#endif
+    pack_floats(layer, side, strip, factor, rank_stride, group_stride,
+                static_cast<float*>(packed.shrink) + layer.rank * strip.start);
 }
 
 // Adds to grad[j * group_stride], the gradient of rank p, the sums of the parts over the lanes of each group.

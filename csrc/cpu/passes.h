@@ -4,6 +4,7 @@
 #include "core.h"
 #include "expand.h"
 #include "kernels.h"
+#include "pairs.h"
 #include "shrink.h"
 #include "wgrad.h"
 
@@ -127,7 +128,8 @@ class Output<bf16> {
 // Adds every active scale's expansion to a block of rows, some columns at a time.
 template <class E>
 static void expand_block(const Layer& layer, const Cores& cores, const Side& side, Output<E>& output, int64_t first,
-                         int64_t last, const float* packed, const float* repeated) {
+                         int64_t last, const Packed& packed, const float* repeated) {
+    const auto* factor = static_cast<const typename Factor<E>::type*>(packed.expand);
     const int64_t rows = last - first;
     float* y = output.begin(first, rows);
     for (int64_t column = 0; column < side.features; column += expand_chunk * W) {
@@ -140,7 +142,7 @@ static void expand_block(const Layer& layer, const Cores& cores, const Side& sid
                 };
                 const int64_t from = vectors_before(column), to = vectors_before(column + expand_chunk * W);
                 if (from < to)
-                    expand(layer, side, strip, from, to, y, output.stride(), rows, packed,
+                    expand(layer, side, strip, from, to, y, output.stride(), rows, factor,
                            repeated + layer.scales[s].column * rows);
             });
         }
@@ -151,6 +153,25 @@ static void expand_block(const Layer& layer, const Cores& cores, const Side& sid
 template <class E>
 static const E* row_of(const Rows& rows, int64_t row) {
     return static_cast<const E*>(rows.data) + row * rows.stride;
+}
+
+template <class E>
+static const typename Factor<E>::type* shrink_factor(const Packed& packed) {
+    return static_cast<const typename Factor<E>::type*>(packed.shrink);
+}
+
+// dU as wgrad wants it for rows of E: as it is, or as pairs of rows, for which there is scratch.
+template <class E>
+static const typename Factor<E>::type* wgrad_factor([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t row,
+                                                    const float* dU, [[maybe_unused]] float* scratch) {
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(E) == sizeof(bf16)) {
+        std::uint32_t* pairs = reinterpret_cast<std::uint32_t*>(scratch);
+        pair_rows(rows, row, dU, pairs);
+        return pairs;
+    } else
+#endif
+        return dU;
 }
 
 static int64_t intermediate_floats(const Layer& layer) { return block_rows(layer) * layer.row + W; }
@@ -167,7 +188,8 @@ static void forward_rows(const Forward& call, int64_t begin, int64_t end, float*
             if (!is_active(layer, call.cores, s, first, last)) continue;
             const int64_t at = layer.scales[s].column * rows;
             each_strip(layer, layer.in, s, [&](const Strip& strip) {
-                shrink(layer, layer.in, strip, row_of<E>(call.x, first), call.x.stride, rows, call.A, U + at);
+                shrink(layer, layer.in, strip, row_of<E>(call.x, first), call.x.stride, rows,
+                       shrink_factor<E>(call.A), U + at);
             });
             core_rows(layer, call.cores, call.cores.columns, s, first, last, U + at, V + at);
         }
@@ -182,8 +204,9 @@ static void backward_rows(const Backward& call, int64_t begin, int64_t end, cons
     float* dV = U + intermediate_floats(layer);
     float* V = dV + intermediate_floats(layer);
     float* dU = V + intermediate_floats(layer);
+    float* pairs = dU + intermediate_floats(layer);
     const bool need_x = call.grad_x.data != nullptr;
-    Output<E> grad_x(layer.in, call.grad_x, dU + intermediate_floats(layer));
+    Output<E> grad_x(layer.in, call.grad_x, pairs + intermediate_floats(layer));
     for (int64_t first = begin; first < end; first += block_rows(layer)) {
         const int64_t last = least(end, first + block_rows(layer)), rows = last - first;
         const E* x = row_of<E>(call.x, first);
@@ -191,17 +214,18 @@ static void backward_rows(const Backward& call, int64_t begin, int64_t end, cons
         for (int s = 0; s < layer.num_scales; ++s) {
             const Scale& scale = layer.scales[s];
             const bool active = is_active(layer, call.cores, s, first, last);
-            const int64_t at = scale.column * rows;
+            const int64_t at = scale.column * rows, row = layer.rank * scale.pitch;
             if (call.need_core || (active && call.need_B))
                 each_strip(layer, layer.in, s, [&](const Strip& strip) {
-                    shrink(layer, layer.in, strip, x, call.x.stride, rows, call.A, U + at);
+                    shrink(layer, layer.in, strip, x, call.x.stride, rows,
+                       shrink_factor<E>(call.A), U + at);
                 });
             if (call.need_core || (active && (need_x || call.need_A)))
                 each_strip(layer, layer.out, s, [&](const Strip& strip) {
-                    shrink(layer, layer.out, strip, grad, call.grad.stride, rows, call.B, dV + at);
+                    shrink(layer, layer.out, strip, grad, call.grad.stride, rows,
+                           shrink_factor<E>(call.B), dV + at);
                 });
             if (call.need_core) {
-                const int64_t row = layer.rank * scale.pitch;
                 each_run(call.cores, first, last, [&](int64_t from, int64_t to, int64_t group) {
                     core_gradient(scale, (to - from) * layer.rank, U + at + (from - first) * row,
                                   dV + at + (from - first) * row, partial.core + group * layer.core + scale.core);
@@ -210,16 +234,19 @@ static void backward_rows(const Backward& call, int64_t begin, int64_t end, cons
             if (!active) continue;
             if (call.need_B) {
                 core_rows(layer, call.cores, call.cores.columns, s, first, last, U + at, V + at);
+                const auto* factor = wgrad_factor<E>(rows, row, V + at, pairs);
                 each_strip(layer, layer.out, s, [&](const Strip& strip) {
-                    wgrad(layer, layer.out, strip, grad, call.grad.stride, rows, V + at, partial.B);
+                    wgrad(layer, layer.out, strip, grad, call.grad.stride, rows, factor, partial.B);
                 });
             }
             if (need_x || call.need_A)
                 core_rows(layer, call.cores, call.cores.rows, s, first, last, dV + at, dU + at);
-            if (call.need_A)
+            if (call.need_A) {
+                const auto* factor = wgrad_factor<E>(rows, row, dU + at, pairs);
                 each_strip(layer, layer.in, s, [&](const Strip& strip) {
-                    wgrad(layer, layer.in, strip, x, call.x.stride, rows, dU + at, partial.A);
+                    wgrad(layer, layer.in, strip, x, call.x.stride, rows, factor, partial.A);
                 });
+            }
         }
         if (need_x) expand_block<E>(layer, call.cores, layer.in, grad_x, first, last, call.A, dU);
     }

@@ -77,20 +77,38 @@ void check_groups(const Problem& problem) {
 }
 
 // A and B repeated along the lanes, for the scales that `wanted` names.
-template <class Wanted>
-void pack(const Kernels& kernels, const Layer& layer, const Problem& problem, float* A, float* B, bool parallelly,
-          Wanted wanted) {
-    const int64_t width = (layer.in.features + layer.scales[0].k - 1) / layer.scales[0].k;
-    const auto one = [&](int64_t task) {
-        const int strip = static_cast<int>(task / 2);
-        if (!wanted(layer.in.strips[strip].scale)) return;
-        if (task % 2 == 0) kernels.pack(layer, layer.in, strip, problem.A, width, 1, A);
-        else kernels.pack(layer, layer.out, strip, problem.B, 1, layer.rank, B);
-    };
-    const int64_t tasks = 2 * int64_t{layer.num_strips};
-    if (parallelly) parallel(tasks, one);
-    else for (int64_t task = 0; task < tasks; ++task) one(task);
-}
+class PackedFactors {
+  public:
+    template <class Wanted>
+    PackedFactors(const Kernels& kernels, const Layer& layer, const Problem& problem, bool in_parallel, Wanted wanted)
+        : pairs_(kernels.takes_pairs(problem.dtype)),
+          memory_((pairs_ ? 3 : 1) * layer.rank * (layer.in.floats + layer.out.floats)),
+          A(place(memory_.data(), layer.rank * layer.in.floats)),
+          B(place(memory_.data() + (pairs_ ? 3 : 1) * layer.rank * layer.in.floats, layer.rank * layer.out.floats)) {
+        const int64_t width = (layer.in.features + layer.scales[0].k - 1) / layer.scales[0].k;
+        const auto one = [&](int64_t task) {
+            const int strip = static_cast<int>(task / 2);
+            if (!wanted(layer.in.strips[strip].scale)) return;
+            if (task % 2 == 0) kernels.pack(layer, layer.in, strip, problem.dtype, problem.A, width, 1, A);
+            else kernels.pack(layer, layer.out, strip, problem.dtype, problem.B, 1, layer.rank, B);
+        };
+        const int64_t tasks = 2 * int64_t{layer.num_strips};
+        if (in_parallel) parallel(tasks, one);
+        else for (int64_t task = 0; task < tasks; ++task) one(task);
+    }
+
+  private:
+    Packed place(float* memory, int64_t floats) const {
+        if (!pairs_) return {memory, memory, memory};
+        return {memory, memory + floats, memory + 2 * floats};
+    }
+
+    bool pairs_;
+    Buffer memory_;
+
+  public:
+    Packed A, B;
+};
 
 // Multiply-adds below which another thread costs more than it saves.
 constexpr int64_t least_work = int64_t{1} << 19;
@@ -119,10 +137,9 @@ void forward(const Problem& problem, const MutableRows& y) {
     const Plan plan(problem.in_features, problem.out_features, problem.rank, problem.scales, kernels.width);
     const Layer& layer = plan.layer;
     const PackedCores cores(layer, problem);
-    const Buffer A(layer.rank * layer.in.floats), B(layer.rank * layer.out.floats);
     const int64_t tasks = count_tasks(problem);
-    pack(kernels, layer, problem, A.data(), B.data(), tasks > 1, [&](int scale) { return cores.used(scale); });
-    const Forward call{&layer, problem.dtype, problem.x, y, A.data(), B.data(), cores.cores};
+    const PackedFactors factors(kernels, layer, problem, tasks > 1, [&](int scale) { return cores.used(scale); });
+    const Forward call{&layer, problem.dtype, problem.x, y, factors.A, factors.B, cores.cores};
     const int64_t floats = kernels.forward_scratch(call), block = kernels.block_rows(layer);
     const Buffer scratch(tasks * floats);
     parallel(tasks, [&](int64_t i) {
@@ -145,13 +162,11 @@ void backward(const Problem& problem, const Rows& grad, const MutableRows& grad_
     if (problem.rows == 0) return;
 
     const PackedCores cores(layer, problem);
-    const Buffer A(layer.rank * layer.in.floats), B(layer.rank * layer.out.floats);
     const int64_t tasks = count_tasks(problem);
-    pack(kernels, layer, problem, A.data(), B.data(), tasks > 1,
-         [&](int scale) { return grad_folded || cores.used(scale); });
-
-    const Backward call{&layer,   problem.dtype, grad,        problem.x,         grad_x,
-                        A.data(), B.data(),      cores.cores, grad_A != nullptr, grad_B != nullptr,
+    const PackedFactors factors(kernels, layer, problem, tasks > 1,
+                                [&](int scale) { return grad_folded || cores.used(scale); });
+    const Backward call{&layer,    problem.dtype, grad,        problem.x,         grad_x,
+                        factors.A, factors.B,     cores.cores, grad_A != nullptr, grad_B != nullptr,
                         grad_folded != nullptr};
     const int64_t sums_A = grad_A ? layer.rank * layer.in.floats : 0;
     const int64_t sums_B = grad_B ? layer.rank * layer.out.floats : 0;

@@ -13,6 +13,7 @@ namespace ept {
     extern const Kernels kernels;     \
     }
 #ifdef EPT_X86
+EPT_DECLARE(avx512bf16)
 EPT_DECLARE(avx512)
 EPT_DECLARE(avx2)
 #endif
@@ -25,13 +26,17 @@ struct Choice {
     bool (*runs_here)();
 };
 
+#ifdef EPT_X86
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
 const Choice choices[] = {  // best first
 #ifdef EPT_X86
-    {&avx512::kernels,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-     }},
+    {&avx512bf16::kernels, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {&avx512::kernels, [] { return has_avx512(); }},
     {&avx2::kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {&portable::kernels, [] { return true; }},

@@ -36,7 +36,10 @@ EPT_INLINE void shrink_tile(const Side& side, const Strip& strip, const E* x, in
     for (const int64_t whole = least(to, strip.whole); v < whole; ++v, at += strip.stride, f += R * W) {
         F values[N];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) values[n] = load(at + n * stride);
+        for (int n = 0; n < N; ++n) {
+            values[n] = load(at + n * stride);
+            __builtin_prefetch(at + (n + N) * stride);  // the next rows: a short row ends before hardware learns
+        }
         add(values, f);
     }
     for (; v < to; ++v, at += strip.stride, f += R * W) {
@@ -61,17 +64,19 @@ static void fold_copies(const Scale& scale, int copies, int64_t vectors, float* 
 }
 
 // One strip of a block of rows. raw: this scale's intermediates of the block, [rows][rank][pitch].
-template <class E>
+template <class E, class P>
 static void shrink(const Layer& layer, const Side& side, const Strip& strip, const E* x, int64_t stride, int64_t rows,
-                   const float* packed, float* raw) {
+                   const P* packed, float* raw) {
     const Scale& scale = layer.scales[strip.scale];
     const int64_t pitch = scale.pitch, row = layer.rank * pitch;
-    const int64_t chunks = (strip.vectors + shrink_chunk - 1) / shrink_chunk;
+    const int64_t chunks = most(1, (strip.vectors + shrink_chunk - 1) / shrink_chunk);
+    const auto start_of = [&](int64_t chunk) {  // even: a pair stays together
+        return chunk == chunks ? strip.vectors : chunk * strip.vectors / chunks / 2 * 2;
+    };
     each_rank_block(layer.rank, [&]<int R>(int64_t p) {
-        const float* factor = packed + layer.rank * strip.start + p * strip.vectors * W;
-        for (int64_t chunk = 0; chunk < most(chunks, 1); ++chunk) {
-            const int64_t from = chunk * strip.vectors / most(chunks, 1);
-            const int64_t to = (chunk + 1) * strip.vectors / most(chunks, 1);
+        const P* factor = packed + layer.rank * strip.start + p * strip.vectors * W;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            const int64_t from = start_of(chunk), to = start_of(chunk + 1);
             each_tile(0, rows, [&]<int N>(int64_t t) {
                 shrink_tile<R, N>(side, strip, x + t * stride, stride, from, to, factor,
                                   raw + t * row + p * pitch + strip.offset, row, pitch);

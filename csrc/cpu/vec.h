@@ -25,6 +25,7 @@ struct bf16 {
 };
 
 #define EPT_INLINE static inline __attribute__((always_inline))
+#define EPT_INLINE_METHOD inline __attribute__((always_inline))
 
 EPT_INLINE F load(const float* p) { return *reinterpret_cast<const LooseF*>(p); }
 EPT_INLINE void store(float* p, F v) { *reinterpret_cast<LooseF*>(p) = v; }
@@ -82,6 +83,18 @@ EPT_INLINE void store_part(bf16* p, F v, int64_t count) {
     const H half = narrow(v);
     for (int64_t i = 0; i < count; ++i) p[i].bits = half[i];
 }
+
+// How a factor is stored for rows of E: floats, or pairs of bf16 where the processor multiplies those.
+template <class E>
+struct Factor {
+    using type = float;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Factor<bf16> {
+    using type = std::uint32_t;
+};
+#endif
 
 EPT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 EPT_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

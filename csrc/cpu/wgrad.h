@@ -37,13 +37,13 @@ EPT_INLINE void wgrad_tile(const E* x, int64_t stride, int64_t apart, int64_t co
 }
 
 // One strip of a block of rows. repeated: this scale's dU of the block; sums: laid out as the packed factor.
-template <class E>
+template <class E, class P>
 static void wgrad(const Layer& layer, const Side& side, const Strip& strip, const E* x, int64_t stride, int64_t rows,
-                  const float* repeated, float* sums) {
+                  const P* repeated, float* sums) {
     const int64_t pitch = layer.scales[strip.scale].pitch, row = layer.rank * pitch;
     each_rank_block(layer.rank, [&]<int R>(int64_t p) {
         float* G = sums + layer.rank * strip.start + p * strip.vectors * W;
-        const float* dU = repeated + p * pitch + strip.offset;
+        const P* dU = repeated + p * pitch + strip.offset;
         each_tile(0, strip.whole, [&]<int N>(int64_t v) {
             wgrad_tile<R, N>(x + strip.offset + v * strip.stride, stride, strip.stride, W, rows, dU, row, pitch,
                              G + v * R * W);

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from ept.extras import train_extra
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -34,7 +38,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(folder),
         str(source),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # Pure Python: what `make setup` compiles is tested as it stands.
+    environment = {**os.environ, "EPT_BUILD_CPU": "0", "EPT_BUILD_CUDA": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     (built,) = folder.glob("*.whl")
     return built
@@ -46,6 +52,7 @@ def test_wheel_holds_the_two_packages_and_the_command(wheel: Path) -> None:
         entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"ept", "ept_kernels"}
+    assert wheel.name.endswith("-none-any.whl"), "without native code it fits every platform"
     sources = {str(p.relative_to(REPOSITORY)) for top in tops for p in (REPOSITORY / top).rglob("*.py")}
     assert sources == {name for name in names if name.endswith(".py")}
     assert "ept-train = ept.train:main" in entry_points
@@ -74,6 +81,31 @@ print(layer(torch.ones(2, 12)).shape)
     )
     assert done.returncode == 0, done.stderr
     assert "[2, 16]" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["ept.data", "ept.training", "ept.train", "ept.demo"])
+def test_a_missing_extra_is_named(module: str) -> None:
+    """Only ``import ept`` works without the extra; all else says which one it wants."""
+    script = """
+import importlib, sys
+sys.modules["datasets"] = sys.modules["rich"] = None  # importing them raises, as if they were not installed
+import ept
+try:
+    importlib.import_module(sys.argv[1])
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, module], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
+    what = "ept-train" if module == "ept.train" else module
+    assert done.stdout.startswith(f"{what} needs "), done.stdout
+    assert done.stdout.rstrip().endswith("which is not installed: pip install 'ept-kernels[train]'")
+
+
+def test_a_broken_install_is_not_blamed_on_an_extra() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'ept\.nonsense'$"), train_extra("ept.data"):
+        importlib.import_module("ept.nonsense")
 
 
 def test_kernels_never_import_ept() -> None:
