@@ -31,15 +31,16 @@ ROW_OPS = ("pyramid_delta", "pyramid_linear")
 HALF = (torch.bfloat16, torch.float16)
 GEOMETRY = PyramidGeometry(45, 70, 3, (2, 3, 2, 5, 8))
 MIXED = Case(GEOMETRY, lead=(4, 9), grouping="sample", num_groups=5, zero_groups=(0, 3))
+UNGROUPED = replace(MIXED, grouping="none", num_groups=1, zero_groups=())
 
 EDGES = {
-    "no rows": replace(MIXED, lead=(0,), grouping="none", num_groups=1),
+    "no rows": replace(UNGROUPED, lead=(0,)),
     "no rows, no samples": replace(MIXED, lead=(0, 4)),
     "no rows in two samples": replace(MIXED, lead=(2, 0)),
     "one row": replace(MIXED, lead=(1,), grouping="row"),
     "prime rows": replace(MIXED, lead=(67,), grouping="row"),
     "rows of one group among many": replace(MIXED, lead=(67,), grouping="one"),
-    "ungrouped": replace(MIXED, grouping="none", num_groups=1),
+    "ungrouped": UNGROUPED,
     "a scale switched off": replace(MIXED, zero_scale=True),
     "one by one": Case(PyramidGeometry(1, 1, 1, (1,)), lead=(19,)),
     "every scale up to 16": Case(PyramidGeometry(50, 33, 2, tuple(range(1, 17))), lead=(18,)),
@@ -149,7 +150,7 @@ def test_a_skipped_scale_has_a_gradient_and_an_unused_group_has_none(op: str) ->
 @pytest.mark.usefixtures("cuda")
 def test_an_infinite_row_of_a_skipped_scale_stays_out_of_the_output() -> None:
     """Nothing is multiplied by a kernel of zeros where all of a tile skips it; a NaN in a kernel is not skipped."""
-    problem = replace(MIXED, grouping="none", num_groups=1).tensors(torch.float32)
+    problem = UNGROUPED.tensors(torch.float32)
     folded = torch.zeros_like(problem.folded)
     x = torch.full_like(problem.x, float("inf"))
     assert not replace(problem, folded=folded, x=x).call(ept_kernels, "pyramid_delta").any()
