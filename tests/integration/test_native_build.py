@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -103,10 +105,19 @@ def test_commands_hold_every_source_and_its_flags(build: ModuleType) -> None:
     assert str(target) in link
 
 
-def test_the_cuda_library_has_the_name_that_its_backend_loads(build: ModuleType) -> None:
-    from setuptools import Distribution
+def test_the_cuda_library_has_the_name_that_its_backend_loads() -> None:
+    """In a process of its own: which distutils a command is checked against depends on what was imported before."""
+    script = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from build_native import BuildNative
+from setuptools import Distribution
 
-    command = build.BuildNative(Distribution())
-    assert command.get_ext_filename("ept_kernels._cuda") == str(Path("ept_kernels", "_cuda.so"))
-    assert command.get_ext_filename("_cuda") == "_cuda.so"
-    assert command.get_ext_filename("ept_kernels._C") != str(Path("ept_kernels", "_C.so"))
+command = BuildNative(Distribution())
+print(*map(command.get_ext_filename, ("ept_kernels._cuda", "_cuda", "ept_kernels._C")))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(CSRC)], capture_output=True, text=True, check=True)
+    library, bare, module = done.stdout.split()
+    assert library == str(Path("ept_kernels", "_cuda.so"))
+    assert bare == "_cuda.so"
+    assert module != str(Path("ept_kernels", "_C.so"))
