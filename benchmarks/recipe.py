@@ -1,22 +1,29 @@
 """Does EPT learn at its default recipe what LoRA learns at its own, in as many steps? One run, one JSON line.
 
     python benchmarks/recipe.py --data FOLDER --tasks cola,mrpc,rte,stsb,sst2 --method ept
-    python benchmarks/recipe.py --data FOLDER --tasks cola,mrpc,rte,stsb,sst2 --method lora --lr 1e-3
+    python benchmarks/recipe.py --data FOLDER --tasks cola,mrpc,rte,stsb,sst2 --method lora --lr 5e-4
+    python benchmarks/recipe.py --data FOLDER --tasks mrpc,stsb,sst2 --steps 400 --bf16 --set task_similarity=0.75
     python benchmarks/recipe.py --show
 
 Both methods see the same model, targets, data order, heads, steps and schedule. Trainer, sampler and metrics are those
 of ``ept-train``; LoRA is PEFT's, with the rank and scaling of EPT's defaults.
+A task with a labelled test split is scored on that, too; always in fp32.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
+import statistics
 import tempfile
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
 import ept
@@ -24,19 +31,81 @@ from ept import models
 from ept.data import load_tasks
 from ept.training import EPTTrainer, EPTTrainingArguments, load_base, mean_headline
 from ept.training.console import quieten_libraries
+from ept.training.evaluate import evaluate_tasks
+from ept.training.inspection import base_model
 from ept.training.report import device_name, versions
 
 RESULTS = Path(__file__).parent / "results" / "recipe.jsonl"
 
 
+class RecordingTrainer(EPTTrainer):
+    """Keeps every sample's loss by task and quarter of the run: less noisy than scores of a few hundred rows."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.sample_losses: dict[int, list[list[torch.Tensor]]] = defaultdict(lambda: [[], [], [], []])
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        quarter = min(4 * self.state.global_step // self.args.max_steps, 3)
+        with torch.no_grad():
+            losses = base_model(model).sample_losses(outputs.logits, inputs["labels"], inputs["task_ids"])
+        for task, value in zip(inputs["task_ids"].tolist(), losses, strict=True):
+            self.sample_losses[task][quarter].append(value)
+        return (loss, outputs) if return_outputs else loss
+
+    def losses_by_task(self) -> dict[str, list[float]]:
+        """Mean training loss of each task in each quarter of the run."""
+        names = [spec.name for spec in self._specs.values()]
+        return {
+            name: [
+                round(torch.stack(values).mean().item(), 4) if values else None for values in self.sample_losses[task]
+            ]
+            for task, name in enumerate(names)
+        }
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Median of the logged gradient norms (before clipping), and the share that was clipped."""
+        norms = [entry["grad_norm"] for entry in self.state.log_history if "grad_norm" in entry]
+        limit = self.args.max_grad_norm
+        return {
+            "median": round(statistics.median(norms), 4),
+            "clipped": round(sum(norm > limit > 0 for norm in norms) / len(norms), 3),
+        }
+
+
+def sharing(model: PeftModel) -> dict[str, float]:
+    """How alike the tasks are: mean cosine of two embeddings, and the weight that two tasks put on the same experts."""
+    embeddings = torch.nn.functional.normalize(ept.task_embeddings(model).float(), dim=-1)
+    first, second = torch.triu_indices(len(embeddings), len(embeddings), 1)
+    overlaps = []
+    for index, gates in ept.routing(model).values():
+        dense = torch.zeros(len(embeddings), int(index.max()) + 1).scatter(1, index.cpu(), gates.float().cpu())
+        overlaps.append(torch.minimum(dense[first], dense[second]).sum(1).mean())
+    cosines = (embeddings @ embeddings.T)[first, second]
+    return {"cosine": round(cosines.mean().item(), 3), "experts": round(torch.stack(overlaps).mean().item(), 3)}
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """``name=value`` of ``--set``, the value in JSON."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be NAME=JSON, got {text!r}") from error
+
+
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Train and score one method; the record that is kept."""
     tasks = load_tasks(options.data, options.tasks.split(","))
+    of_adapter = {field.name for field in dataclasses.fields(ept.EPTConfig)}
+    for_adapter = {name: value for name, value in options.set if name in of_adapter}
+    for_training = {name: value for name, value in options.set if name not in of_adapter}
     set_seed(options.seed)
     model, tokenizer, _ = load_base("minilm", [task.spec for task in tasks])
     shared = {"target_modules": models.target_modules(model), "modules_to_save": ["heads"]}
     if options.method == "ept":
-        config = ept.EPTConfig(task_names=[task.spec.name for task in tasks], **shared)
+        config = ept.EPTConfig(task_names=[task.spec.name for task in tasks], **shared, **for_adapter)
     else:
         config = LoraConfig(r=8, lora_alpha=32, **shared)
     adapted = get_peft_model(model, config)
@@ -50,21 +119,34 @@ def run(options: argparse.Namespace) -> dict[str, object]:
             seed=options.seed,
             save_strategy="no",
             dataloader_pin_memory=torch.cuda.is_available(),
+            bf16=options.bf16,
+            use_cpu=not torch.cuda.is_available(),
             **rate,
+            **for_training,
         )
-        trainer = EPTTrainer(adapted, arguments, tasks=tasks, processing_class=tokenizer)
+        sharing_at_start = sharing(adapted) if options.method == "ept" else None
+        trainer = RecordingTrainer(adapted, arguments, tasks=tasks, processing_class=tokenizer)
         trainer.train()
         scores = trainer.evaluate_by_task()
+        tested = [dataclasses.replace(task, validation=task.test) for task in tasks if task.test is not None]
+        tests = evaluate_tasks(adapted, tokenizer, tested, max_length=64) if tested else {}
     specs = [task.spec for task in tasks]
     return {
         "method": options.method,
         "lr": arguments.learning_rate,
         "steps": options.steps,
         "seed": options.seed,
+        "bf16": options.bf16,
+        "set": dict(options.set),
         "trainable": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         "scores": {spec.name: scores[spec.name][spec.metrics[0]] for spec in specs},
         "metrics": {spec.name: spec.metrics[0] for spec in specs},
         "rows": {task.spec.name: len(task.validation) for task in tasks},
+        "test": {spec.name: tests[spec.name][spec.metrics[0]] for spec in specs if spec.name in tests},
+        "validation_loss": {spec.name: round(scores[spec.name]["loss"], 4) for spec in specs},
+        "train_loss": trainer.losses_by_task(),
+        "gradient_norm": trainer.gradient_norms(),
+        "sharing": None if sharing_at_start is None else [sharing_at_start, sharing(adapted)],
         "mean": mean_headline(specs, scores),
         "device": device_name(arguments.device),
         "versions": {name: version for name, version in versions().items() if name != "platform"},
@@ -72,15 +154,37 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 
 
 def show() -> None:
-    """Print the kept records as a markdown table."""
+    """Print the kept records as a markdown table; runs that differ in their seed only are also averaged."""
     records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    names = list(records[0]["scores"])
-    print("| method | lr | seed | trainable | " + " | ".join(names) + " | mean |")
-    print("|---" * (len(names) + 5) + "|")
     for record in records:
-        cells = [record["method"], f"{record['lr']:g}", str(record["seed"]), f"{record['trainable']:,}"]
-        cells += [f"{record['scores'][name]:.3f}" for name in names] + [f"{record['mean']:.3f}"]
-        print("| " + " | ".join(cells) + " |")
+        record["scores"] |= {f"{name} (test)": score for name, score in record.get("test", {}).items()}
+    names = sorted({name for record in records for name in record["scores"]})
+    heads = ["method", "lr", "steps", "dtype", "other settings", "seed", *names, "mean"]
+    print("| " + " | ".join(heads) + " |")
+    print("|---" * len(heads) + "|")
+    alike = defaultdict(list)
+    for record in records:
+        settings = " ".join(f"{name}={value}" for name, value in record.get("set", {}).items())
+        dtype = "bf16" if record.get("bf16") else "fp32"
+        key = (record["method"], f"{record['lr']:g}", str(record["steps"]), dtype, settings)
+        scores = [record["scores"].get(name, math.nan) for name in names] + [record["mean"]]
+        alike[key, tuple(record["scores"])].append(scores)
+        _print_row(*key, str(record["seed"]), *(_shown(f"{score:.3f}") for score in scores))
+    for (key, _), runs in alike.items():
+        if len(runs) > 1:
+            means = [statistics.mean(column) for column in zip(*runs, strict=True)]
+            errors = [statistics.stdev(column) / len(runs) ** 0.5 for column in zip(*runs, strict=True)]
+            cells = [_shown(f"{mean:.3f} ± {error:.3f}") for mean, error in zip(means, errors, strict=True)]
+            _print_row(*key, f"mean of {len(runs)}", *cells)
+
+
+def _print_row(*cells: str) -> None:
+    print("| " + " | ".join(cells) + " |")
+
+
+def _shown(number: str) -> str:
+    """A task that a run did not have is left blank."""
+    return "" if number.startswith("nan") else number
 
 
 def main() -> None:
@@ -91,6 +195,15 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="default: the recipe's")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16, both methods alike")
+    parser.add_argument(
+        "--set",
+        action="append",
+        type=setting,
+        default=[],
+        metavar="NAME=JSON",
+        help="a field of EPTConfig (with --method ept) or of EPTTrainingArguments; may be repeated",
+    )
     parser.add_argument("--show", action="store_true", help="print what earlier runs found")
     options = parser.parse_args()
     if options.show:
@@ -98,6 +211,8 @@ def main() -> None:
         return
     if options.data is None:
         parser.error("argument --data is missing")
+    if options.method == "lora" and any(hasattr(ept.EPTConfig, name) for name, _ in options.set):
+        parser.error("argument --set: a field of EPTConfig needs --method ept")
     quieten_libraries()
     record = run(options)
     RESULTS.parent.mkdir(exist_ok=True)

@@ -43,6 +43,8 @@ EXPECTATIONS = {
     "single_kernel": Expectation(matrix=True, streams=_always),
     "linear_kernel": Expectation(matrix=True, streams=_always),
     "factor_grad_kernel": Expectation(matrix=True, streams=_always),
+    "weight_kernel": Expectation(matrix=True, streams=_never),
+    "weight_grad_kernel": Expectation(matrix=True, streams=_never),
     "reduce_kernel": Expectation(matrix=False, streams=_never),
 }
 

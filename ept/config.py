@@ -40,6 +40,8 @@ class EPTConfig(PeftConfig):
         alp_scaling: multiply scale ``k`` by ``ceil(out / k) / ceil(out / k_min)``; False is the ablation "w/o ALP".
         task_embedding_dim: width of a task embedding. None: the commonest input width among the adapted layers, so that
             the contrastive loss can compare the embeddings with representations.
+        task_similarity: expected cosine of two tasks' embeddings at the start, in [0, 1): how much the tasks begin with
+            the same experts.
         temperature: of the contrastive loss's cosine similarities.
         contrastive_weight: weight of the contrastive loss in the total; 0 switches it off.
         init_seed: "gaussian" (the method) or "zero" (the paper's ablation: ``B`` starts at zero).
@@ -64,6 +66,7 @@ class EPTConfig(PeftConfig):
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     alp_scaling: bool = field(default=True, metadata={"help": "Dimension-aware scaling of the Adaptive LoRA Pruner."})
     task_embedding_dim: int | None = field(default=None, metadata={"help": "Width of a task embedding."})
+    task_similarity: float = field(default=0.75, metadata={"help": "Cosine of two task embeddings at the start."})
     temperature: float = field(default=0.05, metadata={"help": "Temperature of the contrastive loss."})
     contrastive_weight: float = field(default=0.1, metadata={"help": "Weight of the contrastive loss."})
     init_seed: str = field(default="gaussian", metadata={"help": "'gaussian' or 'zero'."})
@@ -96,6 +99,10 @@ class EPTConfig(PeftConfig):
         _check(
             self.task_embedding_dim is None or (_is_int(self.task_embedding_dim) and self.task_embedding_dim >= 1),
             f"task_embedding_dim must be None or an integer >= 1, got {self.task_embedding_dim!r}",
+        )
+        _check(
+            _is_number(self.task_similarity) and 0 <= self.task_similarity < 1,
+            f"task_similarity must be a number in [0, 1), got {self.task_similarity!r}",
         )
         _check(
             _is_number(self.temperature) and self.temperature > 0,

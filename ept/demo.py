@@ -16,19 +16,23 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from ept import train
-from ept.data import TaskData, load_tasks
-from ept.training.collator import make_collator
-from ept.training.console import quieten_libraries
-from ept.training.evaluate import evaluate_tasks
-from ept.training.files import read_json
-from ept.training.report import RESULT_STAGES
-from ept.training.rows import evaluation_rows
-from ept.training.run import METRICS_FILE, PICTURE_FOLDER
-from ept.training.saving import load_trained
+from ept.extras import train_extra
+
+with train_extra("ept.demo"):
+    from rich.console import Console
+
+    from ept import train
+    from ept.data import TaskData, load_tasks
+    from ept.training.collator import make_collator
+    from ept.training.console import quieten_libraries
+    from ept.training.evaluate import evaluate_tasks
+    from ept.training.files import read_json
+    from ept.training.report import RESULT_STAGES
+    from ept.training.rows import evaluation_rows
+    from ept.training.run import METRICS_FILE, PICTURE_FOLDER
+    from ept.training.saving import load_trained
 
 # Sized for two CPU cores: a few minutes in all.
 STEPS, BATCH_SIZE, MAX_LENGTH, EVAL_ROWS = 150, 16, 32, 200

@@ -51,7 +51,14 @@ class EPTLinear(PyramidAdapter):
         owned = None
         if task_table is None:
             width = config.task_embedding_dim or in_features
-            owned = TaskTable(config.num_tasks, width, config.task_names, device=device, dtype=adapter_dtype)
+            owned = TaskTable(
+                config.num_tasks,
+                width,
+                config.task_names,
+                similarity=config.task_similarity,
+                device=device,
+                dtype=adapter_dtype,
+            )
         elif task_table.num_tasks != config.num_tasks:
             raise ValueError(f"task_table has {task_table.num_tasks} tasks, but config.num_tasks is {config.num_tasks}")
         super().__init__(in_features, out_features, config, task_table or owned, device=device, dtype=adapter_dtype)

@@ -26,11 +26,11 @@ def contrastive_task_loss(
         temperature: of the cosine similarities.
 
     Returns:
-        A scalar in at least fp32; 0, still attached to the table, where nothing was pooled.
+        A scalar in at least fp32; 0, still attached to the table, where nothing was pooled or the batch is empty.
     """
-    if not pooled:
-        return table.weight.sum() * 0
     dtype = torch.promote_types(table.weight.dtype, torch.float32)
+    if not any(len(rows) for rows in pooled):
+        return table.weight[:0].sum(dtype=dtype)
     representations = torch.cat([rows.to(dtype) for rows in pooled])  # [samples of all layers, d]
     with without_autocast(representations.device):
         embeddings = F.normalize(table.weight.to(dtype), dim=-1)
@@ -43,7 +43,7 @@ def _targets(rows: int, tasks: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(tasks, int):
         return torch.full((rows,), tasks, device=device)
     tasks = tasks.reshape(-1)
-    return tasks.repeat_interleave(rows // len(tasks)) if len(tasks) else tasks
+    return tasks.repeat_interleave(rows // len(tasks))
 
 
 def contrastive_loss(

@@ -21,6 +21,7 @@ class TaskTable(nn.Module):
         num_tasks: rows T.
         dim: width of an embedding.
         names: optional T distinct names.
+        similarity: expected cosine of two embeddings at the start, in [0, 1).
     """
 
     def __init__(
@@ -29,17 +30,23 @@ class TaskTable(nn.Module):
         dim: int,
         names: Sequence[str] | None = None,
         *,
+        similarity: float = 0.0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_tasks, self.dim = num_tasks, dim
+        self.num_tasks, self.dim, self.similarity = num_tasks, dim, similarity
         self.names = tuple(names) if names is not None else None
         self.weight = nn.Parameter(torch.empty(num_tasks, dim, device=device, dtype=dtype))
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Standard normal entries; rows share a part of variance ``similarity`` (README, "Why these defaults")."""
         nn.init.normal_(self.weight)
+        if self.similarity > 0:
+            shared = torch.randn_like(self.weight[0])
+            self.weight.mul_((1 - self.similarity) ** 0.5).add_(shared, alpha=self.similarity**0.5)
 
     def extra_repr(self) -> str:
         return f"num_tasks={self.num_tasks}, dim={self.dim}, names={self.names}"

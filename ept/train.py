@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-try:
+from ept.extras import train_extra
+
+with train_extra("ept-train"):
     from rich.console import Console
 
     from ept.data import DataError, load_tasks
@@ -19,10 +21,6 @@ try:
     from ept.training.files import read_json
     from ept.training.options import RunSettings, build_parser, parse
     from ept.training.run import CHECKPOINT_FOLDER, METRICS_FILE, SETTINGS_FILE, make_adapted, train
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"ept-train needs {error.name}, which is not installed: pip install 'ept-kernels[train]'", name=error.name
-    ) from error
 
 # What may change between a run and its resumption; all else decides the result.
 _FREE = {"output", "save_steps", "resume", "overwrite", "quiet"}

@@ -161,15 +161,8 @@ def pyramid_weight_backward(
     return _asked(gradients, needs, (A, B, folded))
 
 
-def merged_weight(weight: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int]) -> Tensor:
-    """``weight + sum_k crop((B_k A_k) kron Kbar_k[g])`` for every group, added in fp32 and rounded once.
-
-    Args:
-        weight: ``[out, in]``, float32, float16 or bfloat16. A, B, folded, scales: as for ``pyramid_weight``.
-
-    Returns:
-        ``[G, out, in]`` in the dtype of ``weight``.
-    """
+def pyramid_merge(weight: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int]) -> Tensor:
+    """``weight + sum_k crop((B_k A_k) kron Kbar_k[g])`` for every group, added in fp32 and rounded once."""
     out_features, in_features = weight.shape
     return torch.ops.ept_cuda.weight(
         _fp32(A), _fp32(B), _fp32(folded), in_features, out_features, scales, weight.contiguous()

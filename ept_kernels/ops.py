@@ -50,8 +50,8 @@ _ARITY = {"pyramid_delta": 7, "pyramid_delta_backward": 8, "pyramid_linear": 8, 
 
 def _implement(op: str) -> None:
     def kernel(*args):
-        # Without a seed nothing is dropped, and a backend that cannot drop need not know of it.
-        if op in _ARITY and (len(args) == _ARITY[op] or args[-1] is None):
+        # Without a seed (left out by torch, where it is None) nothing is dropped, and a backend need not know of it.
+        if op in _ARITY and (len(args) < _ARITY[op] + 2 or args[-1] is None):
             args = args[: _ARITY[op]]
         result = getattr(backend_for(args[0].device, args[0].dtype), op)(*args)
         if isinstance(result, tuple):  # an op cannot return None: an empty tensor stands for "not asked for"

@@ -4,7 +4,9 @@
     V = U Kbar^T      per scale and group, k x k                         core
     y = V Bhat        Bhat[(p, a), c] = B[c // k, p] * (c % k == a)      expand, all scales in one product
 
-Nothing here depends on values: no host synchronisation, and an update ``[out, in]`` exists only in ``pyramid_weight``.
+In half precision the core and the gradients of A, B and the kernels are fp32: what is summed over rows is not rounded
+first. Nothing here depends on values: no host synchronisation, and an update ``[out, in]`` exists only in
+``pyramid_weight``.
 """
 
 from __future__ import annotations
@@ -71,13 +73,17 @@ def _joined(parts: Sequence[Tensor], rows: int, scales: Sequence[int], rank: int
     return torch.cat([part.reshape(rows, rank * k) for part, k in zip(parts, scales, strict=True)], dim=1)
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _shrink_core(
     x: Tensor, A: Tensor, folded: Tensor, groups: Tensor | None, scales: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``Ahat``, the intermediates ``U`` and ``V`` of all scales, the latter two ``[T, r * sum(k)]``."""
+    """``Ahat``, the intermediates ``U`` and ``V`` of all scales, these two ``[T, r * sum(k)]`` in at least fp32."""
     A_hat = _interleave(A, x.shape[1], scales, x.dtype)
-    U = x @ A_hat.T
-    cores = _kernels(folded, groups, scales, x.dtype)
+    U = _wide(x @ A_hat.T)
+    cores = _kernels(folded, groups, scales, U.dtype)
     V = [u @ core.mT for u, core in zip(_by_scale(U, _segments(groups, len(x)), scales), cores, strict=True)]
     return A_hat, U, _joined(V, len(x), scales, A.shape[0])
 
@@ -86,7 +92,7 @@ def pyramid_delta(
     x: Tensor, A: Tensor, B: Tensor, folded: Tensor, groups: Tensor | None, out_features: int, scales: Sequence[int]
 ) -> Tensor:
     _, _, V = _shrink_core(x, A, folded, groups, scales)
-    return V @ _interleave(B.T, out_features, scales, x.dtype)
+    return V.to(x.dtype) @ _interleave(B.T, out_features, scales, x.dtype)
 
 
 def pyramid_linear(
@@ -100,7 +106,7 @@ def pyramid_linear(
     scales: Sequence[int],
 ) -> Tensor:
     _, _, V = _shrink_core(x, A, folded, groups, scales)
-    return F.linear(x, weight, bias).addmm_(V, _interleave(B.T, weight.shape[0], scales, x.dtype))
+    return F.linear(x, weight, bias).addmm_(V.to(x.dtype), _interleave(B.T, weight.shape[0], scales, x.dtype))
 
 
 def pyramid_delta_backward(
@@ -117,26 +123,26 @@ def pyramid_delta_backward(
     need_x, need_A, need_B, need_folded = needs
     rank, segments = A.shape[0], _segments(groups, len(x))
     B_hat = _interleave(B.T, grad.shape[1], scales, grad.dtype)
-    dV = grad @ B_hat.T
+    dV = _wide(grad @ B_hat.T)
     grad_x = grad_A = grad_B = grad_folded = None
     if need_B or need_folded:
         A_hat, U, V = _shrink_core(x, A, folded, groups, scales)
     else:
         A_hat = _interleave(A, x.shape[1], scales, x.dtype)
     if need_B:
-        grad_B = _deinterleave(V.T @ grad, B.shape[0], scales).T.to(B.dtype)
+        grad_B = _deinterleave(V.T @ _wide(grad), B.shape[0], scales).T.to(B.dtype)
     if need_folded:
         parts = zip(_by_scale(dV, segments, scales), _by_scale(U, segments, scales), strict=True)
         by_segment = torch.cat([(dv.mT @ u).flatten(1) for dv, u in parts], dim=1).to(folded.dtype)
         grad_folded = _sum_by_group(by_segment, groups, folded.shape[0])
     if need_x or need_A:
-        cores = _kernels(folded, groups, scales, x.dtype)
+        cores = _kernels(folded, groups, scales, dV.dtype)
         dU = [dv @ core for dv, core in zip(_by_scale(dV, segments, scales), cores, strict=True)]
         dU = _joined(dU, len(x), scales, rank)
         if need_x:
-            grad_x = dU @ A_hat
+            grad_x = dU.to(x.dtype) @ A_hat
         if need_A:
-            grad_A = _deinterleave(dU.T @ x, A.shape[1], scales).to(A.dtype)
+            grad_A = _deinterleave(dU.T @ _wide(x), A.shape[1], scales).to(A.dtype)
     return grad_x, grad_A, grad_B, grad_folded
 
 

@@ -18,6 +18,7 @@ import torch
 from pyramid_testing import Case, assert_all_match
 from test_manners import test_a_bad_input_reaches_its_own_row_of_the_output_only as bad_input
 from test_manners import test_all_kernels_zero as all_kernels_zero
+from test_manners import test_groups_of_different_scales as groups_of_different_scales
 from test_manners import test_offsets_beyond_int32 as large_offsets
 from test_manners import test_row_sums_over_many_spans as many_spans
 from test_values import EDGES, SMALL, assert_exact, evaluated
@@ -45,6 +46,7 @@ CHECKS = {
     "mixed groups": edge("two row blocks, mixed groups", "delta"),
     "scale unused": lambda patch: assert_exact(Case(SMALL, (9,), zero_scale=True).tensors(torch.float32), "fused"),
     "kernels zero": lambda patch: all_kernels_zero(Case(SMALL, (5,)), "fused", patch),
+    "groups of different scales": lambda patch: groups_of_different_scales(3),
     "NaN": lambda patch: bad_input(1, [0], float("nan")),
     "spans": lambda patch: many_spans("fused", patch),
     "large offsets": lambda patch: large_offsets("fused", "features", patch),

@@ -1,7 +1,7 @@
 // dKbar[g, a, q] = sum over rows of group g, and p, of dV[t, p, a] U[t, p, q], in two stages without atomics:
 // slices of rows, then the sum over slices in a fixed order. An inactive scale has a gradient, too.
 
-#include "common.cuh"
+#include "reduce.cuh"
 
 namespace ept::cuda {
 namespace {
@@ -35,13 +35,14 @@ __global__ void __launch_bounds__(kThreads) core_grad_kernel(const __grid_consta
   }
 }
 
-__global__ void __launch_bounds__(kThreads) core_reduce_kernel(const __grid_constant__ CoreGradParams params) {
+__global__ void __launch_bounds__(kReduceThreads) core_reduce_kernel(const __grid_constant__ CoreGradParams params) {
+  EPT_SHARED(ReduceShared, shared);
   const int64_t entries = params.groups.count * params.pyramid.folded;
-  const int64_t entry = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (entry >= entries) return;
-  float sum = 0.0f;
-  for (int slice = 0; slice < params.slices; ++slice) sum += params.partial[slice * entries + entry];
-  params.out[entry] = sum;
+  const int64_t entry = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x % kWarp;
+  const bool exists = entry < entries;
+  const float total = sum_across_warps(exists ? params.slices : 0, shared,
+                                       [&](int slice) { return params.partial[slice * entries + entry]; });
+  if (exists && threadIdx.x < kWarp) params.out[entry] = total;
 }
 
 }  // namespace
@@ -53,8 +54,8 @@ void core_grad(const CoreGradParams& params, cudaStream_t stream) {
 
 void core_reduce(const CoreGradParams& params, cudaStream_t stream) {
   const int64_t entries = params.groups.count * params.pyramid.folded;
-  launch("core_reduce", core_reduce_kernel, dim3(blocks(ceil_div<int64_t>(entries, kThreads), "core_reduce")), kThreads,
-         stream, params);
+  launch("core_reduce", core_reduce_kernel, dim3(blocks(ceil_div<int64_t>(entries, kWarp), "core_reduce")),
+         kReduceThreads, stream, params);
 }
 
 }  // namespace ept::cuda

@@ -39,6 +39,7 @@ class RunSettings:
     alpha: float = _default(EPTConfig, "lora_alpha")
     kernel_sizes: tuple[int, ...] = _default(EPTConfig, "kernel_sizes")
     top_k: int = _default(EPTConfig, "top_k")
+    task_similarity: float = _default(EPTConfig, "task_similarity")
     contrastive_weight: float = _default(EPTConfig, "contrastive_weight")
     temperature: float = _default(EPTConfig, "temperature")
     init_seed: str = _default(EPTConfig, "init_seed")
@@ -81,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add(adapter, "alpha", "the update is scaled by alpha / r", type=_number(above=0))
     _add(adapter, "kernel-sizes", "the pyramid, one size per expert, separated by commas", type=_sizes)
     _add(adapter, "top-k", "experts mixed for a task", type=_integer(1))
+    _add(adapter, "task-similarity", "cosine of two task embeddings at the start", type=_number(least=0, below=1))
     _add(adapter, "contrastive-weight", "weight of the contrastive task loss", type=_number(least=0))
     _add(adapter, "temperature", "of the contrastive task loss", type=_number(above=0))
     _add(adapter, "init-seed", "start of the seed's left factor", choices=("gaussian", "zero"))
@@ -100,6 +102,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> RunSet
     """The settings that ``argv`` (None: the process's) asks for; exits with code 2 and a named error if one is bad."""
     settings = RunSettings(**vars(parser.parse_args(argv)))
     experts = len(settings.kernel_sizes)
+    if settings.top_k > experts and settings.top_k == _default(EPTConfig, "top_k"):
+        parser.error(
+            f"argument --kernel-sizes: must name at least {settings.top_k} experts, the number that --top-k mixes, "
+            f"got {','.join(map(str, settings.kernel_sizes))!r}; name more, or give a smaller --top-k"
+        )
     if settings.top_k > experts:
         parser.error(f"argument --top-k: must be at most {experts}, the number of --kernel-sizes, got {settings.top_k}")
     if settings.resume and settings.overwrite:

@@ -64,6 +64,7 @@ def make_adapted(settings: RunSettings, tasks: Sequence[TaskData]) -> tuple[Peft
         task_names=[task.spec.name for task in tasks],
         lora_dropout=settings.dropout,
         alp_scaling=settings.alp_scaling,
+        task_similarity=settings.task_similarity,
         temperature=settings.temperature,
         contrastive_weight=settings.contrastive_weight,
         init_seed=settings.init_seed,

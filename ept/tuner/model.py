@@ -59,7 +59,14 @@ class EPTModel(BaseTuner):
         weight = next((p for p in model.parameters() if p.is_floating_point()), None)
         device = weight.device if weight is not None else None
         dtype = torch.promote_types(weight.dtype, torch.float32) if weight is not None else None
-        table = TaskTable(peft_config.num_tasks, width, peft_config.task_names, device=device, dtype=dtype)
+        table = TaskTable(
+            peft_config.num_tasks,
+            width,
+            peft_config.task_names,
+            similarity=peft_config.task_similarity,
+            device=device,
+            dtype=dtype,
+        )
         self.ept_task_tables[adapter_name] = table.requires_grad_(
             not peft_config.inference_mode and adapter_name in self.active_adapters
         )

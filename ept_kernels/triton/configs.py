@@ -49,11 +49,10 @@ def shrink_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     """Tiles of the shrink kernel, the default first."""
     block = _spreading(_shrink_rows(plan), rows, plan.rank_blocks)
     channels = 64 if itemsize <= 2 else 32
-    warps = 8 if block == 64 else 4
-    return [
-        Config.of(BLOCK_T=block, BLOCK_C=channels, num_warps=warps, num_stages=1),
-        Config.of(BLOCK_T=max(block // 2, 16), BLOCK_C=2 * channels, num_warps=4, num_stages=1),
-    ]
+    candidates = [Config.of(BLOCK_T=block, BLOCK_C=channels, num_warps=8 if block == 64 else 4, num_stages=1)]
+    if block > 16:
+        candidates.append(Config.of(BLOCK_T=block // 2, BLOCK_C=channels, num_warps=4, num_stages=1))
+    return candidates
 
 
 def expand_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
@@ -69,9 +68,10 @@ def linear_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list
     """Tiles of the fused base product, the default first. ``drops``: the mask of dropout needs registers as well."""
     deep = 2 if family() == "cdna" else 3  # AMD prefetches into registers, so that a stage less is in its 64 KiB
     if itemsize > 2:
-        return [
-            Config.of(BLOCK_T=_fitting(64, rows), BLOCK_C=64, BLOCK_I=32, GROUP_T=8, num_warps=4, num_stages=deep),
-        ]
+        # A product in three TF32 parts holds its operands twice: more than 16 x 8 outputs a warp spilled on sm_80.
+        block = _fitting(32, rows)
+        tiles = {"BLOCK_T": block, "BLOCK_C": 32, "BLOCK_I": 32, "GROUP_T": 8}
+        return [Config.of(**tiles, num_warps=block // 4, num_stages=deep)]
     if rows <= 16:  # reading the weight is all that takes time: many programs, long runs of each row of it
         return [
             Config.of(BLOCK_T=16, BLOCK_C=32, BLOCK_I=128, GROUP_T=8, num_warps=4, num_stages=deep + 1),
@@ -95,7 +95,8 @@ def single_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     deep = 2 if family() == "cdna" else 3
     shrink = _shrink_rows(plan)
     if itemsize > 2:
-        return [Config.of(BLOCK_T=64, BLOCK_C=64, BLOCK_I=32, SHRINK_T=shrink, GROUP_T=8, num_warps=8, num_stages=deep)]
+        tiles = {"BLOCK_T": 32, "BLOCK_C": 32, "BLOCK_I": 32, "SHRINK_T": min(shrink, 32), "GROUP_T": 8}
+        return [Config.of(**tiles, num_warps=8, num_stages=deep)]
     return [Config.of(BLOCK_T=128, BLOCK_C=64, BLOCK_I=64, SHRINK_T=shrink, GROUP_T=8, num_warps=8, num_stages=deep)]
 
 
@@ -122,9 +123,10 @@ def reduce_config() -> Config:
 WEIGHT_SPAN = 256
 
 
-def weight_candidates(plan: Plan) -> list[Config]:
-    """Tiles of the weight generation, the default first; ranks beyond a block of 64 take several rounds."""
-    ranks = min(64, max(16, triton.next_power_of_2(plan.rank)))
+def weight_candidates(plan: Plan, itemsize: int) -> list[Config]:
+    """Tiles of the weight generation, the default first; ranks beyond a block take several rounds."""
+    most = 64 if itemsize <= 2 else 32  # three TF32 products of 64 ranks spill on sm_80
+    ranks = min(most, max(16, triton.next_power_of_2(plan.rank)))
     return [
         Config.of(BLOCK_O=32, BLOCK_I=128, BLOCK_P=ranks, num_warps=8, num_stages=1),
         Config.of(BLOCK_O=32, BLOCK_I=64, BLOCK_P=ranks, num_warps=4, num_stages=1),

@@ -130,7 +130,7 @@ def _weights(
         return output
 
     key = ("weight", sizes, plan, A.dtype, dtype, base is not None)
-    return start(choose(key, weight_candidates(plan), A.device, start))
+    return start(choose(key, weight_candidates(plan, A.dtype.itemsize), A.device, start))
 
 
 def pyramid_weight(

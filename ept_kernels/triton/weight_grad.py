@@ -85,8 +85,10 @@ def channel_sums(
                 mask=(lines < inner)[:, None] & channel_exists[None, :],
                 other=0.0,
             )
-            tile = spread(factor_ptr, factor_stride_p, factor_stride_j, p0, t0, rank, inner, K, SLOT, RANK, BLOCK_T)
-            accumulator = tl.dot(tile.to(grad.dtype), grad, accumulator, input_precision=PRECISION)
+            tile = spread(
+                factor_ptr, factor_stride_p, factor_stride_j, p0, t0, rank, inner, K, SLOT, RANK, BLOCK_T, grad.dtype
+            )
+            accumulator = tl.dot(tile, grad, accumulator, input_precision=PRECISION)
         sums = tl.reshape(accumulator, (RANK, SLOT, BLOCK_C))
         slot = tl.arange(0, SLOT)
         p = tl.arange(0, RANK)

@@ -70,7 +70,7 @@ class Build:
         return target
 
     def compile_all(self) -> Build:
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         sources = [*kernel_sources(), HERE / "runtime.cpp", HERE / "driver.cpp"]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda source: self.compile(source, self.objects[source.name]), sources))

@@ -12,7 +12,7 @@ from cuda_on_cpu.build import Build, missing
 from cuda_on_cpu.calls import SAMPLE, THREADS
 from cuda_on_cpu.harness import Suite
 
-from ept_kernels import cuda_backend
+from ept_kernels import cuda_backend, dispatch
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +78,7 @@ def library(
 def cuda(request: pytest.FixtureRequest, library: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """Backend ``cuda`` serves CPU tensors, with each family of kernels in turn."""
     monkeypatch.setattr(cuda_backend, "unsupported", lambda device, dtype: None)
+    monkeypatch.setattr(dispatch, "_chosen", {})  # what is chosen now must be forgotten afterwards
     monkeypatch.setenv("EPT_BACKEND", "cuda")
     monkeypatch.setenv("EPT_SHIM_CAPABILITY", "7" if request.param == "simt" else "8")
     return request.param

@@ -109,6 +109,9 @@ MUTANTS = {
     "tile read before its warp has stored it": Mutant(
         "factor_grad_tensor_cores.cu", "wmma::mem_row_major);\n      __syncwarp();", "wmma::mem_row_major);", "thread"
     ),
+    "parts added up before they are there": Mutant(
+        "reduce.cuh", "  __syncthreads();\n  float total", "  float total", "thread", ("core_grad.cu",)
+    ),
     "two blocks write one column": Mutant(
         "factor_grad.cu", "blockIdx.x * kThreads + threadIdx.x", "blockIdx.x * (kThreads - 1) + threadIdx.x", "thread"
     ),

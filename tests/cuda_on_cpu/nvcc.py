@@ -37,7 +37,7 @@ def _compile(source: Path, folder: Path) -> None:
 
 def compile_all(folder: Path) -> None:
     """Every source, and the library that torch loads."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     sources = sorted(SOURCES.glob("*.cu"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda source: _compile(source, folder), sources))

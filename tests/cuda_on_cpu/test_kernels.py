@@ -24,27 +24,29 @@ from pyramid_testing import (
 )
 
 import ept_kernels
-from ept_kernels import PyramidGeometry, cuda_backend, reference
+from ept_kernels import PyramidGeometry, reference
 
 OPS = tuple(DIFFERENTIABLE)
 ROW_OPS = ("pyramid_delta", "pyramid_linear")
 HALF = (torch.bfloat16, torch.float16)
 GEOMETRY = PyramidGeometry(45, 70, 3, (2, 3, 2, 5, 8))
 MIXED = Case(GEOMETRY, lead=(4, 9), grouping="sample", num_groups=5, zero_groups=(0, 3))
+UNGROUPED = replace(MIXED, grouping="none", num_groups=1, zero_groups=())
 
 EDGES = {
-    "no rows": replace(MIXED, lead=(0,), grouping="none", num_groups=1),
+    "no rows": replace(UNGROUPED, lead=(0,)),
     "no rows, no samples": replace(MIXED, lead=(0, 4)),
     "no rows in two samples": replace(MIXED, lead=(2, 0)),
     "one row": replace(MIXED, lead=(1,), grouping="row"),
     "prime rows": replace(MIXED, lead=(67,), grouping="row"),
     "rows of one group among many": replace(MIXED, lead=(67,), grouping="one"),
-    "ungrouped": replace(MIXED, grouping="none", num_groups=1),
+    "ungrouped": UNGROUPED,
     "a scale switched off": replace(MIXED, zero_scale=True),
     "one by one": Case(PyramidGeometry(1, 1, 1, (1,)), lead=(19,)),
     "every scale up to 16": Case(PyramidGeometry(50, 33, 2, tuple(range(1, 17))), lead=(18,)),
     "a scale wider than a warp": Case(PyramidGeometry(101, 83, 2, (33, 70)), lead=(18,)),
     "as many ranks as columns of a tile": Case(PyramidGeometry(30, 30, 16, (1, 2)), lead=(18,)),
+    "more chunks of rows than warps that add them up": Case(PyramidGeometry(6, 5, 2, (2, 3)), lead=(701,)),
     "more columns than a round": Case(PyramidGeometry(70, 150, 17, (4, 9)), lead=(70,)),
     **{f"{layout} rows": replace(MIXED, layout=layout) for layout in LAYOUTS},
 }
@@ -148,7 +150,7 @@ def test_a_skipped_scale_has_a_gradient_and_an_unused_group_has_none(op: str) ->
 @pytest.mark.usefixtures("cuda")
 def test_an_infinite_row_of_a_skipped_scale_stays_out_of_the_output() -> None:
     """Nothing is multiplied by a kernel of zeros where all of a tile skips it; a NaN in a kernel is not skipped."""
-    problem = replace(MIXED, grouping="none", num_groups=1).tensors(torch.float32)
+    problem = UNGROUPED.tensors(torch.float32)
     folded = torch.zeros_like(problem.folded)
     x = torch.full_like(problem.x, float("inf"))
     assert not replace(problem, folded=folded, x=x).call(ept_kernels, "pyramid_delta").any()
@@ -174,7 +176,7 @@ def test_the_same_call_gives_the_same_bits(op: str, monkeypatch: pytest.MonkeyPa
 def test_merged_weight(dtype: torch.dtype) -> None:
     """Added in fp32, rounded once."""
     problem = MIXED.tensors(dtype, adapter_dtype=torch.float32)
-    merged = cuda_backend.merged_weight(problem.weight, problem.A, problem.B, problem.folded, GEOMETRY.scales)
+    merged = ept_kernels.pyramid_merge(problem.weight, problem.A, problem.B, problem.folded, GEOMETRY)
     update = reference.pyramid_weight(problem.A.double(), problem.B.double(), problem.folded.double(), GEOMETRY)
     assert merged.dtype == dtype
     assert_matches(merged, problem.weight.double() + update, 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)

@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels: registers, spills, matrix instructions; and the library under a torch without CUDA."""
+"""What nvcc makes of the kernels: registers, spills, matrix instructions; and its library under a CPU torch."""
 
 from __future__ import annotations
 

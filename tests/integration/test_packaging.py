@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from ept.extras import train_extra
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -78,6 +81,31 @@ print(layer(torch.ones(2, 12)).shape)
     )
     assert done.returncode == 0, done.stderr
     assert "[2, 16]" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["ept.data", "ept.training", "ept.train", "ept.demo"])
+def test_a_missing_extra_is_named(module: str) -> None:
+    """Only ``import ept`` works without the extra; all else says which one it wants."""
+    script = """
+import importlib, sys
+sys.modules["datasets"] = sys.modules["rich"] = None  # importing them raises, as if they were not installed
+import ept
+try:
+    importlib.import_module(sys.argv[1])
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, module], capture_output=True, text=True, cwd=REPOSITORY, check=True
+    )
+    what = "ept-train" if module == "ept.train" else module
+    assert done.stdout.startswith(f"{what} needs "), done.stdout
+    assert done.stdout.rstrip().endswith("which is not installed: pip install 'ept-kernels[train]'")
+
+
+def test_a_broken_install_is_not_blamed_on_an_extra() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'ept\.nonsense'$"), train_extra("ept.data"):
+        importlib.import_module("ept.nonsense")
 
 
 def test_kernels_never_import_ept() -> None:

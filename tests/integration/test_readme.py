@@ -43,5 +43,14 @@ def test_option_table_gives_the_real_defaults() -> None:
 
     rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", README.read_text(), flags=re.MULTILINE))
     config = ept.EPTConfig()
-    for name in ("r", "lora_alpha", "kernel_sizes", "top_k", "lora_dropout", "alp_scaling", "task_embedding_dim"):
+    for name in (
+        "r",
+        "lora_alpha",
+        "kernel_sizes",
+        "top_k",
+        "lora_dropout",
+        "alp_scaling",
+        "task_embedding_dim",
+        "task_similarity",
+    ):
         assert str(getattr(config, name)) == rows[name], name

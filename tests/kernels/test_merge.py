@@ -36,9 +36,8 @@ def exact_sum(p: Problem) -> torch.Tensor:
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("backend")
 def test_rounded_once_in_the_dtype_of_the_weight(
-    dtype: torch.dtype, adapter_dtype: torch.dtype, tolerance: float
+    dtype: torch.dtype, adapter_dtype: torch.dtype, tolerance: float, backend: str
 ) -> None:
     """Half factors too: their products are exact in fp32, so half the last place is all that rounding may cost."""
     p = CASE.tensors(dtype, adapter_dtype=adapter_dtype)

@@ -95,6 +95,33 @@ def test_matches_the_reference_in_float32(op: str, case: Case) -> None:
     assert_all_match(results, truth, 1e-5)
 
 
+@pytest.mark.parametrize("op", ROW_OPS)
+@pytest.mark.usefixtures("backend")
+def test_dropout_is_that_of_torch_where_a_backend_does_not_fuse_it(op: str) -> None:
+    """Rows are dropped before they come to the op; the base product of ``pyramid_linear`` sees all of them."""
+    problem = MIXED.tensors()
+    adapter = (problem.A, problem.B, problem.folded, problem.groups, problem.geometry)
+    base = (problem.weight, problem.bias) if op == "pyramid_linear" else ()
+    torch.manual_seed(0)
+    dropped = torch.nn.functional.dropout(problem.x, 0.4)
+    expected = reference.pyramid_delta(dropped, *adapter)
+    if base:
+        expected = expected + torch.nn.functional.linear(problem.x, *base)
+    torch.manual_seed(0)
+    actual = getattr(ept_kernels, op)(problem.x, *base, *adapter, dropout_p=0.4)
+    assert_matches(actual, expected, 1e-12 if actual.dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("op", ROW_OPS)
+@pytest.mark.parametrize("p", [-0.1, 1, 1.5, float("nan")])
+def test_dropout_out_of_range_is_refused(op: str, p: float) -> None:
+    problem = MIXED.tensors()
+    base = (problem.weight, problem.bias) if op == "pyramid_linear" else ()
+    adapter = (problem.A, problem.B, problem.folded, problem.groups, problem.geometry)
+    with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\), got"):
+        getattr(ept_kernels, op)(problem.x, *base, *adapter, dropout_p=p)
+
+
 ACCURACY_CASES = {
     "ungrouped": Case(PyramidGeometry(64, 48, 8, (2, 3, 4)), lead=(37,)),
     "by sample": Case(PyramidGeometry(50, 96, 8, (2, 4, 7)), lead=(4, 16), grouping="sample", num_groups=3),

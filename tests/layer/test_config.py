@@ -23,6 +23,7 @@ EVERYTHING = {
     "alp_scaling": False,
     "task_embedding_dim": 6,
     "temperature": 0.5,
+    "task_similarity": 0.25,
     "contrastive_weight": 0.0,
     "init_seed": "zero",
     "target_modules": {"q", "v"},
@@ -41,6 +42,11 @@ def test_defaults_of_the_paper() -> None:
     assert config.alp_scaling is True
     assert config.lora_dropout == 0.0
     assert (config.num_tasks, config.task_names, config.task_embedding_dim) == (8, None, None)
+
+
+def test_task_similarity_is_the_measured_one() -> None:
+    """Not of the paper: README, "Why these defaults"."""
+    assert EPTConfig().task_similarity == 0.75
 
 
 BAD = [
@@ -84,6 +90,10 @@ BAD = [
     ("temperature", 0, "temperature must be a number > 0, got 0"),
     ("temperature", -0.05, "temperature must be a number > 0, got -0.05"),
     ("temperature", math.inf, "temperature must be a number > 0, got inf"),
+    ("task_similarity", 1.0, r"task_similarity must be a number in \[0, 1\), got 1.0"),
+    ("task_similarity", -0.5, r"task_similarity must be a number in \[0, 1\), got -0.5"),
+    ("task_similarity", math.nan, r"task_similarity must be a number in \[0, 1\), got nan"),
+    ("task_similarity", True, r"task_similarity must be a number in \[0, 1\), got True"),
     ("contrastive_weight", -0.1, "contrastive_weight must be a number >= 0, got -0.1"),
     ("contrastive_weight", math.nan, "contrastive_weight must be a number >= 0, got nan"),
     ("contrastive_weight", None, "contrastive_weight must be a number >= 0, got None"),

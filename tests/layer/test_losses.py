@@ -104,6 +104,17 @@ def test_nothing_pooled_gives_an_attached_zero(table: TaskTable) -> None:
     assert not table.weight.grad.any()
 
 
+@pytest.mark.parametrize(
+    "tasks", [0, torch.tensor(1), torch.tensor([], dtype=torch.long)], ids=["int", "scalar", "rows"]
+)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_empty_batch_gives_an_attached_zero(table: TaskTable, layers: int, tasks: int | Tensor) -> None:
+    loss = contrastive_task_loss([rows(0, DIM)] * layers, tasks, table, 0.05)
+    assert loss.item() == 0
+    loss.backward()
+    assert not table.weight.grad.any()
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

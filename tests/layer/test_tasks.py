@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch import nn
 
-from ept import TaskTable, use_tasks
+from ept import EPTConfig, EPTLinear, TaskTable, task_embeddings, use_tasks
 from ept.context import TaskContext, activate, current
 
 NAMES = ("cola", "mrpc", "rte")
@@ -21,6 +23,27 @@ def test_shape_and_repr(table: TaskTable) -> None:
     assert table.weight.requires_grad
     assert "num_tasks=3" in repr(table)
     assert list(table.state_dict()) == ["weight"]
+
+
+@pytest.mark.parametrize("similarity", [0.0, 0.5, 0.9])
+def test_embeddings_start_as_alike_as_asked(similarity: float) -> None:
+    torch.manual_seed(0)
+    table = TaskTable(4, 20_000, similarity=similarity)
+    first = table.weight.detach().clone()
+    table.reset_parameters()
+    assert not torch.equal(table.weight, first)
+    for rows in (first, table.weight.detach()):
+        wanted = torch.full((4, 4), similarity).fill_diagonal_(1)
+        torch.testing.assert_close(torch.corrcoef(rows), wanted, rtol=0, atol=0.03)
+        torch.testing.assert_close(rows.std(1), torch.ones(4), rtol=0, atol=0.03)
+
+
+def test_layers_and_models_take_the_similarity_of_their_config() -> None:
+    options = {"num_tasks": 2, "task_embedding_dim": 4096, "task_similarity": 0.5}
+    layer = EPTLinear(8, 8, config=EPTConfig(**options))
+    adapted = get_peft_model(nn.Sequential(nn.Linear(8, 8)), EPTConfig(target_modules=["0"], **options))
+    for embeddings in (layer.task_table.weight.detach(), task_embeddings(adapted)):
+        assert torch.corrcoef(embeddings)[0, 1] == pytest.approx(0.5, abs=0.08)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(0, 0), (2, 2), ("cola", 0), ("rte", 2)])

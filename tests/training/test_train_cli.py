@@ -217,8 +217,14 @@ def test_a_text_to_label_model_runs_too(source: Path, command: Callable, tmp_pat
         ({"r": "0"}, "argument --r: must be an integer >= 1, got '0'"),
         ({"kernel_sizes": "2,x"}, "argument --kernel-sizes: must be integers >= 1 separated by commas, got '2,x'"),
         ({"kernel_sizes": "2,0"}, "argument --kernel-sizes: must be integers >= 1"),
+        (
+            {"kernel_sizes": "400"},
+            "argument --kernel-sizes: must name at least 2 experts, the number that --top-k mixes, got '400'; "
+            "name more, or give a smaller --top-k",
+        ),
         ({"top_k": "4"}, "argument --top-k: must be at most 3, the number of --kernel-sizes, got 4"),
         ({"dropout": "1"}, "argument --dropout: must be a number >= 0 and < 1, got '1'"),
+        ({"task_similarity": "1"}, "argument --task-similarity: must be a number >= 0 and < 1, got '1'"),
         ({"task_batching": "both"}, "argument --task-batching: invalid choice: 'both'"),
         ({"init_seed": "ones"}, "argument --init-seed: invalid choice: 'ones'"),
         ({"tasks": "topic,,degree"}, "argument --tasks: must be names separated by commas"),

