@@ -26,6 +26,7 @@ def fold_kernels(kernels: Sequence[Tensor], gates: Tensor, scaling: float, geome
         ValueError: the number or a shape of the kernels, or the width of ``gates``, does not fit the geometry.
     """
     sizes = geometry.kernel_sizes
+    kernels = tuple(kernels)  # a ParameterList looks each item up by name, every time
     found = tuple(kernel.shape[0] for kernel in kernels)
     if found != sizes:
         raise ValueError(f"kernels must have the sizes {sizes}, got {found}")

@@ -112,6 +112,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _plain(tensor: Tensor) -> Tensor:
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor  # the usual case, without two calls that do nothing
     return tensor.to(torch.float32).contiguous()
 
 
