@@ -226,6 +226,11 @@ def _gpu_runtime() -> str:
     return next((f"{name} {version}" for name, version in built.items() if version), "none")
 
 
+def load() -> float | str:
+    """Processes that wanted a CPU in the last minute, on average; "" where the system does not say."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else ""
+
+
 def commit() -> str:
     """The commit of this checkout, marked ``-dirty`` where tracked files differ from it; "unknown" outside git."""
     described = subprocess.run(

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from accuracy import Oracle, Verdict
 from candidates import Candidate, build_candidate
-from harness import Timed, alternate, forced_backend, ratio_spread, spread, timing_method
+from harness import Timed, alternate, forced_backend, load, ratio_spread, spread, timing_method
 from memory import peak_bytes, peak_method, saved_bytes
 from problem import RANK, Point, Problem, build
 from torch import Tensor
@@ -34,7 +34,19 @@ COLUMNS = (
         "rank",
         "columns",
     ),
-    *("dtype", "pass", "candidate", "backend", "status", "note", "error", "error_limit", "worst_tensor", "rounds"),
+    *(
+        "dtype",
+        "pass",
+        "candidate",
+        "backend",
+        "status",
+        "note",
+        "error",
+        "error_limit",
+        "worst_tensor",
+        "rounds",
+        "load",
+    ),
     *("timing", "median_ms", "low_ms", "high_ms", "tokens_per_s", "ratio", "ratio_low", "ratio_high"),
     *("peak_bytes", "peak_method", "saved_bytes"),
 )
@@ -168,6 +180,7 @@ def _describe(problem: Problem) -> Row:
         "top_k": problem.layer.top_k,
         "rank": RANK,
         "columns": _mean_columns(problem),
+        "load": load(),
         "dtype": point.dtype,
     }
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import torch
 from candidates import BUILDERS, KINDS
-from harness import device_name, pick_device, provenance
+from harness import device_name, load, pick_device, provenance
 from measure import OK, Effort, Row, measure_point
 from problem import DTYPES, Point, sample_count, shape_names
 from rich.console import Console
@@ -184,6 +185,8 @@ def announce(device: torch.device, console: Console) -> None:
             "These numbers say nothing about GPU kernels.",
             highlight=False,
         )
+    if device.type == "cpu" and (busy := load()) and busy > (os.cpu_count() or 1):
+        console.print(f"Load average {busy} on {os.cpu_count()} CPUs: others are at work, and the times will be noisy.")
 
 
 def report(path: Path, folder: Path) -> None:

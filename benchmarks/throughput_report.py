@@ -81,9 +81,12 @@ def _peak_method(rows: Sequence[Row]) -> str:
 
 
 def _heading(row: Row) -> str:
+    counts = ", ".join(
+        f"{row[name]} {name if row[name] != '1' else name[:-1]}" for name in ("tokens", "tasks", "experts")
+    )
     return (
-        f"**{row['shape']}** ({row['in_features']} to {row['out_features']}), {row['tokens']} tokens, {row['tasks']} "
-        f"tasks, {row['experts']} experts, {row['dtype']}, {row['rounds']} rounds"
+        f"**{row['shape']}** ({row['in_features']} to {row['out_features']}), {counts}, {row['dtype']}; "
+        f"{row['rounds']} rounds, load average {row['load'] or 'unknown'} (above the number of CPUs: noisy)"
     )
 
 
