@@ -15,6 +15,9 @@ fuses_dropout = True
 
 _OPS = {f"pyramid_{op}{suffix}" for op in ("weight", "delta", "linear") for suffix in ("", "_backward")}
 _OPS.add("pyramid_merge")
+#: The first Triton that these kernels were compiled and interpreted with.
+OLDEST = (3, 8)
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -24,6 +27,11 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the package triton is not installed (pip install triton)"
     if dtype not in _DTYPES:
         return f"it computes in {', '.join(str(each) for each in _DTYPES)}"
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        return f"it needs Triton {wanted} or newer, found {triton.__version__} (pip install 'triton>={wanted}')"
     from triton import knobs
 
     if device.type != "cuda" and not (device.type == "cpu" and knobs.runtime.interpret):

@@ -22,6 +22,7 @@ from .plan import Plan, plan_for
 from .reduce import reduce_gradients
 from .shrink import shrink
 from .single import shrink_linear
+from .target import is_amd
 from .weight import merge as pyramid_merge
 from .weight import pyramid_weight
 from .weight_grad import pyramid_weight_backward
@@ -55,14 +56,16 @@ def base_plan(x: Tensor, weight: Tensor) -> str:
     programs wait for each other, and no GPU has timed it yet: it runs only where ``EPT_TRITON_BASE`` asks for it.
 
     Raises:
-        ValueError: ``EPT_TRITON_BASE`` names no such plan.
+        ValueError: ``EPT_TRITON_BASE`` names no such plan, or ``single`` on an AMD GPU.
     """
     forced = os.environ.get("EPT_TRITON_BASE") or None
     if forced not in (None, *PLANS):
         raise ValueError(f"EPT_TRITON_BASE must be one of {', '.join(PLANS)}, or unset to choose, got {forced!r}")
+    if forced == "single" and is_amd():
+        raise ValueError("EPT_TRITON_BASE=single is for NVIDIA: on AMD its flags may overtake the rows they announce")
     if forced is not None:
         return forced
-    return "fused" if x.dtype.itemsize <= 2 and all(size % 8 == 0 for size in weight.shape) else "split"
+    return "fused" if x.dtype.itemsize <= 2 and all(size % 16 == 0 for size in weight.shape) else "split"
 
 
 def pyramid_delta(

@@ -16,6 +16,9 @@ import triton
 #: Columns of all scales together that one program accumulates; more ranks go to further programs.
 COLUMN_BUDGET = 192
 
+#: Bits of the int32 that says in which scales a row of V is not zero.
+MOST_SCALES = 32
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -58,7 +61,16 @@ class Plan:
 
 @lru_cache(maxsize=256)
 def plan_for(rank: int, scales: Sequence[int]) -> Plan:
-    """The plan of a pyramid of ``scales`` (a tuple, ascending) over a seed of rank ``rank``."""
+    """The plan of a pyramid of ``scales`` (a tuple, ascending) over a seed of rank ``rank``.
+
+    Raises:
+        ValueError: more scales than a row's word of activity has bits.
+    """
+    if len(scales) > MOST_SCALES:
+        raise ValueError(
+            f"kernel_sizes holds {len(scales)} distinct scales; the triton backend takes at most {MOST_SCALES} "
+            "(EPT_BACKEND=torch takes any number)"
+        )
     slots = tuple(triton.next_power_of_2(k) for k in scales)
 
     def ranks(block: int) -> tuple[int, ...]:

@@ -16,4 +16,7 @@ def dot_precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32 or knobs.runtime.interpret or is_amd():
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    matmul = torch.backends.cuda.matmul
+    # Once it is set, the newer of torch's two switches makes reading the older one an error.
+    told = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if told else "tf32x3"

@@ -39,5 +39,6 @@ def choose(
         return candidates[0]
     key = (device.index, key)
     if key not in _measured:
-        _measured[key] = min(candidates, key=lambda config: triton.testing.do_bench(lambda: trial(config)))
+        with torch.cuda.device(device):  # what is timed are the events of the current one
+            _measured[key] = min(candidates, key=lambda config: triton.testing.do_bench(lambda: trial(config)))
     return _measured[key]

@@ -48,7 +48,7 @@ def drawn_seed(torch_seed: int) -> int:
     return torch.randint(2**62, (1,)).item()
 
 
-@pytest.mark.parametrize("base", ["fused", "split"])
+@pytest.mark.parametrize("base", ["fused", "single", "split"])
 @pytest.mark.parametrize("op", ["pyramid_delta", "pyramid_linear"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_output_and_gradients_see_one_mask(case: Case, op: str, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,3 +103,20 @@ def test_masks_differ_from_call_to_call_and_drop_the_share_that_was_asked() -> N
     assert not torch.equal(first, second)
     kept = first[:, 0] * (1 - P)  # a row's output counts the entries that were kept
     assert abs(kept.sum().item() / 64**2 - (1 - P)) < 5 * (P * (1 - P) / 64**2) ** 0.5
+
+
+def test_a_compiled_call_draws_from_the_generator() -> None:
+    case = CASES["by sample"]
+    problem = case.tensors(torch.float32)
+
+    def layer(rows: torch.Tensor) -> torch.Tensor:
+        adapter = (problem.A, problem.B, problem.folded, problem.groups, case.geometry)
+        return ept_kernels.pyramid_linear(rows, problem.weight, None, *adapter, dropout_p=P)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(4)
+    expected = layer(problem.x)
+    torch.manual_seed(4)
+    assert torch.equal(compiled(problem.x), expected)
+    assert not torch.equal(compiled(problem.x), expected)
