@@ -40,27 +40,27 @@ def _load(name: str) -> ModuleType:
     return _loaded[name]
 
 
-def _unsupported(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    check = getattr(_load(name), "unsupported", None)
+def _unsupported(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> str | None:
+    check = getattr(backend, "unsupported", None)
     return check(device, dtype) if check is not None else None
 
 
 def serves(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a backend that is loaded takes tensors of ``dtype`` on ``device``."""
-    return not hasattr(backend, "unsupported") or backend.unsupported(device, dtype) is None
+    """Whether a backend takes tensors of ``dtype`` on ``device``."""
+    return _unsupported(backend, device, dtype) is None
 
 
 def available_backends(device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """Names that ``EPT_BACKEND`` accepts; with ``device``, those that can serve ``dtype`` there on this machine."""
     if device is None:
         return tuple(_MODULES)
-    return tuple(name for name in _MODULES if _unsupported(name, device, dtype) is None)
+    return tuple(name for name in _MODULES if serves(_load(name), device, dtype))
 
 
 def automatic(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend that serves ``dtype`` on ``device`` when none is forced."""
     candidates = AUTOMATIC.get(device.type, ())
-    return next((name for name in candidates if _unsupported(name, device, dtype) is None), "torch")
+    return next((name for name in candidates if serves(_load(name), device, dtype)), "torch")
 
 
 def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
@@ -76,7 +76,7 @@ def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> Mod
         if forced is not None and forced not in _MODULES:
             allowed = ", ".join(_MODULES)
             raise ValueError(f"EPT_BACKEND={forced!r} is no backend; allowed: {allowed}, or unset to choose")
-        if forced is not None and (reason := _unsupported(forced, device, dtype)) is not None:
+        if forced is not None and (reason := _unsupported(_load(forced), device, dtype)) is not None:
             raise RuntimeError(f"EPT_BACKEND={forced!r} cannot serve {dtype} on {device}: {reason}")
         backend = _chosen[forced, device, dtype] = _load(forced or automatic(device, dtype))
     return backend

@@ -258,6 +258,18 @@ def shrink_kernel(
     )
 
 
+def core_outputs(x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Room for V ``[T, r * sum(k)]`` in the dtype of x, and for its bits of activity ``[rank blocks, T]``."""
+    total = x.shape[0]
+    active = torch.empty(plan.rank_blocks, total, dtype=torch.int32, device=x.device)
+    return x.new_empty(total, plan.width), active
+
+
+def folded_partials(x: Tensor, plan: Plan, rows: Rows) -> Tensor:
+    """Room for the folded kernels' gradient of every unit, ``[rank blocks, units, folded_size]`` fp32."""
+    return torch.empty(plan.rank_blocks, rows.units, plan.folded_size, dtype=torch.float32, device=x.device)
+
+
 def shrink(
     x: Tensor,
     factor: Tensor,
@@ -296,11 +308,8 @@ def shrink(
     def start(config: Config) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Rows]:
         rows = rows_for(total, segments, config["BLOCK_T"])
         u = x.new_empty(total, plan.width) if keep_u else None
-        v = x.new_empty(total, plan.width) if keep_v else None
-        active = torch.empty(plan.rank_blocks, total, dtype=torch.int32, device=x.device) if keep_v else None
-        partial = None
-        if u_saved is not None:
-            partial = torch.empty(plan.rank_blocks, rows.units, plan.folded_size, dtype=torch.float32, device=x.device)
+        v, active = core_outputs(x, plan) if keep_v else (None, None)
+        partial = None if u_saved is None else folded_partials(x, plan, rows)
         launch(
             shrink_kernel,
             (plan.rank_blocks * rows.blocks,),

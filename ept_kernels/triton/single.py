@@ -22,7 +22,7 @@ from .launch import Config, launch
 from .linear import base_product
 from .plan import Plan, Rows, rows_for
 from .precision import dot_precision
-from .shrink import shrink_tile
+from .shrink import core_outputs, folded_partials, shrink_tile
 from .tiles import keep_mask
 from .tune import choose, row_bucket
 
@@ -232,11 +232,8 @@ def shrink_linear(
     def start(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Rows]:
         rows = rows_for(total, segments, config["SHRINK_T"], regular=True)
         y = x.new_empty(total, features)
-        v = x.new_empty(total, plan.width)
-        active = torch.empty(plan.rank_blocks, total, dtype=torch.int32, device=x.device)
-        partial = None
-        if u_saved is not None:
-            partial = torch.empty(plan.rank_blocks, rows.units, plan.folded_size, dtype=torch.float32, device=x.device)
+        v, active = core_outputs(x, plan)
+        partial = None if u_saved is None else folded_partials(x, plan, rows)
         strips = triton.cdiv(total, config["BLOCK_T"] * config["GROUP_T"])
         shrinks = config["GROUP_T"] * (config["BLOCK_T"] // config["SHRINK_T"]) * plan.rank_blocks
         products = config["GROUP_T"] * triton.cdiv(features, config["BLOCK_C"])
