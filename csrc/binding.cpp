@@ -23,7 +23,7 @@ T* at(Address address) {
 
 ept::Problem problem(bool bf16, int64_t in_features, int64_t out_features, int64_t rank, std::vector<int64_t> scales,
                      Address x, int64_t x_stride, int64_t rows, Address A, Address B, Address folded,
-                     int64_t num_groups, Address groups, int64_t segments) {
+                     int64_t num_groups, Address groups, int64_t segments, Address active) {
     return {in_features,
             out_features,
             rank,
@@ -36,7 +36,8 @@ ept::Problem problem(bool bf16, int64_t in_features, int64_t out_features, int64
             at<const float>(folded),
             num_groups,
             at<const int64_t>(groups),
-            segments};
+            segments,
+            at<const unsigned char>(active)};
 }
 
 std::string compiler() {
@@ -75,10 +76,10 @@ PYBIND11_MODULE(_C, module) {
         "cpu_forward",
         [](bool bf16, int64_t in_features, int64_t out_features, int64_t rank, std::vector<int64_t> scales, Address x,
            int64_t x_stride, int64_t rows, Address A, Address B, Address folded, int64_t num_groups, Address groups,
-           int64_t segments, Address y, int64_t y_stride, bool accumulate, Address start) {
+           int64_t segments, Address active, Address y, int64_t y_stride, bool accumulate, Address start) {
             py::gil_scoped_release release;
             ept::forward(problem(bf16, in_features, out_features, rank, std::move(scales), x, x_stride, rows, A, B,
-                                 folded, num_groups, groups, segments),
+                                 folded, num_groups, groups, segments, active),
                          {at<void>(y), y_stride, accumulate, at<const void>(start)});
         },
         "y = start, or what is there, plus the update of each row.");
@@ -86,11 +87,11 @@ PYBIND11_MODULE(_C, module) {
         "cpu_backward",
         [](bool bf16, int64_t in_features, int64_t out_features, int64_t rank, std::vector<int64_t> scales, Address x,
            int64_t x_stride, int64_t rows, Address A, Address B, Address folded, int64_t num_groups, Address groups,
-           int64_t segments, Address grad, int64_t grad_stride, Address grad_x, int64_t grad_x_stride, bool accumulate,
+           int64_t segments, Address active, Address grad, int64_t grad_stride, Address grad_x, int64_t grad_x_stride, bool accumulate,
            Address grad_A, Address grad_B, Address grad_folded) {
             py::gil_scoped_release release;
             ept::backward(problem(bf16, in_features, out_features, rank, std::move(scales), x, x_stride, rows, A, B,
-                                  folded, num_groups, groups, segments),
+                                  folded, num_groups, groups, segments, active),
                           {at<const void>(grad), grad_stride}, {at<void>(grad_x), grad_x_stride, accumulate, nullptr},
                           at<float>(grad_A), at<float>(grad_B), at<float>(grad_folded));
         },

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ept_kernels import PyramidGeometry, fold_kernels, pyramid_weight, without_autocast
+from ept_kernels import PyramidGeometry, active_scales, fold_kernels, pyramid_weight, without_autocast
 
 from .config import EPTConfig
 from .context import current
@@ -87,8 +87,8 @@ class PyramidAdapter(nn.Module):
         """
         return route(self.gate, self.task_table.embed(self.task_table.resolve(task_ids)), self.top_k)
 
-    def fold(self, tasks: int | Tensor) -> tuple[Tensor, Tensor | None]:
-        """Folded kernels ``[G, folded_size]`` of resolved tasks, and ``groups`` as the ops take them.
+    def fold(self, tasks: int | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Folded kernels ``[G, folded_size]`` of resolved tasks, ``groups`` and ``active`` as the ops take them.
 
         A batch with more samples than tasks routes every task once; a smaller one routes its samples.
         """
@@ -102,7 +102,8 @@ class PyramidAdapter(nn.Module):
         index, gates = route(self.gate, embeddings, self.top_k)
         dense = gates.new_zeros(len(gates), self.geometry.num_experts).scatter(1, index, gates)
         with without_autocast(dense.device):
-            return fold_kernels(self.kernels, dense, self.scaling, self.geometry), groups
+            folded = fold_kernels(self.kernels, dense, self.scaling, self.geometry)
+        return folded, groups, active_scales(dense.detach(), self.geometry)
 
     def delta_weight(self, task: int | str | None = None) -> Tensor:
         """The dense update of one task, ``[out, in]`` in the adapter's dtype; differentiable.
@@ -112,7 +113,7 @@ class PyramidAdapter(nn.Module):
         """
         if task is not None and not isinstance(task, (int, str)):
             raise TypeError(f"task must be an id or a name, got {type(task).__name__}")
-        folded, _ = self.fold(self.task_table.resolve(task))
+        folded, *_ = self.fold(self.task_table.resolve(task))
         return pyramid_weight(self.A, self.B, folded, self.geometry)[0]
 
     def tasks_for(self, x: Tensor, task_ids: TaskIds | None) -> int | Tensor:

@@ -3,9 +3,11 @@
 A backend is a module with a ``name``, six functions (``pyramid_weight``, ``pyramid_delta``, ``pyramid_linear`` and
 their ``_backward`` twins, with the signatures of ``torch_backend``) and, unless it serves everything, a function
 ``unsupported(device, dtype)`` that says why it cannot serve, or None. One with ``fuses_dropout = True`` takes
-``dropout_p`` and ``seed`` as well; for the others rows are dropped before they come. One that can add an update to a
-base weight in passing has ``pyramid_merge(weight, A, B, folded, scales)``: any weight of a dtype it serves, A, B and
-folded of one dtype, fp32 or wider. Rows are 2-D, sizes are validated, autograd and autocast are already out of the way.
+``dropout_p`` and ``seed`` as well; for the others rows are dropped before they come. One with ``takes_active = True``
+takes ``active`` as well; for the others the gradient of what is inactive is masked afterwards. One that can add an
+update to a base weight in passing has ``pyramid_merge(weight, A, B, folded, scales)``: any weight of a dtype it serves,
+A, B and folded of one dtype, fp32 or wider. Rows are 2-D, sizes are validated, autograd and autocast are already out of
+the way.
 ``EPT_BACKEND`` forces a backend for the whole process and fails loudly if that backend cannot serve; without it the
 first of ``AUTOMATIC`` that can serve does. Modules are imported when first asked for: importing the package touches no
 GPU and needs neither Triton nor a compiled extension.

@@ -3,8 +3,9 @@
 Rows are 2-D here; ``functional`` validates, flattens and handles autocast. ``groups [N]`` gives the row of ``folded``
 for each of N equal runs of consecutive rows (N divides T: 1, one a sample, or one a row); None means row 0 for all.
 Backward saves only what forward was given, so a layer keeps x and tiny tensors alive. With a ``seed [1]`` the adapter
-sees x with entries dropped at ``dropout_p``; the same seed drops the same entries in backward. The backward ops have no
-derivative of their own: a second differentiation raises.
+sees x with entries dropped at ``dropout_p``; the same seed drops the same entries in backward. ``active [G, S]`` is
+False where a group uses no expert of a scale: the kernel there is zero, and so is its gradient, which a backend need
+not compute. The backward ops have no derivative of their own: a second differentiation raises.
 """
 
 from __future__ import annotations
@@ -28,32 +29,56 @@ _library.define(
 _library.define("pyramid_merge(Tensor weight, Tensor A, Tensor B, Tensor folded, int[] scales) -> Tensor")
 _library.define(
     "pyramid_delta(Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int out_features, int[] scales,"
-    " float dropout_p=0.0, Tensor? seed=None) -> Tensor"
+    " float dropout_p=0.0, Tensor? seed=None, Tensor? active=None) -> Tensor"
 )
 _library.define(
     "pyramid_delta_backward(Tensor grad, Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int[] scales,"
-    " bool[] needs, float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    " bool[] needs, float dropout_p=0.0, Tensor? seed=None, Tensor? active=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "pyramid_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor folded, Tensor? groups,"
-    " int[] scales, float dropout_p=0.0, Tensor? seed=None) -> Tensor"
+    " int[] scales, float dropout_p=0.0, Tensor? seed=None, Tensor? active=None) -> Tensor"
 )
 _library.define(
     "pyramid_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor folded, Tensor? groups,"
-    " int[] scales, bool[] needs, float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    " int[] scales, bool[] needs, float dropout_p=0.0, Tensor? seed=None, Tensor? active=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-#: Arguments of the ops that may drop entries of x, without ``dropout_p`` and ``seed``.
+#: Arguments of the ops on rows that every backend takes: those before ``dropout_p``, ``seed`` and ``active``.
 _ARITY = {"pyramid_delta": 7, "pyramid_delta_backward": 8, "pyramid_linear": 8, "pyramid_linear_backward": 9}
+
+
+def _mask_inactive(grad_folded: Tensor, active: Tensor, scales: Sequence[int]) -> Tensor:
+    """The gradient of the folded kernels ``[G, folded_size]`` with zeros for scales that are not ``active [G, S]``."""
+    mask = torch.cat([active[:, s, None].expand(-1, k * k) for s, k in enumerate(scales)], dim=1)
+    return grad_folded.masked_fill(~mask, 0)
+
+
+def run(op: str, *args):
+    """An op on its backend; a result that was not asked for is None.
+
+    A backend need not know of dropout where nothing is dropped, nor of ``active`` unless it has ``takes_active``.
+    """
+    backend, options = backend_for(args[0].device, args[0].dtype), {}
+    active = None
+    if op in _ARITY and len(args) > _ARITY[op]:  # torch leaves trailing arguments out where they are None
+        dropout_p, seed, active = (*args[_ARITY[op] :], None, None)[:3]
+        args = args[: _ARITY[op]]
+        if seed is not None:
+            options = {"dropout_p": dropout_p, "seed": seed}
+        if active is not None and getattr(backend, "takes_active", False):
+            options["active"], active = active, None
+    result = getattr(backend, op)(*args, **options)
+    if active is not None and isinstance(result, tuple) and result[3] is not None:
+        result = (*result[:3], _mask_inactive(result[3], active, args[-2]))
+    return result
 
 
 def _implement(op: str) -> None:
     def kernel(*args):
-        # Without a seed (left out by torch, where it is None) nothing is dropped, and a backend need not know of it.
-        if op in _ARITY and (len(args) < _ARITY[op] + 2 or args[-1] is None):
-            args = args[: _ARITY[op]]
-        result = getattr(backend_for(args[0].device, args[0].dtype), op)(*args)
+        result = run(op, *args)
         if isinstance(result, tuple):  # an op cannot return None: an empty tensor stands for "not asked for"
             return tuple(args[0].new_empty(0) if part is None else part.contiguous() for part in result)
         return result.contiguous()
@@ -94,12 +119,12 @@ def _(weight, A, B, folded, scales) -> Tensor:
 
 
 @torch.library.register_fake("ept::pyramid_delta", lib=_library)
-def _(x, A, B, folded, groups, out_features, scales, dropout_p=0.0, seed=None) -> Tensor:
+def _(x, A, B, folded, groups, out_features, scales, dropout_p=0.0, seed=None, active=None) -> Tensor:
     return x.new_empty(x.shape[0], out_features)
 
 
 @torch.library.register_fake("ept::pyramid_linear", lib=_library)
-def _(x, weight, bias, A, B, folded, groups, scales, dropout_p=0.0, seed=None) -> Tensor:
+def _(x, weight, bias, A, B, folded, groups, scales, dropout_p=0.0, seed=None, active=None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -114,12 +139,12 @@ def _(grad, A, B, folded, scales, needs):
 
 
 @torch.library.register_fake("ept::pyramid_delta_backward", lib=_library)
-def _(grad, x, A, B, folded, groups, scales, needs, dropout_p=0.0, seed=None):
+def _(grad, x, A, B, folded, groups, scales, needs, dropout_p=0.0, seed=None, active=None):
     return _fake_gradients(grad, (x, A, B, folded), needs)
 
 
 @torch.library.register_fake("ept::pyramid_linear_backward", lib=_library)
-def _(grad, x, weight, A, B, folded, groups, scales, needs, dropout_p=0.0, seed=None):
+def _(grad, x, weight, A, B, folded, groups, scales, needs, dropout_p=0.0, seed=None, active=None):
     return _fake_gradients(grad, (x, A, B, folded), needs)
 
 
@@ -139,32 +164,32 @@ def _weight_backward(ctx, grad):
 
 
 def _delta_setup(ctx, inputs, output) -> None:
-    x, A, B, folded, groups, _, ctx.scales, ctx.dropout_p, seed = inputs
-    ctx.save_for_backward(x, A, B, folded, groups, seed)
+    x, A, B, folded, groups, _, ctx.scales, ctx.dropout_p, seed, active = inputs
+    ctx.save_for_backward(x, A, B, folded, groups, seed, active)
 
 
 def _delta_backward(ctx, grad):
     needs = list(ctx.needs_input_grad[:4])
-    *saved, seed = ctx.saved_tensors
-    gradients = torch.ops.ept.pyramid_delta_backward(grad, *saved, ctx.scales, needs, ctx.dropout_p, seed)
-    return *_asked(gradients, needs), None, None, None, None, None
+    *saved, seed, active = ctx.saved_tensors
+    gradients = torch.ops.ept.pyramid_delta_backward(grad, *saved, ctx.scales, needs, ctx.dropout_p, seed, active)
+    return *_asked(gradients, needs), None, None, None, None, None, None
 
 
 def _linear_setup(ctx, inputs, output) -> None:
-    x, weight, _, A, B, folded, groups, ctx.scales, ctx.dropout_p, seed = inputs
-    ctx.save_for_backward(x, weight, A, B, folded, groups, seed)
+    x, weight, _, A, B, folded, groups, ctx.scales, ctx.dropout_p, seed, active = inputs
+    ctx.save_for_backward(x, weight, A, B, folded, groups, seed, active)
 
 
 def _linear_backward(ctx, grad):
     need_x, need_weight, need_bias, *need_adapter = ctx.needs_input_grad[:6]
     needs = [need_x, *need_adapter]
-    *saved, seed = ctx.saved_tensors
-    gradients = torch.ops.ept.pyramid_linear_backward(grad, *saved, ctx.scales, needs, ctx.dropout_p, seed)
+    *saved, seed, active = ctx.saved_tensors
+    gradients = torch.ops.ept.pyramid_linear_backward(grad, *saved, ctx.scales, needs, ctx.dropout_p, seed, active)
     grad_x, *grad_adapter = _asked(gradients, needs)
     # The base is frozen in EPT, but an op must not drop a gradient that somebody asks for.
     grad_weight = grad.T @ saved[0] if need_weight else None
     grad_bias = grad.sum(0) if need_bias else None
-    return grad_x, grad_weight, grad_bias, *grad_adapter, None, None, None, None
+    return grad_x, grad_weight, grad_bias, *grad_adapter, None, None, None, None, None
 
 
 def _refuse(ctx, *grads):
