@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ept_kernels import PyramidGeometry, active_scales, fold_kernels, pyramid_weight, without_autocast
+from ept_kernels import PyramidGeometry, active_scales, fold_kernels, native_fold, pyramid_weight, without_autocast
 
 from .config import EPTConfig
 from .context import current
@@ -87,22 +87,32 @@ class PyramidAdapter(nn.Module):
         """
         return route(self.gate, self.task_table.embed(self.task_table.resolve(task_ids)), self.top_k)
 
+    def _kernels(self) -> tuple[Tensor, ...]:
+        own = self.kernels._parameters  # a ParameterList looks every item up by name, which a small layer would notice
+        return tuple(own.values()) if len(own) == self.geometry.num_experts else tuple(self.kernels)
+
     def fold(self, tasks: int | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Folded kernels ``[G, folded_size]`` of resolved tasks, ``groups`` and ``active`` as the ops take them.
 
         A batch with more samples than tasks routes every task once; a smaller one routes its samples.
         """
-        table, groups = self.task_table, None
-        if isinstance(tasks, Tensor) and tasks.dim() and len(tasks) > table.num_tasks:
-            embeddings, groups = table.weight, tasks
-        else:
-            embeddings = table.embed(tasks)
-            if len(embeddings) != 1:
-                groups = torch.arange(len(embeddings), device=embeddings.device)
+        table, groups, routed = self.task_table, None, tasks
+        if isinstance(tasks, Tensor) and tasks.dim():
+            if len(tasks) > table.num_tasks:
+                groups, routed = tasks, None
+            elif len(tasks) != 1:
+                groups = torch.arange(len(tasks), device=table.weight.device)
+        kernels = self._kernels()
+        if native_fold.serves(self.gate, table.weight, *kernels):
+            folded, active = native_fold.fold_tasks(
+                self.gate, table.weight, routed, kernels, self.top_k, self.scaling, self.geometry
+            )
+            return folded, groups, active
+        embeddings = table.weight if routed is None else table.embed(routed)
         index, gates = route(self.gate, embeddings, self.top_k)
         dense = gates.new_zeros(len(gates), self.geometry.num_experts).scatter(1, index, gates)
         with without_autocast(dense.device):
-            folded = fold_kernels(self.kernels, dense, self.scaling, self.geometry)
+            folded = fold_kernels(kernels, dense, self.scaling, self.geometry)
         return folded, groups, active_scales(dense.detach(), self.geometry)
 
     def delta_weight(self, task: int | str | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import ops as _ops  # noqa: F401  (registers torch.ops.ept)
 from .autocast import autocast_dtype, without_autocast
 from .dispatch import backend_for
+from .eager import call
 from .geometry import PyramidGeometry
 
 
@@ -158,8 +159,18 @@ def pyramid_delta(
         else:
             x = F.dropout(x, dropout_p)
     rows = x.reshape(-1, geometry.in_features)
-    delta = torch.ops.ept.pyramid_delta(
-        rows, A, B, folded, groups, geometry.out_features, list(geometry.scales), dropout_p, seed, active
+    delta = call(
+        "pyramid_delta",
+        rows,
+        A,
+        B,
+        folded,
+        groups,
+        geometry.out_features,
+        list(geometry.scales),
+        dropout_p,
+        seed,
+        active,
     )
     return delta.view(*x.shape[:-1], geometry.out_features)
 
@@ -222,7 +233,7 @@ def pyramid_linear(
             return F.linear(x, weight, bias) + delta
         seed = _dropout_seed(x)
     rows = x.reshape(-1, geometry.in_features)
-    output = torch.ops.ept.pyramid_linear(
-        rows, weight, bias, A, B, folded, groups, list(geometry.scales), dropout_p, seed, active
+    output = call(
+        "pyramid_linear", rows, weight, bias, A, B, folded, groups, list(geometry.scales), dropout_p, seed, active
     )
     return output.view(*x.shape[:-1], geometry.out_features)

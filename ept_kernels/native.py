@@ -80,7 +80,12 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return extension if isinstance(extension, str) else None
 
 
-def _module() -> ModuleType:
+def module() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: there is none; the message says why.
+    """
     extension = _extension()
     if isinstance(extension, str):
         raise RuntimeError(extension)
@@ -94,7 +99,7 @@ def build_info() -> dict[str, str | list[str]]:
     Raises:
         RuntimeError: there is no compiled module; the message says why.
     """
-    return _module().build_info()
+    return module().build_info()
 
 
 def select_instruction_set(isa: str) -> None:
@@ -106,7 +111,7 @@ def select_instruction_set(isa: str) -> None:
         ValueError: an instruction set that is not built or not on this processor.
         RuntimeError: there is no compiled module; the message says why.
     """
-    _module().select_cpu_isa(isa)
+    module().select_cpu_isa(isa)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -164,7 +169,7 @@ class _Call:
 
     def add_to(self, y: Tensor, start: Tensor | None) -> None:
         """``y = start + update``, ``start [out]`` or None for zeros."""
-        _module().cpu_forward(*self.arguments, y.data_ptr(), y.stride(0), False, _address(start))
+        module().cpu_forward(*self.arguments, y.data_ptr(), y.stride(0), False, _address(start))
 
 
 def pyramid_delta(
@@ -216,7 +221,7 @@ def pyramid_delta_backward(
     inputs = zip((A, B, folded), needs[1:], strict=True)
     sums = [tensor.new_empty(tensor.shape, dtype=torch.float32) if need else None for tensor, need in inputs]
     call = _Call(x, A, B, folded, groups, grad.shape[1], scales, active)
-    _module().cpu_backward(
+    module().cpu_backward(
         *call.arguments,
         grad.data_ptr(),
         grad.stride(0),

@@ -15,7 +15,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import backend_for, serves
+from .dispatch import backend_for, run, serves
+from .gradients import (
+    delta_backward,
+    delta_setup,
+    linear_backward,
+    linear_setup,
+    weight_backward,
+    weight_setup,
+)
 
 _library = torch.library.Library("ept", "DEF")
 
@@ -44,36 +52,6 @@ _library.define(
     " int[] scales, bool[] needs, float dropout_p=0.0, Tensor? seed=None, Tensor? active=None)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
-
-
-#: Arguments of the ops on rows that every backend takes: those before ``dropout_p``, ``seed`` and ``active``.
-_ARITY = {"pyramid_delta": 7, "pyramid_delta_backward": 8, "pyramid_linear": 8, "pyramid_linear_backward": 9}
-
-
-def _mask_inactive(grad_folded: Tensor, active: Tensor, scales: Sequence[int]) -> Tensor:
-    """The gradient of the folded kernels ``[G, folded_size]`` with zeros for scales that are not ``active [G, S]``."""
-    mask = torch.cat([active[:, s, None].expand(-1, k * k) for s, k in enumerate(scales)], dim=1)
-    return grad_folded.masked_fill(~mask, 0)
-
-
-def run(op: str, *args):
-    """An op on its backend; a result that was not asked for is None.
-
-    A backend need not know of dropout where nothing is dropped, nor of ``active`` unless it has ``takes_active``.
-    """
-    backend, options = backend_for(args[0].device, args[0].dtype), {}
-    active = None
-    if op in _ARITY and len(args) > _ARITY[op]:  # torch leaves trailing arguments out where they are None
-        dropout_p, seed, active = (*args[_ARITY[op] :], None, None)[:3]
-        args = args[: _ARITY[op]]
-        if seed is not None:
-            options = {"dropout_p": dropout_p, "seed": seed}
-        if active is not None and getattr(backend, "takes_active", False):
-            options["active"], active = active, None
-    result = getattr(backend, op)(*args, **options)
-    if active is not None and isinstance(result, tuple) and result[3] is not None:
-        result = (*result[:3], _mask_inactive(result[3], active, args[-2]))
-    return result
 
 
 def _implement(op: str) -> None:
@@ -148,50 +126,6 @@ def _(grad, x, weight, A, B, folded, groups, scales, needs, dropout_p=0.0, seed=
     return _fake_gradients(grad, (x, A, B, folded), needs)
 
 
-def _asked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-
-
-def _weight_setup(ctx, inputs, output) -> None:
-    A, B, folded, _, _, ctx.scales = inputs
-    ctx.save_for_backward(A, B, folded)
-
-
-def _weight_backward(ctx, grad):
-    needs = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.ept.pyramid_weight_backward(grad, *ctx.saved_tensors, ctx.scales, needs)
-    return *_asked(gradients, needs), None, None, None
-
-
-def _delta_setup(ctx, inputs, output) -> None:
-    x, A, B, folded, groups, _, ctx.scales, ctx.dropout_p, seed, active = inputs
-    ctx.save_for_backward(x, A, B, folded, groups, seed, active)
-
-
-def _delta_backward(ctx, grad):
-    needs = list(ctx.needs_input_grad[:4])
-    *saved, seed, active = ctx.saved_tensors
-    gradients = torch.ops.ept.pyramid_delta_backward(grad, *saved, ctx.scales, needs, ctx.dropout_p, seed, active)
-    return *_asked(gradients, needs), None, None, None, None, None, None
-
-
-def _linear_setup(ctx, inputs, output) -> None:
-    x, weight, _, A, B, folded, groups, ctx.scales, ctx.dropout_p, seed, active = inputs
-    ctx.save_for_backward(x, weight, A, B, folded, groups, seed, active)
-
-
-def _linear_backward(ctx, grad):
-    need_x, need_weight, need_bias, *need_adapter = ctx.needs_input_grad[:6]
-    needs = [need_x, *need_adapter]
-    *saved, seed, active = ctx.saved_tensors
-    gradients = torch.ops.ept.pyramid_linear_backward(grad, *saved, ctx.scales, needs, ctx.dropout_p, seed, active)
-    grad_x, *grad_adapter = _asked(gradients, needs)
-    # The base is frozen in EPT, but an op must not drop a gradient that somebody asks for.
-    grad_weight = grad.T @ saved[0] if need_weight else None
-    grad_bias = grad.sum(0) if need_bias else None
-    return grad_x, grad_weight, grad_bias, *grad_adapter, None, None, None, None, None
-
-
 def _refuse(ctx, *grads):
     raise RuntimeError("the ept ops can be differentiated once; their gradients have no derivative of their own")
 
@@ -203,6 +137,6 @@ def _refuse_merge(ctx, grad):
 for _op in ("pyramid_weight", "pyramid_delta", "pyramid_linear"):
     torch.library.register_autograd(f"ept::{_op}_backward", _refuse, lib=_library)
 torch.library.register_autograd("ept::pyramid_merge", _refuse_merge, lib=_library)
-torch.library.register_autograd("ept::pyramid_weight", _weight_backward, setup_context=_weight_setup, lib=_library)
-torch.library.register_autograd("ept::pyramid_delta", _delta_backward, setup_context=_delta_setup, lib=_library)
-torch.library.register_autograd("ept::pyramid_linear", _linear_backward, setup_context=_linear_setup, lib=_library)
+torch.library.register_autograd("ept::pyramid_weight", weight_backward, setup_context=weight_setup, lib=_library)
+torch.library.register_autograd("ept::pyramid_delta", delta_backward, setup_context=delta_setup, lib=_library)
+torch.library.register_autograd("ept::pyramid_linear", linear_backward, setup_context=linear_setup, lib=_library)
