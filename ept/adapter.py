@@ -132,13 +132,14 @@ class PyramidAdapter(nn.Module):
         Raises:
             ValueError, TypeError: as ``TaskTable.resolve``, or a number of ids that does not fit the batch.
         """
-        explicit = task_ids is not None
-        if not explicit and self.task_table.num_tasks > 1:
+        explicit, table, resolved = task_ids is not None, self.task_table, False
+        if not explicit and table.num_tasks > 1:
             context = current()
             if context is not None:
-                context.collect(x, self.task_table.dim)
+                context.collect(x, table.dim)
                 task_ids = context.task_ids
-        tasks = self.task_table.resolve(task_ids)
+                resolved = any(other is table for other in context.tables)
+        tasks = task_ids if resolved else table.resolve(task_ids)
         if isinstance(tasks, Tensor) and tasks.dim():
             batch = x.shape[0] if x.dim() > 1 else 1
             # Inside a model a layer may see beams, windows or flattened tokens: whole multiples, sample by sample.
