@@ -12,7 +12,17 @@ static void pack_floats(const Layer& layer, const Side& side, const Strip& strip
                         int64_t rank_stride, int64_t group_stride, float* to) {
     const int64_t k = layer.scales[strip.scale].k;
     each_rank_block(layer.rank, [&]<int R>(int64_t p) {
-        for (int64_t v = 0; v < strip.vectors; ++v) {
+        // Whole vectors, a store for each group: it spills over the groups that follow, which are stored after it, and at
+        // the end over the next vector. So the last one is not for this loop.
+        const int64_t spilling = least(strip.whole, strip.vectors - 1);
+        for (int64_t v = 0; v < spilling; ++v)
+            for (int r = 0; r < R; ++r, to += W) {
+                const float* from = factor + (p + r) * rank_stride + v * strip.copies * group_stride;
+                for (int64_t lane = 0; lane < strip.lanes; lane += k, from += group_stride)
+                    store(to + lane, F{} + *from);
+                if (strip.lanes < W) store(to + strip.lanes, F{});
+            }
+        for (int64_t v = most(0, spilling); v < strip.vectors; ++v) {
             const int64_t lanes = least(lanes_inside(side, strip, v), strip.lanes);
             for (int r = 0; r < R; ++r, to += W) {
                 const float* from = factor + (p + r) * rank_stride + v * strip.copies * group_stride;
