@@ -71,7 +71,8 @@ static void core_rows(const Layer& layer, const Cores& cores, const float* table
     });
 }
 
-// A block of output rows: what expand adds up in fp32, and the conversion where the rows are not fp32.
+// A block of output rows: what expand adds up in fp32, and the conversion where the rows are not fp32. Columns open
+// before expand adds to them and close when it has done so, a few at a time, so that they stay in the first-level cache.
 template <class E>
 class Output;
 
@@ -79,86 +80,94 @@ template <>
 class Output<float> {
   public:
     Output(const Side& side, const MutableRows& rows, float*) : features_(side.features), rows_(rows) {}
-    float* begin(int64_t first, int64_t count) {
-        float* out = static_cast<float*>(rows_.data) + first * rows_.stride;
-        if (rows_.accumulate) return out;
-        const float* start = static_cast<const float*>(rows_.start);
-        for (int64_t t = 0; t < count; ++t)
-            for (int64_t c = 0; c < features_; ++c) out[t * rows_.stride + c] = start ? start[c] : 0.0f;
-        return out;
-    }
+    float* begin(int64_t first) { return out_ = static_cast<float*>(rows_.data) + first * rows_.stride; }
     int64_t stride() const { return rows_.stride; }
-    void finish(int64_t, int64_t) {}
+    void open(int64_t count, int64_t from, int64_t to) {
+        if (rows_.accumulate) return;
+        const float* start = static_cast<const float*>(rows_.start);
+        to = least(to, features_);
+        for (int64_t t = 0; t < count; ++t)
+            for (int64_t c = from; c < to; ++c) out_[t * rows_.stride + c] = start ? start[c] : 0.0f;
+    }
+    void close(int64_t, int64_t, int64_t) {}
     static int64_t scratch(const Side&, int64_t) { return 0; }
 
   private:
     int64_t features_;
     MutableRows rows_;
+    float* out_ = nullptr;
 };
 
 template <>
 class Output<bf16> {
   public:
     Output(const Side& side, const MutableRows& rows, float* scratch)
-        : features_(side.features), rows_(rows), scratch_(scratch) {}
-    float* begin(int64_t first, int64_t count) {
-        const bf16* out = static_cast<const bf16*>(rows_.data) + first * rows_.stride;
-        const bf16* start = static_cast<const bf16*>(rows_.start);
-        for (int64_t t = 0; t < count; ++t) {
-            const bf16* from = rows_.accumulate ? out + t * rows_.stride : start;
-            each_vector([&](int64_t c, int64_t lanes) {
-                const F value = from ? (lanes == W ? load(from + c) : load_part(from + c, lanes)) : F{};
-                store(scratch_ + t * stride() + c, value);
-            });
-        }
+        : features_(side.features), stride_(padded(side.features)), rows_(rows), scratch_(scratch) {}
+    float* begin(int64_t first) {
+        out_ = static_cast<bf16*>(rows_.data) + first * rows_.stride;
         return scratch_;
     }
-    int64_t stride() const { return padded(features_); }
-    void finish(int64_t first, int64_t count) {
-        bf16* out = static_cast<bf16*>(rows_.data) + first * rows_.stride;
+    int64_t stride() const { return stride_; }
+    void open(int64_t count, int64_t from, int64_t to) {
+        const bf16* start = static_cast<const bf16*>(rows_.start);
+        for (int64_t t = 0; t < count; ++t) {
+            const bf16* values = rows_.accumulate ? out_ + t * rows_.stride : start;
+            each_vector(from, to, [&](int64_t c, int64_t lanes) {
+                const F value = values ? (lanes == W ? load(values + c) : load_part(values + c, lanes)) : F{};
+                store(scratch_ + t * stride_ + c, value);
+            });
+        }
+    }
+    void close(int64_t count, int64_t from, int64_t to) {
         for (int64_t t = 0; t < count; ++t)
-            each_vector([&](int64_t c, int64_t lanes) {
-                const F value = load(scratch_ + t * stride() + c);
-                if (lanes == W) store(out + t * rows_.stride + c, value);
-                else store_part(out + t * rows_.stride + c, value, lanes);
+            each_vector(from, to, [&](int64_t c, int64_t lanes) {
+                const F value = load(scratch_ + t * stride_ + c);
+                if (lanes == W) store(out_ + t * rows_.stride + c, value);
+                else store_part(out_ + t * rows_.stride + c, value, lanes);
             });
     }
     static int64_t scratch(const Side& side, int64_t rows) { return rows * padded(side.features); }
 
   private:
-    static int64_t padded(int64_t features) { return (features + W - 1) / W * W; }
+    // An odd number of vectors: the same columns of several rows fall on different sets of the cache.
+    static int64_t padded(int64_t features) { return ((features + W - 1) / W | 1) * W; }
     template <class Function>
-    void each_vector(Function f) {
-        for (int64_t c = 0; c < features_; c += W) f(c, least(W, features_ - c));
+    void each_vector(int64_t from, int64_t to, Function f) {
+        to = least(to, features_);
+        for (int64_t c = from; c < to; c += W) f(c, least(W, features_ - c));
     }
-    int64_t features_;
+    int64_t features_, stride_;
     MutableRows rows_;
     float* scratch_;
+    bf16* out_ = nullptr;
 };
 
-// Adds every active scale's expansion to a block of rows, some columns at a time.
+// Adds every active scale's expansion to a block of rows, some columns at a time. A vector that begins in those columns
+// reaches at most W beyond them.
 template <class E>
 static void expand_block(const Layer& layer, const Cores& cores, const Side& side, Output<E>& output, int64_t first,
                          int64_t last, const Packed& packed, const float* repeated) {
     const auto* factor = static_cast<const typename Factor<E>::type*>(packed.expand);
     const int64_t rows = last - first;
-    float* y = output.begin(first, rows);
+    float* y = output.begin(first);
+    output.open(rows, 0, W);
     for (int64_t column = 0; column < side.features; column += expand_chunk * W) {
+        const int64_t end = column + expand_chunk * W;
+        output.open(rows, column + W, end + W);
         for (int s = 0; s < layer.num_scales; ++s) {
             if (!is_active(layer, cores, s, first, last)) continue;
             each_strip(layer, side, s, [&](const Strip& strip) {
-                // Vectors that begin in this chunk of columns.
                 const auto vectors_before = [&](int64_t c) {
                     return most(0, least(strip.vectors, (c - strip.offset + strip.stride - 1) / strip.stride));
                 };
-                const int64_t from = vectors_before(column), to = vectors_before(column + expand_chunk * W);
+                const int64_t from = vectors_before(column), to = vectors_before(end);
                 if (from < to)
                     expand(layer, side, strip, from, to, y, output.stride(), rows, factor,
                            repeated + layer.scales[s].column * rows);
             });
         }
+        output.close(rows, column, end);
     }
-    output.finish(first, rows);
 }
 
 template <class E>

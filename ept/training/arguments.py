@@ -29,7 +29,7 @@ class EPTTrainingArguments(TrainingArguments):
         ValueError: an option out of its range.
     """
 
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up steps; below 1: share of all steps."})
     num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs; see TaskBalancedSampler for their length."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Samples of a training batch."})
