@@ -70,7 +70,8 @@ def linear_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list
     if itemsize > 2:
         # A product in three TF32 parts holds its operands twice: more than 16 x 8 outputs a warp spilled on sm_80.
         block = _fitting(32, rows)
-        tiles = {"BLOCK_T": block, "BLOCK_C": 32, "BLOCK_I": 32, "GROUP_T": 8}
+        # Dropout's mask takes the room of half of them.
+        tiles = {"BLOCK_T": block, "BLOCK_C": 16 if drops else 32, "BLOCK_I": 32, "GROUP_T": 8}
         return [Config.of(**tiles, num_warps=block // 4, num_stages=deep)]
     if rows <= 16:  # reading the weight is all that takes time: many programs, long runs of each row of it
         return [

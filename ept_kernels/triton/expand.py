@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import expand_candidates
-from .launch import Config, launch
+from .launch import FROM_BATCH, Config, launch
 from .plan import Plan
 from .precision import dot_precision
 from .tiles import block_columns, keep_mask, spread
@@ -70,7 +70,7 @@ def add_expanded(
     return accumulator
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def expand_kernel(
     y_ptr,  # [T, features], contiguous
     v_ptr,  # [T, WIDTH]

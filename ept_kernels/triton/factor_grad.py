@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import factor_grad_candidates, row_spans
-from .launch import Config, launch
+from .launch import FROM_BATCH, Config, launch
 from .plan import Plan
 from .precision import dot_precision
 from .tiles import block_columns, keep_mask
@@ -93,7 +93,7 @@ def span_sums(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def factor_grad_kernel(
     x_ptr,  # [T, in] or None
     du_ptr,  # [T, WIDTH]

@@ -10,6 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Arguments of the kernels that change with the batch. Triton would compile a kernel anew where such a number becomes 1
+#: or a multiple of 16, and gain nothing: rows lie ``stride_row`` apart, and what is contiguous are their features, whose
+#: number, strides and addresses it does specialise on. (Transposed rows would gain: their loads stay narrow.)
+FROM_BATCH = (
+    "rows_total",
+    "segment",
+    "blocks_per_segment",
+    "shrink_blocks",
+    "units",
+    "units_per_segment",
+    "span",
+    "a_spans",
+    "b_spans",
+    "num_groups",
+)
+
 
 @dataclass(frozen=True)
 class Config:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .configs import linear_candidates
 from .expand import add_expanded
-from .launch import Config, launch
+from .launch import FROM_BATCH, Config, launch
 from .plan import Plan
 from .precision import dot_precision
 from .tiles import keep_mask
@@ -55,7 +55,7 @@ def base_product(
     return accumulator
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def linear_kernel(
     x_ptr,  # [T, INNER]
     weight_ptr,  # [features, INNER] by strides

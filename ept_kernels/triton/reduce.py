@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import reduce_config
-from .launch import launch
+from .launch import FROM_BATCH, launch
 from .plan import Plan
 
 
@@ -80,7 +80,7 @@ def sum_folded(
         tl.store(out_ptr + group.to(tl.int64) * FOLDED + entry, total, mask=entry < FOLDED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def reduce_kernel(
     partial_a_ptr,
     grad_a_ptr,

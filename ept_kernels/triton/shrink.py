@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import shrink_candidates
-from .launch import Config, launch
+from .launch import FROM_BATCH, Config, launch
 from .plan import Plan, Rows, rows_for
 from .precision import dot_precision
 from .tiles import block_columns, keep_mask, spread
@@ -175,7 +175,7 @@ def shrink_tile(
         tl.store(active_ptr + rank_block.to(tl.int64) * rows_total + rows, bits, mask=row_exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def shrink_kernel(
     x_ptr,
     factor_ptr,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .configs import single_candidates
 from .expand import add_expanded
-from .launch import Config, launch
+from .launch import FROM_BATCH, Config, launch
 from .linear import base_product
 from .plan import Plan, Rows, rows_for
 from .precision import dot_precision
@@ -27,7 +27,7 @@ from .tiles import keep_mask
 from .tune import choose, row_bucket
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def single_kernel(
     x_ptr,  # [T, inner]
     weight_ptr,  # [features, inner] by strides

@@ -13,14 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import weight_candidates
-from .launch import Config, launch
+from .launch import FROM_BATCH, Config, launch
 from .plan import plan_for
 from .precision import dot_precision
 from .tiles import is_active
 from .tune import choose
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def weight_kernel(
     a_ptr,  # [rank, ceil(in / k_min)]
     b_ptr,  # [ceil(out / k_min), rank]

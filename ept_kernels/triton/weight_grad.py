@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import WEIGHT_SPAN, weight_grad_candidates
-from .launch import Config, launch
+from .launch import FROM_BATCH, Config, launch
 from .plan import Plan, plan_for
 from .precision import dot_precision
 from .reduce import reduce_gradients
@@ -119,7 +119,7 @@ def channel_sums(
                 tl.store(entries + q * STRIDE_CHANNEL, of_slot, mask=slot < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def weight_grad_kernel(
     grad_ptr,  # [G, out, in] by strides
     a_ptr,  # [rank, ceil(in / k_min)]

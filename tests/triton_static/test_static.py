@@ -70,6 +70,17 @@ def test_planted_violations_are_caught(name: str, reason: str, verdicts: dict[st
     assert any(reason in line for line in verdicts[name]), verdicts[name]
 
 
+@pytest.mark.parametrize("base", ["fused", "single", "split"])
+def test_batches_share_compiled_kernels(base: str, tmp_path: Path) -> None:
+    """Over 352 batches, a kernel is compiled once for each choice of tiles and switches, whatever the numbers."""
+    done = run(Path(__file__).with_name("specialisations.py"), tmp_path, base)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert {"shrink_kernel, backward", "factor_grad_kernel, backward", "reduce_kernel, backward"} <= set(counts)
+    for which, (compiled, needed) in counts.items():
+        assert compiled == needed <= 12, which
+
+
 def test_interpreting_is_refused(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, REPORT, "--target", "sm_80", "--dtype", "bf16", "--sample", "1"]
