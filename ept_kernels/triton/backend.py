@@ -22,7 +22,7 @@ from .plan import Plan, plan_for
 from .reduce import reduce_gradients
 from .shrink import shrink
 from .single import shrink_linear
-from .target import is_amd
+from .target import is_amd, on_its_device
 from .weight import merge as pyramid_merge
 from .weight import pyramid_weight
 from .weight_grad import pyramid_weight_backward
@@ -68,6 +68,7 @@ def base_plan(x: Tensor, weight: Tensor) -> str:
     return "fused" if x.dtype.itemsize <= 2 and all(size % 16 == 0 for size in weight.shape) else "split"
 
 
+@on_its_device
 def pyramid_delta(
     x: Tensor,
     A: Tensor,
@@ -84,6 +85,7 @@ def pyramid_delta(
     return expand(x.new_empty(x.shape[0], out_features), v, active, B.T, plan, accumulate=False)
 
 
+@on_its_device
 def pyramid_linear(
     x: Tensor,
     weight: Tensor,
@@ -108,6 +110,7 @@ def pyramid_linear(
     return expand(F.linear(x, weight, bias).contiguous(), v, active, B.T, plan, accumulate=True)
 
 
+@on_its_device
 def pyramid_delta_backward(
     grad: Tensor,
     x: Tensor,
@@ -123,6 +126,7 @@ def pyramid_delta_backward(
     return _backward(grad, x, None, A, B, folded, groups, scales, needs, (dropout_p, seed))
 
 
+@on_its_device
 def pyramid_linear_backward(
     grad: Tensor,
     x: Tensor,

@@ -127,6 +127,7 @@ def shrink_tile(
             updated = updated + (accumulator,)
         accumulators = updated
 
+    # The loops over ``a`` are real ones: unrolled, those of scales 2 to 16 spill, and compile for minutes.
     bits = tl.zeros((BLOCK_T,), tl.int32)
     for s in tl.static_range(len(SCALES)):
         u = accumulators[s]
@@ -142,7 +143,7 @@ def shrink_tile(
             p = tl.arange(0, RANKS[s])
             exists_p = (p < RANK_BLOCK) & (p0 + p < rank)
             nonzero = tl.zeros((BLOCK_T,), tl.int32)
-            for a in tl.static_range(SCALES[s]):
+            for a in range(SCALES[s]):
                 line = tl.load(
                     kernels + a * (1 if TRANSPOSE else SCALES[s]) + slot[None, :] * (SCALES[s] if TRANSPOSE else 1),
                     mask=row_exists[:, None] & (slot < SCALES[s])[None, :],
@@ -157,7 +158,7 @@ def shrink_tile(
         if partial_ptr is not None:
             saved = tl.load(u_saved_ptr + place, mask=inside, other=0.0).to(tl.float32)
             saved3 = tl.reshape(saved, (BLOCK_T, RANKS[s], SLOTS[s]))
-            for a in tl.static_range(SCALES[s]):
+            for a in range(SCALES[s]):
                 dv = tl.sum(tl.where((slot == a)[None, None, :], u3, 0.0), 2)  # [BLOCK_T, RANKS[s]]
                 dk = tl.sum(dv[:, :, None] * saved3, 1)  # [BLOCK_T, SLOTS[s]]
                 entry = OFFSETS[s] + a * SCALES[s] + slot

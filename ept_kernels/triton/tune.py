@@ -39,6 +39,5 @@ def choose(
         return candidates[0]
     key = (device.index, key)
     if key not in _measured:
-        with torch.cuda.device(device):  # what is timed are the events of the current one
-            _measured[key] = min(candidates, key=lambda config: triton.testing.do_bench(lambda: trial(config)))
+        _measured[key] = min(candidates, key=lambda config: triton.testing.do_bench(lambda: trial(config)))
     return _measured[key]

@@ -16,6 +16,7 @@ from .configs import weight_candidates
 from .launch import FROM_BATCH, Config, launch
 from .plan import plan_for
 from .precision import dot_precision
+from .target import on_its_device
 from .tiles import is_active
 from .tune import choose
 
@@ -133,6 +134,7 @@ def _weights(
     return start(choose(key, weight_candidates(plan, A.dtype.itemsize), A.device, start))
 
 
+@on_its_device
 def pyramid_weight(
     A: Tensor, B: Tensor, folded: Tensor, in_features: int, out_features: int, scales: Sequence[int]
 ) -> Tensor:
@@ -140,6 +142,7 @@ def pyramid_weight(
     return _weights(A, B, folded, scales, None, (len(folded), out_features, in_features), A.dtype)
 
 
+@on_its_device
 def merge(weight: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int]) -> Tensor:
     """``weight [out, in]`` plus each group's update, ``[G, out, in]``: summed in fp32, rounded once to its dtype."""
     return _weights(A, B, folded, scales, weight, (len(folded), *weight.shape), weight.dtype)

@@ -22,6 +22,7 @@ from .launch import FROM_BATCH, Config, launch
 from .plan import Plan, plan_for
 from .precision import dot_precision
 from .reduce import reduce_gradients
+from .target import on_its_device
 from .tiles import is_active, spread
 from .tune import choose
 
@@ -282,6 +283,7 @@ def _partials(grad: Tensor, A: Tensor, B: Tensor, folded: Tensor, plan: Plan, ne
     return start(choose(key, weight_grad_candidates(plan, grad.dtype.itemsize), grad.device, start))
 
 
+@on_its_device
 def pyramid_weight_backward(
     grad: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
