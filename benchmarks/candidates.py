@@ -190,7 +190,7 @@ def dense_update(problem: Problem) -> Candidate:
     ids = torch.arange(len(tasks), device=problem.device)
 
     def forward(x: Tensor) -> Tensor:
-        folded, _ = layer.fold(ids if len(tasks) > 1 else 0)
+        folded, *_ = layer.fold(ids if len(tasks) > 1 else 0)
         updates = pyramid_weight(layer.A, layer.B, folded, layer.geometry).to(x.dtype)
         if len(tasks) == 1:
             return F.linear(x, layer.weight + updates[0])
@@ -203,7 +203,7 @@ def compiled(problem: Problem) -> Candidate:
     layer, geometry, task_ids = problem.layer, problem.layer.geometry, problem.task_ids
 
     def forward(x: Tensor) -> Tensor:
-        folded, groups = layer.fold(layer.tasks_for(x, task_ids))
+        folded, groups, _ = layer.fold(layer.tasks_for(x, task_ids))
         by_sample = folded if groups is None else folded[groups]
         y = F.linear(x, layer.weight)
         for scale, k in enumerate(geometry.scales):

@@ -3,11 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/pyramid.h"
+#include "cpu/router.h"
 #include "cpu/threads.h"
 
 namespace py = pybind11;
@@ -23,7 +26,7 @@ T* at(Address address) {
 
 ept::Problem problem(bool bf16, int64_t in_features, int64_t out_features, int64_t rank, std::vector<int64_t> scales,
                      Address x, int64_t x_stride, int64_t rows, Address A, Address B, Address folded,
-                     int64_t num_groups, Address groups, int64_t segments) {
+                     int64_t num_groups, Address groups, int64_t segments, Address active) {
     return {in_features,
             out_features,
             rank,
@@ -36,7 +39,23 @@ ept::Problem problem(bool bf16, int64_t in_features, int64_t out_features, int64
             at<const float>(folded),
             num_groups,
             at<const int64_t>(groups),
-            segments};
+            segments,
+            at<const unsigned char>(active)};
+}
+
+// experts: (k, scale, floats before the scale, factor) of each; num_scales and folded_size follow from them.
+ept::Router router(const std::vector<std::tuple<int64_t, int64_t, int64_t, float>>& experts, int64_t top_k,
+                   int64_t width, Address gate, Address table, int64_t num_tasks, int64_t groups, Address tasks,
+                   int64_t first_task, const std::vector<Address>& kernels) {
+    ept::Router router{{}, 0, 0, top_k, width, at<const float>(gate), at<const float>(table), num_tasks, groups,
+                       at<const int64_t>(tasks), first_task, {}};
+    for (const auto& [k, scale, folded, factor] : experts) {
+        router.experts.push_back({k, scale, folded, factor});
+        router.num_scales = std::max(router.num_scales, scale + 1);
+        router.folded_size = std::max(router.folded_size, folded + k * k);
+    }
+    for (const Address kernel : kernels) router.kernels.push_back(at<const float>(kernel));
+    return router;
 }
 
 std::string compiler() {
@@ -75,10 +94,10 @@ PYBIND11_MODULE(_C, module) {
         "cpu_forward",
         [](bool bf16, int64_t in_features, int64_t out_features, int64_t rank, std::vector<int64_t> scales, Address x,
            int64_t x_stride, int64_t rows, Address A, Address B, Address folded, int64_t num_groups, Address groups,
-           int64_t segments, Address y, int64_t y_stride, bool accumulate, Address start) {
+           int64_t segments, Address active, Address y, int64_t y_stride, bool accumulate, Address start) {
             py::gil_scoped_release release;
             ept::forward(problem(bf16, in_features, out_features, rank, std::move(scales), x, x_stride, rows, A, B,
-                                 folded, num_groups, groups, segments),
+                                 folded, num_groups, groups, segments, active),
                          {at<void>(y), y_stride, accumulate, at<const void>(start)});
         },
         "y = start, or what is there, plus the update of each row.");
@@ -86,13 +105,36 @@ PYBIND11_MODULE(_C, module) {
         "cpu_backward",
         [](bool bf16, int64_t in_features, int64_t out_features, int64_t rank, std::vector<int64_t> scales, Address x,
            int64_t x_stride, int64_t rows, Address A, Address B, Address folded, int64_t num_groups, Address groups,
-           int64_t segments, Address grad, int64_t grad_stride, Address grad_x, int64_t grad_x_stride, bool accumulate,
+           int64_t segments, Address active, Address grad, int64_t grad_stride, Address grad_x, int64_t grad_x_stride, bool accumulate,
            Address grad_A, Address grad_B, Address grad_folded) {
             py::gil_scoped_release release;
             ept::backward(problem(bf16, in_features, out_features, rank, std::move(scales), x, x_stride, rows, A, B,
-                                  folded, num_groups, groups, segments),
+                                  folded, num_groups, groups, segments, active),
                           {at<const void>(grad), grad_stride}, {at<void>(grad_x), grad_x_stride, accumulate, nullptr},
                           at<float>(grad_A), at<float>(grad_B), at<float>(grad_folded));
         },
         "Gradients of x, A, B and folded; an address of 0: not wanted.");
+    module.def(
+        "fold_tasks",
+        [](const std::vector<std::tuple<int64_t, int64_t, int64_t, float>>& experts, int64_t top_k, int64_t width,
+           Address gate, Address table, int64_t num_tasks, int64_t groups, Address tasks, int64_t first_task,
+           const std::vector<Address>& kernels, Address expert, Address weight, Address folded, Address active) {
+            ept::fold_tasks(router(experts, top_k, width, gate, table, num_tasks, groups, tasks, first_task, kernels),
+                            {at<int64_t>(expert), at<float>(weight)}, at<float>(folded), at<unsigned char>(active));
+        },
+        "Routes each task and folds the kernels of its experts.");
+    module.def(
+        "fold_tasks_backward",
+        [](const std::vector<std::tuple<int64_t, int64_t, int64_t, float>>& experts, int64_t top_k, int64_t width,
+           Address gate, Address table, int64_t num_tasks, int64_t groups, Address tasks, int64_t first_task,
+           const std::vector<Address>& kernels, Address expert, Address weight, Address grad_folded, Address grad_gate,
+           Address grad_table, const std::vector<Address>& grad_kernels) {
+            std::vector<float*> to;
+            for (const Address address : grad_kernels) to.push_back(at<float>(address));
+            ept::fold_tasks_backward(
+                router(experts, top_k, width, gate, table, num_tasks, groups, tasks, first_task, kernels),
+                {at<int64_t>(expert), at<float>(weight)}, at<const float>(grad_folded), at<float>(grad_gate),
+                at<float>(grad_table), to);
+        },
+        "Gradients of gate, table and kernels; an address of 0: not wanted.");
 }

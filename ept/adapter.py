@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ept_kernels import PyramidGeometry, fold_kernels, pyramid_weight, without_autocast
+from ept_kernels import PyramidGeometry, active_scales, fold_kernels, native_fold, pyramid_weight, without_autocast
 
 from .config import EPTConfig
 from .context import current
@@ -87,22 +87,33 @@ class PyramidAdapter(nn.Module):
         """
         return route(self.gate, self.task_table.embed(self.task_table.resolve(task_ids)), self.top_k)
 
-    def fold(self, tasks: int | Tensor) -> tuple[Tensor, Tensor | None]:
-        """Folded kernels ``[G, folded_size]`` of resolved tasks, and ``groups`` as the ops take them.
+    def _kernels(self) -> tuple[Tensor, ...]:
+        own = self.kernels._parameters  # a ParameterList looks every item up by name, which a small layer would notice
+        return tuple(own.values()) if len(own) == self.geometry.num_experts else tuple(self.kernels)
+
+    def fold(self, tasks: int | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Folded kernels ``[G, folded_size]`` of resolved tasks, ``groups`` and ``active`` as the ops take them.
 
         A batch with more samples than tasks routes every task once; a smaller one routes its samples.
         """
-        table, groups = self.task_table, None
-        if isinstance(tasks, Tensor) and tasks.dim() and len(tasks) > table.num_tasks:
-            embeddings, groups = table.weight, tasks
-        else:
-            embeddings = table.embed(tasks)
-            if len(embeddings) != 1:
-                groups = torch.arange(len(embeddings), device=embeddings.device)
+        table, groups, routed = self.task_table, None, tasks
+        if isinstance(tasks, Tensor) and tasks.dim():
+            if len(tasks) > table.num_tasks:
+                groups, routed = tasks, None
+            elif len(tasks) != 1:
+                groups = torch.arange(len(tasks), device=table.weight.device)
+        kernels = self._kernels()
+        if native_fold.serves(self.gate, table.weight, *kernels):
+            folded, active = native_fold.fold_tasks(
+                self.gate, table.weight, routed, kernels, self.top_k, self.scaling, self.geometry
+            )
+            return folded, groups, active
+        embeddings = table.weight if routed is None else table.embed(routed)
         index, gates = route(self.gate, embeddings, self.top_k)
         dense = gates.new_zeros(len(gates), self.geometry.num_experts).scatter(1, index, gates)
         with without_autocast(dense.device):
-            return fold_kernels(self.kernels, dense, self.scaling, self.geometry), groups
+            folded = fold_kernels(kernels, dense, self.scaling, self.geometry)
+        return folded, groups, active_scales(dense.detach(), self.geometry)
 
     def delta_weight(self, task: int | str | None = None) -> Tensor:
         """The dense update of one task, ``[out, in]`` in the adapter's dtype; differentiable.
@@ -112,7 +123,7 @@ class PyramidAdapter(nn.Module):
         """
         if task is not None and not isinstance(task, (int, str)):
             raise TypeError(f"task must be an id or a name, got {type(task).__name__}")
-        folded, _ = self.fold(self.task_table.resolve(task))
+        folded, *_ = self.fold(self.task_table.resolve(task))
         return pyramid_weight(self.A, self.B, folded, self.geometry)[0]
 
     def tasks_for(self, x: Tensor, task_ids: TaskIds | None) -> int | Tensor:
@@ -121,13 +132,14 @@ class PyramidAdapter(nn.Module):
         Raises:
             ValueError, TypeError: as ``TaskTable.resolve``, or a number of ids that does not fit the batch.
         """
-        explicit = task_ids is not None
-        if not explicit and self.task_table.num_tasks > 1:
+        explicit, table, resolved = task_ids is not None, self.task_table, False
+        if not explicit and table.num_tasks > 1:
             context = current()
             if context is not None:
-                context.collect(x, self.task_table.dim)
+                context.collect(x, table.dim)
                 task_ids = context.task_ids
-        tasks = self.task_table.resolve(task_ids)
+                resolved = any(other is table for other in context.tables)
+        tasks = task_ids if resolved else table.resolve(task_ids)
         if isinstance(tasks, Tensor) and tasks.dim():
             batch = x.shape[0] if x.dim() > 1 else 1
             # Inside a model a layer may see beams, windows or flattened tokens: whole multiples, sample by sample.

@@ -16,7 +16,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from .tasks import TaskIds
+from .tasks import TaskIds, TaskTable
 
 
 @dataclass
@@ -30,6 +30,7 @@ class TaskContext:
         expands: whether a model's batch may be a whole multiple of the ids (generation: the beams of a sample).
         owner: the model whose forward pass this is, or None for a block of the caller's.
         outer: the context that this one hides.
+        tables: task tables that have resolved ``task_ids`` already, so that their layers need not do it again.
     """
 
     task_ids: TaskIds | None
@@ -38,6 +39,7 @@ class TaskContext:
     expands: bool = False
     owner: nn.Module | None = field(default=None, repr=False)
     outer: TaskContext | None = field(default=None, repr=False)
+    tables: tuple[TaskTable, ...] = field(default=(), repr=False)
     _last: Tensor | None = field(default=None, repr=False)
 
     def collect(self, x: Tensor, dim: int) -> None:
@@ -153,7 +155,7 @@ class _CheckpointWithTasks:
             if first_run:
                 first_run = False
                 return function(*inner, **inner_kwargs)
-            with activate(TaskContext(context.task_ids, context.attention_mask)):
+            with activate(TaskContext(context.task_ids, context.attention_mask, tables=context.tables)):
                 return function(*inner, **inner_kwargs)
 
         return self.checkpoint(run, *args, **kwargs)

@@ -141,9 +141,18 @@ class EPTLinear(PyramidAdapter):
         """
         if self.merged:
             return self._forward_merged(x, task_ids)
-        folded, groups = self.fold(self.tasks_for(x, task_ids))
+        folded, groups, active = self.fold(self.tasks_for(x, task_ids))
         return pyramid_linear(
-            x, self.weight, self.bias, self.A, self.B, folded, groups, self.geometry, dropout_p=self.dropout_p
+            x,
+            self.weight,
+            self.bias,
+            self.A,
+            self.B,
+            folded,
+            groups,
+            self.geometry,
+            dropout_p=self.dropout_p,
+            active=active,
         )
 
     def _forward_merged(self, x: Tensor, task_ids: TaskIds | None) -> Tensor:

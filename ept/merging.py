@@ -29,7 +29,7 @@ def merged_weight(weight: Tensor, adapters: list[PyramidAdapter], task: int, *, 
         total = total.to(reduce(torch.promote_types, dtypes, total.dtype))
     with torch.no_grad():
         for adapter in adapters:
-            folded, _ = adapter.fold(task)
+            folded, *_ = adapter.fold(task)
             total = pyramid_merge(total, adapter.A, adapter.B, folded, adapter.geometry)[0]
     total = (total.T if transposed else total).to(weight.dtype).contiguous()
     if not torch.isfinite(total).all():

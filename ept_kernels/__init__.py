@@ -2,12 +2,13 @@
 
 from .autocast import without_autocast
 from .dispatch import available_backends, backend_for
-from .folding import fold_kernels
+from .folding import active_scales, fold_kernels
 from .functional import pyramid_delta, pyramid_linear, pyramid_merge, pyramid_weight
 from .geometry import PyramidGeometry
 
 __all__ = [
     "PyramidGeometry",
+    "active_scales",
     "available_backends",
     "backend_for",
     "fold_kernels",

@@ -3,9 +3,11 @@
 A backend is a module with a ``name``, six functions (``pyramid_weight``, ``pyramid_delta``, ``pyramid_linear`` and
 their ``_backward`` twins, with the signatures of ``torch_backend``) and, unless it serves everything, a function
 ``unsupported(device, dtype)`` that says why it cannot serve, or None. One with ``fuses_dropout = True`` takes
-``dropout_p`` and ``seed`` as well; for the others rows are dropped before they come. One that can add an update to a
-base weight in passing has ``pyramid_merge(weight, A, B, folded, scales)``: any weight of a dtype it serves, A, B and
-folded of one dtype, fp32 or wider. Rows are 2-D, sizes are validated, autograd and autocast are already out of the way.
+``dropout_p`` and ``seed`` as well; for the others rows are dropped before they come. One with ``takes_active = True``
+takes ``active`` as well; for the others the gradient of what is inactive is masked afterwards. One that can add an
+update to a base weight in passing has ``pyramid_merge(weight, A, B, folded, scales)``: any weight of a dtype it serves,
+A, B and folded of one dtype, fp32 or wider. Rows are 2-D, sizes are validated, autograd and autocast are already out of
+the way.
 ``EPT_BACKEND`` forces a backend for the whole process and fails loudly if that backend cannot serve; without it the
 first of ``AUTOMATIC`` that can serve does. Modules are imported when first asked for: importing the package touches no
 GPU and needs neither Triton nor a compiled extension.
@@ -15,9 +17,11 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 _MODULES = {
     "triton": ".triton",
@@ -80,3 +84,33 @@ def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> Mod
             raise RuntimeError(f"EPT_BACKEND={forced!r} cannot serve {dtype} on {device}: {reason}")
         backend = _chosen[forced, device, dtype] = _load(forced or automatic(device, dtype))
     return backend
+
+
+#: Arguments of the ops on rows that every backend takes: those before ``dropout_p``, ``seed`` and ``active``.
+_ARITY = {"pyramid_delta": 7, "pyramid_delta_backward": 8, "pyramid_linear": 8, "pyramid_linear_backward": 9}
+
+
+def _mask_inactive(grad_folded: Tensor, active: Tensor, scales: Sequence[int]) -> Tensor:
+    """The gradient of the folded kernels ``[G, folded_size]`` with zeros for scales that are not ``active [G, S]``."""
+    mask = torch.cat([active[:, s, None].expand(-1, k * k) for s, k in enumerate(scales)], dim=1)
+    return grad_folded.masked_fill(~mask, 0)
+
+
+def run(op: str, *args):
+    """An op on its backend; a result that was not asked for is None.
+
+    A backend need not know of dropout where nothing is dropped, nor of ``active`` unless it has ``takes_active``.
+    """
+    backend, options = backend_for(args[0].device, args[0].dtype), {}
+    active = None
+    if op in _ARITY and len(args) > _ARITY[op]:  # torch leaves trailing arguments out where they are None
+        dropout_p, seed, active = (*args[_ARITY[op] :], None, None)[:3]
+        args = args[: _ARITY[op]]
+        if seed is not None:
+            options = {"dropout_p": dropout_p, "seed": seed}
+        if active is not None and getattr(backend, "takes_active", False):
+            options["active"], active = active, None
+    result = getattr(backend, op)(*args, **options)
+    if active is not None and isinstance(result, tuple) and result[3] is not None:
+        result = (*result[:3], _mask_inactive(result[3], active, args[-2]))
+    return result

@@ -47,3 +47,18 @@ def fold_kernels(kernels: Sequence[Tensor], gates: Tensor, scaling: float, geome
         for gate, table, count, alp in zip(gates.split(counts, 1), tables, counts, geometry.alp_factors, strict=True)
     ]
     return torch.cat(blocks, dim=1)
+
+
+def active_scales(gates: Tensor, geometry: PyramidGeometry) -> Tensor:
+    """``[G, S]`` bool: whether a group's gates ``[G, E]`` select an expert of each of ``geometry.scales``.
+
+    The kernel that ``fold_kernels`` makes for a scale without one is zero and gets no gradient: the ops skip it.
+    """
+    selected = gates != 0
+    experts = [[e for e, k in enumerate(geometry.kernel_sizes) if k == scale] for scale in geometry.scales]
+    if experts == [list(range(own[0], own[-1] + 1)) for own in experts]:
+        parts = [selected[:, own[0] : own[-1] + 1] for own in experts]
+    else:
+        columns = selected.unbind(1)
+        parts = [torch.stack([columns[e] for e in own], dim=1) for own in experts]
+    return torch.stack([part.any(1) for part in parts], dim=1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import ops as _ops  # noqa: F401  (registers torch.ops.ept)
 from .autocast import autocast_dtype, without_autocast
 from .dispatch import backend_for
+from .eager import call
 from .geometry import PyramidGeometry
 
 
@@ -42,9 +43,13 @@ def _check_rows(x: Tensor, folded: Tensor, groups: Tensor | None, geometry: Pyra
         raise ValueError(f"groups must have a length that divides the {rows} rows of x, got {count}")
 
 
-def _check_dropout(dropout_p: float) -> None:
+def _check_options(dropout_p: float, active: Tensor | None, folded: Tensor, geometry: PyramidGeometry) -> None:
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+    if active is not None:
+        _expect("active", active, (folded.shape[0], len(geometry.scales)), "[groups, scales] =")
+        if active.dtype != torch.bool:
+            raise ValueError(f"active must be a bool tensor, got {active.dtype}")
 
 
 @torch.compiler.assume_constant_result
@@ -118,6 +123,7 @@ def pyramid_delta(
     geometry: PyramidGeometry,
     *,
     dropout_p: float = 0.0,
+    active: Tensor | None = None,
 ) -> Tensor:
     """The adapter's output for any base layer (spec section 2): ``sum_k B_k (A_k X) Kbar_k[g]^T``.
 
@@ -130,6 +136,8 @@ def pyramid_delta(
         geometry: the layer's sizes.
         dropout_p: probability with which an entry of x is zero, in [0, 1); the others are divided by 1 - p. Drawn from
             torch's generator.
+        active: ``[G, S]`` bool, whether a group uses an expert of each of ``geometry.scales``; None: whether it does is
+            not known. Where False, the kernel in ``folded`` must be zero; its gradient is zero then, and not computed.
 
     Returns:
         ``[..., out]`` in the dtype of x (autocast's, where that is on), differentiable once in x, A, B and folded.
@@ -139,11 +147,11 @@ def pyramid_delta(
     """
     _check_adapter(A, B, folded, geometry)
     _check_rows(x, folded, groups, geometry)
-    _check_dropout(dropout_p)
+    _check_options(dropout_p, active, folded, geometry)
     dtype = autocast_dtype(x)
     if dtype is not None:
         with without_autocast(x.device):
-            return pyramid_delta(x.to(dtype), A, B, folded, groups, geometry, dropout_p=dropout_p)
+            return pyramid_delta(x.to(dtype), A, B, folded, groups, geometry, dropout_p=dropout_p, active=active)
     seed = None
     if dropout_p > 0:
         if _fuses_dropout(x.device, x.dtype):
@@ -151,8 +159,18 @@ def pyramid_delta(
         else:
             x = F.dropout(x, dropout_p)
     rows = x.reshape(-1, geometry.in_features)
-    delta = torch.ops.ept.pyramid_delta(
-        rows, A, B, folded, groups, geometry.out_features, list(geometry.scales), dropout_p, seed
+    delta = call(
+        "pyramid_delta",
+        rows,
+        A,
+        B,
+        folded,
+        groups,
+        geometry.out_features,
+        list(geometry.scales),
+        dropout_p,
+        seed,
+        active,
     )
     return delta.view(*x.shape[:-1], geometry.out_features)
 
@@ -168,6 +186,7 @@ def pyramid_linear(
     geometry: PyramidGeometry,
     *,
     dropout_p: float = 0.0,
+    active: Tensor | None = None,
 ) -> Tensor:
     """``x @ weight.T + bias`` and the adapter's output in one call; the rest as in ``pyramid_delta``.
 
@@ -184,7 +203,7 @@ def pyramid_linear(
     """
     _check_adapter(A, B, folded, geometry)
     _check_rows(x, folded, groups, geometry)
-    _check_dropout(dropout_p)
+    _check_options(dropout_p, active, folded, geometry)
     _expect("weight", weight, (geometry.out_features, geometry.in_features), "[out, in] =")
     if bias is not None:
         _expect("bias", bias, (geometry.out_features,), "[out] =")
@@ -193,7 +212,16 @@ def pyramid_linear(
         with without_autocast(x.device):
             cast_bias = None if bias is None else bias.to(dtype)
             return pyramid_linear(
-                x.to(dtype), weight.to(dtype), cast_bias, A, B, folded, groups, geometry, dropout_p=dropout_p
+                x.to(dtype),
+                weight.to(dtype),
+                cast_bias,
+                A,
+                B,
+                folded,
+                groups,
+                geometry,
+                dropout_p=dropout_p,
+                active=active,
             )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
@@ -201,11 +229,11 @@ def pyramid_linear(
     seed = None
     if dropout_p > 0:
         if not _fuses_dropout(x.device, x.dtype):
-            delta = pyramid_delta(F.dropout(x, dropout_p), A, B, folded, groups, geometry)
+            delta = pyramid_delta(F.dropout(x, dropout_p), A, B, folded, groups, geometry, active=active)
             return F.linear(x, weight, bias) + delta
         seed = _dropout_seed(x)
     rows = x.reshape(-1, geometry.in_features)
-    output = torch.ops.ept.pyramid_linear(
-        rows, weight, bias, A, B, folded, groups, list(geometry.scales), dropout_p, seed
+    output = call(
+        "pyramid_linear", rows, weight, bias, A, B, folded, groups, list(geometry.scales), dropout_p, seed, active
     )
     return output.view(*x.shape[:-1], geometry.out_features)

@@ -3,8 +3,8 @@
 The update costs what a LoRA of rank r costs for each scale. Forward writes ``bias + update`` into the output and the
 base product adds itself (``addmm`` with beta = 1): the update takes the place of the pass that would have written the
 bias. Backward does the same with the gradient of x. Scales whose folded kernels are zero are skipped, except for the
-gradient of those kernels. Sums over rows go by thread, then in the order of the threads: results are the same to the
-bit for the same number of threads.
+gradient of those kernels where ``active`` does not say that nobody wants it. Sums over rows go by thread, then in the
+order of the threads: results are the same to the bit for the same number of threads.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ __all__ = [
     "pyramid_weight",
     "pyramid_weight_backward",
     "select_instruction_set",
+    "takes_active",
     "unsupported",
 ]
 
 name = "cpu"
+
+takes_active = True
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -77,7 +80,12 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return extension if isinstance(extension, str) else None
 
 
-def _module() -> ModuleType:
+def module() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: there is none; the message says why.
+    """
     extension = _extension()
     if isinstance(extension, str):
         raise RuntimeError(extension)
@@ -91,7 +99,7 @@ def build_info() -> dict[str, str | list[str]]:
     Raises:
         RuntimeError: there is no compiled module; the message says why.
     """
-    return _module().build_info()
+    return module().build_info()
 
 
 def select_instruction_set(isa: str) -> None:
@@ -103,7 +111,7 @@ def select_instruction_set(isa: str) -> None:
         ValueError: an instruction set that is not built or not on this processor.
         RuntimeError: there is no compiled module; the message says why.
     """
-    _module().select_cpu_isa(isa)
+    module().select_cpu_isa(isa)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -133,11 +141,14 @@ class _Call:
         groups: Tensor | None,
         out_features: int,
         scales: Sequence[int],
+        active: Tensor | None,
     ) -> None:
         x, A, B, folded = _rows(x), _plain(A), _plain(B), _plain(folded)
         if groups is not None:
             groups = groups.to(torch.int64).contiguous()
-        self.tensors = (x, A, B, folded, groups)
+        if active is not None:
+            active = active.contiguous()
+        self.tensors = (x, A, B, folded, groups, active)
         self.arguments = (
             x.dtype == torch.bfloat16,
             x.shape[1],
@@ -153,18 +164,26 @@ class _Call:
             folded.shape[0],
             _address(groups),
             0 if groups is None else groups.shape[0],
+            _address(active),
         )
 
     def add_to(self, y: Tensor, start: Tensor | None) -> None:
         """``y = start + update``, ``start [out]`` or None for zeros."""
-        _module().cpu_forward(*self.arguments, y.data_ptr(), y.stride(0), False, _address(start))
+        module().cpu_forward(*self.arguments, y.data_ptr(), y.stride(0), False, _address(start))
 
 
 def pyramid_delta(
-    x: Tensor, A: Tensor, B: Tensor, folded: Tensor, groups: Tensor | None, out_features: int, scales: Sequence[int]
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    folded: Tensor,
+    groups: Tensor | None,
+    out_features: int,
+    scales: Sequence[int],
+    active: Tensor | None = None,
 ) -> Tensor:
     y = x.new_empty(x.shape[0], out_features)
-    _Call(x, A, B, folded, groups, out_features, scales).add_to(y, None)
+    _Call(x, A, B, folded, groups, out_features, scales, active).add_to(y, None)
     return y
 
 
@@ -177,10 +196,11 @@ def pyramid_linear(
     folded: Tensor,
     groups: Tensor | None,
     scales: Sequence[int],
+    active: Tensor | None = None,
 ) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[0])
     start = bias if bias is None else bias.contiguous()
-    _Call(x, A, B, folded, groups, weight.shape[0], scales).add_to(y, start)
+    _Call(x, A, B, folded, groups, weight.shape[0], scales, active).add_to(y, start)
     return y.addmm_(x, weight.T)
 
 
@@ -193,14 +213,15 @@ def pyramid_delta_backward(
     groups: Tensor | None,
     scales: Sequence[int],
     needs: Sequence[bool],
+    active: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, A, B, folded, each only where ``needs`` asks. U is recomputed: x is all that forward saves."""
     grad = _rows(grad)
     grad_x = x.new_empty(x.shape) if needs[0] else None
     inputs = zip((A, B, folded), needs[1:], strict=True)
     sums = [tensor.new_empty(tensor.shape, dtype=torch.float32) if need else None for tensor, need in inputs]
-    call = _Call(x, A, B, folded, groups, grad.shape[1], scales)
-    _module().cpu_backward(
+    call = _Call(x, A, B, folded, groups, grad.shape[1], scales, active)
+    module().cpu_backward(
         *call.arguments,
         grad.data_ptr(),
         grad.stride(0),
@@ -222,8 +243,9 @@ def pyramid_linear_backward(
     groups: Tensor | None,
     scales: Sequence[int],
     needs: Sequence[bool],
+    active: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    grad_x, *rest = pyramid_delta_backward(grad, x, A, B, folded, groups, scales, needs)
+    grad_x, *rest = pyramid_delta_backward(grad, x, A, B, folded, groups, scales, needs, active)
     if grad_x is not None:
         grad_x.addmm_(grad, weight)
     return grad_x, *rest

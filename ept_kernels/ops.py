@@ -3,8 +3,9 @@
 Rows are 2-D here; ``functional`` validates, flattens and handles autocast. ``groups [N]`` gives the row of ``folded``
 for each of N equal runs of consecutive rows (N divides T: 1, one a sample, or one a row); None means row 0 for all.
 Backward saves only what forward was given, so a layer keeps x and tiny tensors alive. With a ``seed [1]`` the adapter
-sees x with entries dropped at ``dropout_p``; the same seed drops the same entries in backward. The backward ops have no
-derivative of their own: a second differentiation raises.
+sees x with entries dropped at ``dropout_p``; the same seed drops the same entries in backward. ``active [G, S]`` is
+False where a group uses no expert of a scale: the kernel there is zero, and so is its gradient, which a backend need
+not compute. The backward ops have no derivative of their own: a second differentiation raises.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import backend_for, serves
+from .dispatch import backend_for, run, serves
+from .gradients import (
+    delta_backward,
+    delta_setup,
+    linear_backward,
+    linear_setup,
+    weight_backward,
+    weight_setup,
+)
 
 _library = torch.library.Library("ept", "DEF")
 
@@ -28,32 +37,26 @@ _library.define(
 _library.define("pyramid_merge(Tensor weight, Tensor A, Tensor B, Tensor folded, int[] scales) -> Tensor")
 _library.define(
     "pyramid_delta(Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int out_features, int[] scales,"
-    " float dropout_p=0.0, Tensor? seed=None) -> Tensor"
+    " float dropout_p=0.0, Tensor? seed=None, Tensor? active=None) -> Tensor"
 )
 _library.define(
     "pyramid_delta_backward(Tensor grad, Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int[] scales,"
-    " bool[] needs, float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    " bool[] needs, float dropout_p=0.0, Tensor? seed=None, Tensor? active=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "pyramid_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor folded, Tensor? groups,"
-    " int[] scales, float dropout_p=0.0, Tensor? seed=None) -> Tensor"
+    " int[] scales, float dropout_p=0.0, Tensor? seed=None, Tensor? active=None) -> Tensor"
 )
 _library.define(
     "pyramid_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor folded, Tensor? groups,"
-    " int[] scales, bool[] needs, float dropout_p=0.0, Tensor? seed=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    " int[] scales, bool[] needs, float dropout_p=0.0, Tensor? seed=None, Tensor? active=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
-
-
-#: Arguments of the ops that may drop entries of x, without ``dropout_p`` and ``seed``.
-_ARITY = {"pyramid_delta": 7, "pyramid_delta_backward": 8, "pyramid_linear": 8, "pyramid_linear_backward": 9}
 
 
 def _implement(op: str) -> None:
     def kernel(*args):
-        # Without a seed (left out by torch, where it is None) nothing is dropped, and a backend need not know of it.
-        if op in _ARITY and (len(args) < _ARITY[op] + 2 or args[-1] is None):
-            args = args[: _ARITY[op]]
-        result = getattr(backend_for(args[0].device, args[0].dtype), op)(*args)
+        result = run(op, *args)
         if isinstance(result, tuple):  # an op cannot return None: an empty tensor stands for "not asked for"
             return tuple(args[0].new_empty(0) if part is None else part.contiguous() for part in result)
         return result.contiguous()
@@ -94,12 +97,12 @@ def _(weight, A, B, folded, scales) -> Tensor:
 
 
 @torch.library.register_fake("ept::pyramid_delta", lib=_library)
-def _(x, A, B, folded, groups, out_features, scales, dropout_p=0.0, seed=None) -> Tensor:
+def _(x, A, B, folded, groups, out_features, scales, dropout_p=0.0, seed=None, active=None) -> Tensor:
     return x.new_empty(x.shape[0], out_features)
 
 
 @torch.library.register_fake("ept::pyramid_linear", lib=_library)
-def _(x, weight, bias, A, B, folded, groups, scales, dropout_p=0.0, seed=None) -> Tensor:
+def _(x, weight, bias, A, B, folded, groups, scales, dropout_p=0.0, seed=None, active=None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -114,57 +117,13 @@ def _(grad, A, B, folded, scales, needs):
 
 
 @torch.library.register_fake("ept::pyramid_delta_backward", lib=_library)
-def _(grad, x, A, B, folded, groups, scales, needs, dropout_p=0.0, seed=None):
+def _(grad, x, A, B, folded, groups, scales, needs, dropout_p=0.0, seed=None, active=None):
     return _fake_gradients(grad, (x, A, B, folded), needs)
 
 
 @torch.library.register_fake("ept::pyramid_linear_backward", lib=_library)
-def _(grad, x, weight, A, B, folded, groups, scales, needs, dropout_p=0.0, seed=None):
+def _(grad, x, weight, A, B, folded, groups, scales, needs, dropout_p=0.0, seed=None, active=None):
     return _fake_gradients(grad, (x, A, B, folded), needs)
-
-
-def _asked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-
-
-def _weight_setup(ctx, inputs, output) -> None:
-    A, B, folded, _, _, ctx.scales = inputs
-    ctx.save_for_backward(A, B, folded)
-
-
-def _weight_backward(ctx, grad):
-    needs = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.ept.pyramid_weight_backward(grad, *ctx.saved_tensors, ctx.scales, needs)
-    return *_asked(gradients, needs), None, None, None
-
-
-def _delta_setup(ctx, inputs, output) -> None:
-    x, A, B, folded, groups, _, ctx.scales, ctx.dropout_p, seed = inputs
-    ctx.save_for_backward(x, A, B, folded, groups, seed)
-
-
-def _delta_backward(ctx, grad):
-    needs = list(ctx.needs_input_grad[:4])
-    *saved, seed = ctx.saved_tensors
-    gradients = torch.ops.ept.pyramid_delta_backward(grad, *saved, ctx.scales, needs, ctx.dropout_p, seed)
-    return *_asked(gradients, needs), None, None, None, None, None
-
-
-def _linear_setup(ctx, inputs, output) -> None:
-    x, weight, _, A, B, folded, groups, ctx.scales, ctx.dropout_p, seed = inputs
-    ctx.save_for_backward(x, weight, A, B, folded, groups, seed)
-
-
-def _linear_backward(ctx, grad):
-    need_x, need_weight, need_bias, *need_adapter = ctx.needs_input_grad[:6]
-    needs = [need_x, *need_adapter]
-    *saved, seed = ctx.saved_tensors
-    gradients = torch.ops.ept.pyramid_linear_backward(grad, *saved, ctx.scales, needs, ctx.dropout_p, seed)
-    grad_x, *grad_adapter = _asked(gradients, needs)
-    # The base is frozen in EPT, but an op must not drop a gradient that somebody asks for.
-    grad_weight = grad.T @ saved[0] if need_weight else None
-    grad_bias = grad.sum(0) if need_bias else None
-    return grad_x, grad_weight, grad_bias, *grad_adapter, None, None, None, None
 
 
 def _refuse(ctx, *grads):
@@ -178,6 +137,6 @@ def _refuse_merge(ctx, grad):
 for _op in ("pyramid_weight", "pyramid_delta", "pyramid_linear"):
     torch.library.register_autograd(f"ept::{_op}_backward", _refuse, lib=_library)
 torch.library.register_autograd("ept::pyramid_merge", _refuse_merge, lib=_library)
-torch.library.register_autograd("ept::pyramid_weight", _weight_backward, setup_context=_weight_setup, lib=_library)
-torch.library.register_autograd("ept::pyramid_delta", _delta_backward, setup_context=_delta_setup, lib=_library)
-torch.library.register_autograd("ept::pyramid_linear", _linear_backward, setup_context=_linear_setup, lib=_library)
+torch.library.register_autograd("ept::pyramid_weight", weight_backward, setup_context=weight_setup, lib=_library)
+torch.library.register_autograd("ept::pyramid_delta", delta_backward, setup_context=delta_setup, lib=_library)
+torch.library.register_autograd("ept::pyramid_linear", linear_backward, setup_context=linear_setup, lib=_library)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ept_kernels import PyramidGeometry
+from ept_kernels import PyramidGeometry, reference
 
 BACKENDS = ("torch", "reference", "cpu")
 #: Backends that compute in fp32 at best.
@@ -157,6 +157,7 @@ class Problem:
     groups: Tensor | None
     cotangent: Tensor
     weight_cotangent: Tensor
+    active: Tensor | None = None  # of the fast functions; the reference computes everything
 
     def arguments(self, op: str) -> dict[str, Tensor]:
         """The differentiable arguments of ``op`` that are present."""
@@ -166,9 +167,12 @@ class Problem:
     def call(self, module: ModuleType, op: str, **replaced: Tensor) -> Tensor:
         """``module.<op>`` on this problem, with some arguments replaced."""
         positional = [replaced.get(name, getattr(self, name)) for name in DIFFERENTIABLE[op]]
+        options = {}
         if op != "pyramid_weight":
             positional.append(self.groups)
-        return getattr(module, op)(*positional, self.geometry)
+            if self.active is not None and module is not reference:
+                options["active"] = self.active
+        return getattr(module, op)(*positional, self.geometry, **options)
 
     def cotangent_of(self, op: str) -> Tensor:
         return self.weight_cotangent if op == "pyramid_weight" else self.cotangent

@@ -26,6 +26,7 @@ struct Cores {
     const float* columns;         // [groups][core]: entry (q, lane of a) is Kbar[a, q]
     const float* rows;            // [groups][core]: entry (a, lane of q) is Kbar[a, q]
     const unsigned char* active;  // [groups][num_scales]: whether a kernel has an entry that is not zero
+    const unsigned char* wanted;  // [groups][num_scales]: whether its gradient is wanted, where any is
     const int64_t* groups;        // [segments], null: all rows use kernel 0
     int64_t segment;              // rows of one segment
 };
@@ -54,7 +55,7 @@ struct Backward {
     MutableRows grad_x;  // null data: not wanted
     Packed A, B;
     Cores cores;
-    bool need_A, need_B, need_core;
+    bool need_A, need_B, need_core;  // need_core: of the kernels that are `wanted`
 };
 
 // Sums over the rows of one task, in the layouts of the packed factors and of the repeated cores. Zero at first.

@@ -28,13 +28,24 @@ EPT_INLINE void each_run(const Cores& cores, int64_t begin, int64_t end, Functio
     }
 }
 
+// Whether the flag of this scale is up for the kernel of any row of begin..end.
+static bool is_any(const unsigned char* flags, const Layer& layer, const Cores& cores, int scale, int64_t begin,
+                   int64_t end) {
+    bool any = false;
+    each_run(cores, begin, end, [&](int64_t, int64_t, int64_t group) {
+        any = any || flags[group * layer.num_scales + scale];
+    });
+    return any;
+}
+
 // Whether any row of begin..end uses this scale.
 static bool is_active(const Layer& layer, const Cores& cores, int scale, int64_t begin, int64_t end) {
-    bool active = false;
-    each_run(cores, begin, end, [&](int64_t, int64_t, int64_t group) {
-        active = active || cores.active[group * layer.num_scales + scale];
-    });
-    return active;
+    return is_any(cores.active, layer, cores, scale, begin, end);
+}
+
+// Whether the gradient of this scale's kernel is wanted for any row of begin..end.
+static bool is_wanted(const Layer& layer, const Cores& cores, int scale, int64_t begin, int64_t end) {
+    return is_any(cores.wanted, layer, cores, scale, begin, end);
 }
 
 // All strips of one scale: they follow one another.
@@ -176,11 +187,13 @@ static const typename Factor<E>::type* wgrad_factor([[maybe_unused]] int64_t row
 
 static int64_t intermediate_floats(const Layer& layer) { return block_rows(layer) * layer.row + W; }
 
-// How many scales shrink a block, and in which order: those that are active, or all.
+// How many scales shrink a block, and in which order: those that are active and, with `core`, those that are wanted.
 class Turns {
   public:
-    Turns(const Layer& layer, const Cores& cores, bool all, int64_t first, int64_t last) : turn_{-1, 0} {
-        for (int s = 0; s < layer.num_scales; ++s) turn_.of += all || is_active(layer, cores, s, first, last);
+    Turns(const Layer& layer, const Cores& cores, bool core, int64_t first, int64_t last) : turn_{-1, 0} {
+        for (int s = 0; s < layer.num_scales; ++s)
+            turn_.of += is_active(layer, cores, s, first, last) ||
+                        (core && is_wanted(layer, cores, s, first, last));
     }
     Turn next() { return ++turn_.index, turn_; }
 
@@ -229,21 +242,23 @@ static void backward_rows(const Backward& call, int64_t begin, int64_t end, cons
         for (int s = 0; s < layer.num_scales; ++s) {
             const Scale& scale = layer.scales[s];
             const bool active = is_active(layer, call.cores, s, first, last);
+            const bool core = call.need_core && is_wanted(layer, call.cores, s, first, last);
             const int64_t at = scale.column * rows, row = layer.rank * scale.pitch;
-            if (!active && !call.need_core) continue;
+            if (!active && !core) continue;
             const Turn turn = turns.next();
-            if (call.need_core || call.need_B)
+            if (core || call.need_B)
                 each_strip(layer, layer.in, s, [&](const Strip& strip) {
                     shrink(layer, layer.in, strip, x, call.x.stride, rows, turn,
                            shrink_factor<E>(call.A), U + at);
                 });
-            if (call.need_core || need_x || call.need_A)
+            if (core || need_x || call.need_A)
                 each_strip(layer, layer.out, s, [&](const Strip& strip) {
                     shrink(layer, layer.out, strip, grad, call.grad.stride, rows, turn,
                            shrink_factor<E>(call.B), dV + at);
                 });
-            if (call.need_core) {
+            if (core) {
                 each_run(call.cores, first, last, [&](int64_t from, int64_t to, int64_t group) {
+                    if (!call.cores.wanted[group * layer.num_scales + s]) return;
                     core_gradient(scale, (to - from) * layer.rank, U + at + (from - first) * row,
                                   dV + at + (from - first) * row, partial.core + group * layer.core + scale.core);
                 });

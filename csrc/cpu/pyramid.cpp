@@ -29,17 +29,22 @@ class Buffer {
     std::unique_ptr<float, Free> data_;
 };
 
-// The tables of every group's kernels, for both directions, and which of them are not zero.
+// The tables of every group's kernels, for both directions, which of them are not zero and whose gradient is wanted.
 class PackedCores {
   public:
     PackedCores(const Layer& layer, const Problem& problem)
         : tables_(2 * layer.core * problem.num_groups),
           active_(static_cast<std::size_t>(layer.num_scales * problem.num_groups)),
-          used_(static_cast<std::size_t>(layer.num_scales)) {
+          wanted_(active_.size(), 1),
+          used_(static_cast<std::size_t>(layer.num_scales)),
+          any_wanted_(static_cast<std::size_t>(layer.num_scales)) {
         float* columns = tables_.data();
         float* rows = columns + layer.core * problem.num_groups;
+        if (problem.active) wanted_.assign(problem.active, problem.active + active_.size());
         for (int64_t g = 0; g < problem.num_groups; ++g)
             for (int s = 0; s < layer.num_scales; ++s) {
+                any_wanted_[static_cast<std::size_t>(s)] |=
+                    wanted_[static_cast<std::size_t>(g * layer.num_scales + s)] != 0;
                 const Scale& scale = layer.scales[s];
                 const float* kernel = problem.folded + g * layer.folded + scale.folded;
                 const bool active = std::any_of(kernel, kernel + scale.k * scale.k, [](float v) { return v != 0; });
@@ -47,9 +52,11 @@ class PackedCores {
                 used_[static_cast<std::size_t>(s)] |= active;
                 if (active) fill(layer, s, kernel, columns + g * layer.core, rows + g * layer.core);
             }
-        cores = {columns, rows, active_.data(), problem.groups, problem.rows / std::max<int64_t>(1, problem.segments)};
+        cores = {columns,        rows,           active_.data(),
+                 wanted_.data(), problem.groups, problem.rows / std::max<int64_t>(1, problem.segments)};
     }
     bool used(int scale) const { return used_[static_cast<std::size_t>(scale)]; }
+    bool wanted(int scale) const { return any_wanted_[static_cast<std::size_t>(scale)]; }
 
     Cores cores;
 
@@ -66,7 +73,7 @@ class PackedCores {
     }
 
     Buffer tables_;
-    std::vector<unsigned char> active_, used_;
+    std::vector<unsigned char> active_, wanted_, used_, any_wanted_;
 };
 
 void check_groups(const Problem& problem) {
@@ -164,7 +171,7 @@ void backward(const Problem& problem, const Rows& grad, const MutableRows& grad_
     const PackedCores cores(layer, problem);
     const int64_t tasks = count_tasks(problem);
     const PackedFactors factors(kernels, layer, problem, tasks > 1,
-                                [&](int scale) { return grad_folded || cores.used(scale); });
+                                [&](int scale) { return (grad_folded && cores.wanted(scale)) || cores.used(scale); });
     const Backward call{&layer,    problem.dtype, grad,        problem.x,         grad_x,
                         factors.A, factors.B,     cores.cores, grad_A != nullptr, grad_B != nullptr,
                         grad_folded != nullptr};

@@ -22,6 +22,7 @@ struct Problem {
     int64_t num_groups;
     const int64_t* groups;  // [segments], null: kernel 0 everywhere
     int64_t segments;       // divides rows
+    const unsigned char* active;  // [groups, scales]: 0 where a kernel is zero and its gradient, zero, too; null: 1
 };
 
 // y[t] = start, or what is there, plus the update of row t. Throws std::out_of_range if an entry of `groups` is none.

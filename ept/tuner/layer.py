@@ -89,7 +89,7 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         adapters = self.enabled_adapters()
         if len(adapters) == 1 and not args and not kwargs and self._base_is_plain():
             adapter = adapters[0]
-            folded, groups = adapter.fold(adapter.tasks_for(x, None))
+            folded, groups, active = adapter.fold(adapter.tasks_for(x, None))
             base = self.base_layer
             weight = base.weight.T if isinstance(base, Conv1D) else base.weight
             return pyramid_linear(
@@ -102,13 +102,21 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
                 groups,
                 adapter.geometry,
                 dropout_p=adapter.dropout_p,
+                active=active,
             )
         output = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
-            folded, groups = adapter.fold(adapter.tasks_for(x, None))
+            folded, groups, active = adapter.fold(adapter.tasks_for(x, None))
             rows = x.to(output.dtype)
             output = output + pyramid_delta(
-                rows, adapter.A, adapter.B, folded, groups, adapter.geometry, dropout_p=adapter.dropout_p
+                rows,
+                adapter.A,
+                adapter.B,
+                folded,
+                groups,
+                adapter.geometry,
+                dropout_p=adapter.dropout_p,
+                active=active,
             )
         return output
 

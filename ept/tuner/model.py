@@ -106,6 +106,10 @@ class EPTModel(BaseTuner):
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.ept_task_tables]
 
+    def _tables(self) -> tuple[TaskTable, ...]:
+        """The tables that ``_resolve`` asks."""
+        return tuple(self.ept_task_tables[name] for name in self._active())
+
     def _disabled(self) -> bool:
         layer = self._any_layer()
         return layer is None or layer.disable_adapters
@@ -153,7 +157,13 @@ class EPTModel(BaseTuner):
             check_merged_task(resolved, merged_task)
         config = self.peft_config.get(next(iter(self.active_adapters), None))
         collects = self.training and config is not None and config.contrastive_weight > 0
-        context = TaskContext(resolved, kwargs.get("attention_mask"), [] if collects else None, owner=module)
+        context = TaskContext(
+            resolved,
+            kwargs.get("attention_mask"),
+            [] if collects else None,
+            owner=module,
+            tables=() if resolved is None or by_merge else self._tables(),
+        )
         if self.training:
             checkpoint_with_tasks(module)
         push(context)
@@ -170,7 +180,8 @@ class EPTModel(BaseTuner):
     @contextmanager
     def generating(self, task_ids: TaskIds | None, batch: int | None) -> Iterator[None]:
         """Give ``task_ids`` to every forward pass of a generation; beams of a sample share its id."""
-        with activate(TaskContext(self._resolve(task_ids, batch), expands=True)):
+        resolved = self._resolve(task_ids, batch)
+        with activate(TaskContext(resolved, expands=True, tables=() if resolved is None else self._tables())):
             yield
 
     @contextmanager

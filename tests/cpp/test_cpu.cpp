@@ -57,7 +57,7 @@ struct Layer {
     int64_t packed() const { return static_cast<int64_t>(folded.size()) / groups; }
     ept::Problem problem() const {
         return {in,       out,        rank,       scales, ept::DType::f32, {x.data(), in}, rows,
-                A.data(), B.data(),   folded.data(), groups, group.data(), segments};
+                A.data(), B.data(),   folded.data(), groups, group.data(), segments, nullptr};
     }
 };
 

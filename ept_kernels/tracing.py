@@ -1,0 +1,27 @@
+"""Whether code runs as written, or is watched by something that must see every op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing traces, transforms or intercepts what happens to ``tensors``.
+
+    Then an op may be called without ``torch.library``, whose detour costs several times as much as a small layer:
+    there is no ``torch.compile`` or ``torch.jit.trace`` to write it into a graph, no ``torch.func`` transform, no
+    dispatch mode (fake tensors, op counters) and no tensor subclass.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return False
+    return torch._C._functorch.peek_interpreter_stack() is None
