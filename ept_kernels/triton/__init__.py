@@ -12,6 +12,7 @@ import torch
 
 name = "triton"
 fuses_dropout = True
+takes_active = True
 
 _OPS = {f"pyramid_{op}{suffix}" for op in ("weight", "delta", "linear") for suffix in ("", "_backward")}
 _OPS.add("pyramid_merge")

@@ -48,11 +48,14 @@ def _shrink_rows(plan: Plan) -> int:
 def shrink_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     """Tiles of the shrink kernel, the default first."""
     block = _spreading(_shrink_rows(plan), rows, plan.rank_blocks)
-    channels = 64 if itemsize <= 2 else 32
-    candidates = [Config.of(BLOCK_T=block, BLOCK_C=channels, num_warps=8 if block == 64 else 4, num_stages=1)]
-    if block > 16:
-        candidates.append(Config.of(BLOCK_T=block // 2, BLOCK_C=channels, num_warps=4, num_stages=1))
-    return candidates
+    crowded = plan.block_columns > 192  # many scales, each with addresses of its own
+    channels = 64 if itemsize <= 2 and not crowded else 32
+
+    def config(rows: int) -> Config:
+        warps = {16: 2 if crowded and itemsize <= 2 else 4, 32: 4, 64: 8}[rows]
+        return Config.of(BLOCK_T=rows, BLOCK_C=channels, num_warps=warps, num_stages=1)
+
+    return [config(block)] + ([config(block // 2)] if block > 16 else [])
 
 
 def expand_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:

@@ -174,7 +174,9 @@ def expand(
             PRECISION=dot_precision(y.dtype),
         )
 
-    key = ("expand", features, plan, y.dtype, row_bucket(total), accumulate)
+    def key() -> tuple:
+        return "expand", features, plan, y.dtype, row_bucket(total), accumulate, p_drop > 0
+
     candidates = expand_candidates(plan, y.dtype.itemsize, total)
     start(choose(key, candidates, y.device, lambda config: start(config, torch.empty_like(y))), y)
     return y

@@ -17,9 +17,11 @@ FROM_BATCH = (
     "units",
     "units_per_segment",
     "span",
+    "spans",
     "a_spans",
     "b_spans",
     "num_groups",
+    "every_scale",  # not of the batch: its value is to stay unknown
 )
 
 

@@ -18,7 +18,7 @@ from .plan import plan_for
 from .precision import dot_precision
 from .target import on_its_device
 from .tiles import is_active
-from .tune import choose
+from .tune import choose, layout
 
 
 @triton.jit(do_not_specialize=FROM_BATCH)
@@ -130,7 +130,9 @@ def _weights(
         )
         return output
 
-    key = ("weight", sizes, plan, A.dtype, dtype, base is not None)
+    def key() -> tuple:
+        return "weight", sizes, plan, A.dtype, dtype, None if base is None else layout(base)
+
     return start(choose(key, weight_candidates(plan, A.dtype.itemsize), A.device, start))
 
 

@@ -24,7 +24,7 @@ from .precision import dot_precision
 from .reduce import reduce_gradients
 from .target import on_its_device
 from .tiles import is_active, spread
-from .tune import choose
+from .tune import choose, layout
 
 
 @triton.jit
@@ -279,7 +279,9 @@ def _partials(grad: Tensor, A: Tensor, B: Tensor, folded: Tensor, plan: Plan, ne
         )
         return partial_a, partial_b, partial_folded
 
-    key = ("weight_grad", tuple(grad.shape), plan, grad.dtype, tuple(needs))
+    def key() -> tuple:
+        return "weight_grad", tuple(grad.shape), plan, grad.dtype, tuple(needs), layout(grad[0]) if groups else None
+
     return start(choose(key, weight_grad_candidates(plan, grad.dtype.itemsize), grad.device, start))
 
 

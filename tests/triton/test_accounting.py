@@ -181,6 +181,8 @@ def factor_grad_reads(launched: Launched, plan: Plan, itemsize: int) -> dict[str
         "du_ptr": ROWS * plan.width * itemsize * cover(192, block),
         "dy_ptr": ROWS * 160 * itemsize * plan.rank_blocks,
         "v_ptr": ROWS * plan.width * itemsize * cover(160, block),
+        "du_active_ptr": ROWS * 4 * plan.rank_blocks * cover(192, block),
+        "v_active_ptr": ROWS * 4 * plan.rank_blocks * cover(160, block),
     }
 
 
