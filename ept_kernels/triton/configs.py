@@ -131,10 +131,10 @@ def weight_candidates(plan: Plan, itemsize: int) -> list[Config]:
     """Tiles of the weight generation, the default first; ranks beyond a block take several rounds."""
     most = 64 if itemsize <= 2 else 32  # three TF32 products of 64 ranks spill on sm_80
     ranks = min(most, max(16, triton.next_power_of_2(plan.rank)))
-    return [
-        Config.of(BLOCK_O=32, BLOCK_I=128, BLOCK_P=ranks, num_warps=8, num_stages=1),
-        Config.of(BLOCK_O=32, BLOCK_I=64, BLOCK_P=ranks, num_warps=4, num_stages=1),
-    ]
+    wide = Config.of(BLOCK_O=32, BLOCK_I=128, BLOCK_P=ranks, num_warps=8, num_stages=1)
+    if len(plan.scales) > 8:  # with 4 warps the addresses of 15 scales spill
+        return [wide]
+    return [wide, Config.of(BLOCK_O=32, BLOCK_I=64, BLOCK_P=ranks, num_warps=4, num_stages=1)]
 
 
 def weight_grad_candidates(plan: Plan, itemsize: int) -> list[Config]:

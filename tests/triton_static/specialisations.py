@@ -39,11 +39,12 @@ def layer(samples: int, length: int, by_row: bool, backward: bool) -> Callable[[
         x, weight = meta(rows, 768), meta(768, 768)
         A, B = meta(8, 384, dtype=torch.float32), meta(384, 8, dtype=torch.float32)
         folded = meta(samples, sum(k * k for k in SCALES), dtype=torch.float32)
+        active = meta(samples, len(SCALES), dtype=torch.bool)
         groups = meta(rows if by_row else samples, dtype=torch.int64)
         if backward:
-            backend.pyramid_linear_backward(x, x, weight, A, B, folded, groups, SCALES, (True,) * 4)
+            backend.pyramid_linear_backward(x, x, weight, A, B, folded, groups, SCALES, (True,) * 4, active=active)
         else:
-            backend.pyramid_linear(x, weight, None, A, B, folded, groups, SCALES)
+            backend.pyramid_linear(x, weight, None, A, B, folded, groups, SCALES, active=active)
 
     return start
 
