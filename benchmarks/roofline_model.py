@@ -2,7 +2,8 @@
 
 Notation: T tokens, ``in`` and ``out`` features, rank r, s bytes in a number of the rows' dtype. ``K`` is the set of
 *active* scales (those that the top-k experts of a row use), w_k = ceil(in / k), h_k = ceil(out / k),
-R = r * sum_{k in K} k the numbers that shrinking leaves of a row, and C >= R the columns that the kernel really issues:
+S all scales of the pyramid, R = r * sum_{k in K} k the numbers that shrinking leaves of a row (R' = r * sum_{k in S} k
+those that there is room for), and C >= R the columns that the kernel really issues:
 ``sum_k pow2(r) * pow2(k)`` where a generated matrix is padded to powers of two, R where it is not.
 A, B and the folded kernels are fp32 (4 bytes) beside rows of any dtype; U, V, dU are stored in the rows' dtype.
 
@@ -15,15 +16,16 @@ every row. Launch latency, caches too small for that reuse and rates below the p
 **FLOPs.** Base: ``2 T in out``. Shrink on matrix units is a dense product with the matrix generated in registers,
 ``Ahat[(p, q), c] = A[p, c // k] (c % k == q)``, so ``2 T in C``: k times the ``2 T in r`` per scale that the algebra
 needs, because k - 1 of k entries of Ahat are zero. Expand, the same the other way: ``2 T C out``. dA and dB are dense
-products of which the diagonal is kept: ``2 T in C``, ``2 T out C``. Core ``V = U Kbar^T``: ``2 T pow2(r) pow2(k)^2`` a
-scale; shrinking dy has two of that size, ``dU = dV Kbar`` and ``dKbar = dV^T U``.
+products of which the diagonal is kept, for every scale of the pyramid (C' columns), active or not: ``2 T in C'``,
+``2 T out C'``. Core ``V = U Kbar^T``: ``2 T pow2(r) pow2(k)^2`` a scale; shrinking dy has two of that size,
+``dU = dV Kbar`` and ``dKbar = dV^T U``.
 
 **Forward**
 
 =============  ============================================================  ==========================
 launch         reads                                                         writes
 =============  ============================================================  ==========================
-shrink         x ``T in s``, A ``4 r w`` (w of the smallest active scale),   V ``T R s``
+shrink         x ``T in s``, A ``4 r w`` (w of the smallest active scale),   V ``T R' s``
                folded ``4 sum k^2`` a task, groups 4 bytes a row block
 gemm           x, W ``in out s``                                             y ``T out s``
 gemm + expand  x, W, V, B ``4 r h`` (h of the smallest active scale)         y
@@ -40,13 +42,16 @@ all in one     x, W, A, B, folded, groups, V                                 V, 
   eager code launches instead of the last step: the product with B into a tensor of its own, that times alpha / r into
   another, the sum into a third.
 
-**Backward** (dy given; x, W and the adapter saved; U and V recomputed)
+**Backward** (dy given; x, W and the adapter saved; U and V recomputed). The layer says which scales a group's experts
+use (``active``), so that the others are not shrunk, have no core and no dKbar; the kernels decide it on the device.
+Without that table the gradient of every kernel must be computed.
 
-1. shrink x again: as above, writes U and V.
-2. shrink dy: reads dy ``T out s``, B, folded, groups, U; writes dU ``T R s`` and the kernels' gradient of every row
-   block, ``4 sum k^2`` each. dV stays in registers.
+1. shrink x again: as above, writes U ``T R s`` and V (zeros where a scale is inactive: what follows reads whole tiles).
+2. shrink dy: reads dy ``T out s``, B, folded, groups, U; writes dU ``T R' s`` and the active kernels' gradient of every
+   row block, ``4 sum k^2`` each. dV stays in registers.
 3. dx: ``dy W`` with dU expanded through A in the epilogue (unfused: its own launch, which reads and writes dx again).
-4. seed gradients: reads x, dU, dy, V; writes ``splits`` partial sums of dA and dB, ``4 r sum_k (w_k + h_k)`` each.
+4. seed gradients: reads x, dy, and of dU and V what is active; writes ``splits`` partial sums of dA and dB for every
+   scale, ``4 r |S| (in + out)`` each. The products are those of all scales: the inactive ones multiply zeros.
 5. reduce: reads the partial sums, writes dA, dB, dKbar.
 
 A frozen linear needs ``dx = dy W`` alone, and not x. LoRA keeps u, so its backward has no step 1.
@@ -167,6 +172,16 @@ class Work:
         return self._padded(self.geometry.rank) * sum(self._padded(k) for k in self.active)
 
     @property
+    def room(self) -> int:
+        """R': numbers of a row of intermediates, with those of inactive scales."""
+        return self.geometry.rank * sum(self.geometry.scales)
+
+    @property
+    def all_columns(self) -> int:
+        """C': columns of all scales."""
+        return self._padded(self.geometry.rank) * sum(self._padded(k) for k in self.geometry.scales)
+
+    @property
     def core_flops(self) -> int:
         """Of ``V = U Kbar^T`` for all rows."""
         return 2 * self.tokens * self._padded(self.geometry.rank) * sum(self._padded(k) ** 2 for k in self.active)
@@ -257,6 +272,10 @@ def _intermediate(work: Work) -> int:
     return work.tokens * work.shrunk * work.size
 
 
+def _room(work: Work) -> int:
+    return work.tokens * work.room * work.size
+
+
 def gemm(work: Work, tiles: Tiles | None = None, backward: bool = False) -> Launch:
     """The frozen linear: ``y = x W^T``, or backward ``dx = dy W``."""
     side = _backward(work) if backward else _forward(work)
@@ -269,7 +288,7 @@ def shrink(work: Work, tiles: Tiles | None = None, keep_u: bool = False) -> Laun
     reads = {"x": work.tokens * side.features * work.size, **_shrink_parameters(work, side, tiles)}
     writes = {"U": _intermediate(work)} if keep_u else {}
     flops = 2 * work.tokens * side.features * work.columns + work.core_flops
-    return Launch("shrink x", reads, {**writes, "V": _intermediate(work)}, flops)
+    return Launch("shrink x", reads, {**writes, "V": _room(work)}, flops)
 
 
 def shrink_gradient(work: Work, tiles: Tiles | None = None) -> Launch:
@@ -281,7 +300,7 @@ def shrink_gradient(work: Work, tiles: Tiles | None = None) -> Launch:
         **_shrink_parameters(work, side, tiles),
         "U": _intermediate(work),
     }
-    writes = {"dU": _intermediate(work), "dfolded partials": PARAMETER_BYTES * work.folded * row_blocks}
+    writes = {"dU": _room(work), "dfolded partials": PARAMETER_BYTES * work.folded * row_blocks}
     flops = 2 * work.tokens * side.features * work.columns + 2 * work.core_flops  # dV^T U and dV Kbar
     return Launch("shrink dy", reads, writes, flops)
 
@@ -322,12 +341,13 @@ def gemm_shrink_expand(work: Work, tiles: Tiles | None = None) -> Launch:
         extra = blocks(work.columns, tiles.cols)
         reads["x"] += work.tokens * side.features * work.size * extra
     flops = _gemm_flops(work) + 2 * work.tokens * work.columns * (side.features + side.results) + work.core_flops
-    return Launch("gemm + shrink + expand", reads, {"V": _intermediate(work), **_result(work, side)}, flops)
+    return Launch("gemm + shrink + expand", reads, {"V": _room(work), **_result(work, side)}, flops)
 
 
 def _seed_partials(work: Work) -> dict[str, int]:
-    each = PARAMETER_BYTES * work.geometry.rank * work.splits
-    return {"dA partials": each * sum(work.widths), "dB partials": each * sum(work.heights)}
+    g = work.geometry
+    each = PARAMETER_BYTES * g.rank * len(g.scales) * work.splits
+    return {"dA partials": each * g.in_features, "dB partials": each * g.out_features}
 
 
 def seed_gradients(work: Work, tiles: Tiles | None = None) -> Launch:
@@ -340,7 +360,7 @@ def seed_gradients(work: Work, tiles: Tiles | None = None) -> Launch:
         "dy": work.tokens * g.out_features * work.size,
         "V": _intermediate(work) * across_out,
     }
-    flops = 2 * work.tokens * work.columns * (g.in_features + g.out_features)
+    flops = 2 * work.tokens * work.all_columns * (g.in_features + g.out_features)
     return Launch("seed gradients", reads, _seed_partials(work), flops)
 
 

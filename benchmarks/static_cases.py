@@ -44,12 +44,13 @@ class Case:
     parameters: str = "fp32"  # or "rows": the dtype of the rows
     strided: bool = False  # x and dy are transposed views
     dropout: float = 0.0
+    active: bool = True  # the scales that each group uses are given, as a layer gives them
 
     @property
     def name(self) -> str:
         routing = "one group" if self.segments is None else f"{self.segments} segments"
         extras = [f"parameters as {self.parameters}"] * (self.parameters != "fp32") + ["strided"] * self.strided
-        extras += [f"dropout {self.dropout}"] * (self.dropout > 0)
+        extras += [f"dropout {self.dropout}"] * (self.dropout > 0) + ["nothing said of scales"] * (not self.active)
         return ", ".join([self.pyramid, self.layer, f"T={self.rows}", routing, *extras])
 
     @property
@@ -61,6 +62,8 @@ CASES = (
     *(Case("default r=8", "4096x4096", rows) for rows in (8192, 1000, 64, 16, 1)),
     *(Case("default r=8", "4096x4096", 8192, segments) for segments in (8, 8192)),
     *(Case("default r=8", "4096x4096", rows, rows) for rows in (64, 16)),
+    *(Case("default r=8", "4096x4096", 8192, segments, active=False) for segments in (None, 8, 8192)),
+    *(Case("2 to 16", "4096x4096", 8192, segments, active=False) for segments in (None, 8192)),
     Case("default r=8", "4096x4096", 8192, parameters="rows"),
     Case("default r=8", "4096x4096", 8192, strided=True),
     *(Case("default r=8", "4096x4096", 8192, segments, dropout=0.1) for segments in (None, 8192)),
@@ -93,19 +96,20 @@ def calls(case: Case, dtype: str) -> dict[Call, Callable[[], object]]:
     folded = tensor(3, sum(k * k for k in scales), dtype=of_parameters)
     groups = None if case.segments is None else tensor(case.segments, dtype=torch.int64)
     shared = (A, B, folded, groups)
-    dropout = (case.dropout, tensor(1, dtype=torch.int64) if case.dropout else None)
+    active = tensor(3, len(scales), dtype=torch.bool) if case.active else None
+    options = (case.dropout, tensor(1, dtype=torch.int64) if case.dropout else None, active)
 
     def linear(*, base: str, bias: torch.Tensor | None, needs: tuple[bool, ...]) -> None:
         os.environ["EPT_TRITON_BASE"] = base
         try:
-            backend.pyramid_linear(x, weight, bias, *shared, scales, *dropout)
-            backend.pyramid_linear_backward(dy, x, weight, *shared, scales, needs, *dropout)
+            backend.pyramid_linear(x, weight, bias, *shared, scales, *options)
+            backend.pyramid_linear_backward(dy, x, weight, *shared, scales, needs, *options)
         finally:
             del os.environ["EPT_TRITON_BASE"]
 
     def delta(needs: tuple[bool, ...]) -> None:
-        backend.pyramid_delta(x, *shared, outside, scales, *dropout)
-        backend.pyramid_delta_backward(dy, x, *shared, scales, needs, *dropout)
+        backend.pyramid_delta(x, *shared, outside, scales, *options)
+        backend.pyramid_delta_backward(dy, x, *shared, scales, needs, *options)
 
     def update() -> None:
         backend.pyramid_weight(A, B, folded, inside, outside, scales)

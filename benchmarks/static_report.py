@@ -4,6 +4,7 @@
     python benchmarks/static_report.py --target sm_90 --dtype bf16 --kernel linear_kernel
     python benchmarks/static_report.py --sample 40 --seed 1          a random subset, the same for the same seed
     python benchmarks/static_report.py --output static.csv           one row for each compiled kernel (.md: the table)
+    python benchmarks/static_report.py --output static.csv --resume  go on: only what the file does not hold yet
 
 Calls of the ops on meta tensors, over the pyramids, layers and batches of ``static_cases.py``, say which kernels are
 launched with which specialisation; each distinct one is compiled with each of its candidate tiles. The table shows, for
@@ -14,7 +15,6 @@ every kernel, tiles, target and dtype, the worst over the variants. Exits with 1
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import random
 import sys
@@ -24,11 +24,13 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import static_csv
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from static_cases import CASES, DTYPES, calls
 from static_compile import Compiled, compiled
+from static_csv import tiles
 from static_record import Launch, record
 from static_rules import EXPECTATIONS, violations
 from static_targets import TARGETS
@@ -54,14 +56,6 @@ def compile_all(launches: Sequence[Launch], jobs: int) -> Iterator[Compiled]:
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield from pool.map(compiled, launches, chunksize=4)
-
-
-def tiles(launch: Launch) -> str:
-    """Tile sizes, warps and stages: ``T64 C128 / 4 warps / 3 stages``."""
-    sizes = " ".join(
-        name.removeprefix("BLOCK_").replace("GROUP_", "G") + str(size) for name, size in launch.config.tiles
-    )
-    return f"{sizes} / {launch.config.num_warps} warps / {launch.config.num_stages} stages"
 
 
 def summary(results: Sequence[Compiled]) -> list[tuple[str, ...]]:
@@ -103,25 +97,11 @@ def _range(values: Iterable[int]) -> str:
     return f"{min(values)}" if min(values) == max(values) else f"{min(values)}-{max(values)}"
 
 
-def write(path: Path, results: Sequence[Compiled]) -> None:
-    """``.md``: the table; ``.csv``: every compiled kernel."""
+def table_file(path: Path, results: Sequence[Compiled]) -> None:
+    """The table as markdown."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".md":
-        lines = [HEADINGS + COUNTS, ["---"] * len(HEADINGS + COUNTS), *summary(results)]
-        path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
-        return
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow((*HEADINGS[:4], "variant", "call", *HEADINGS[5:], *COUNTS, "seconds"))
-        for result in results:
-            launch, code = result.launch, result.code
-            found = [""] * 9
-            if code is not None:
-                matrix = ", ".join(f"{count} {name}" for name, count in code.matrix.items())
-                found = [code.registers, code.stack, code.shared, f"{result.occupancy:.3f}", matrix]
-                found += [code.asynchronous, code.wide_loads, code.loads, code.local]
-            names = (launch.kernel, tiles(launch), launch.target, launch.dtype, launch.variant, launch.call.name)
-            writer.writerow((*names, *found, "; ".join(violations(result)), f"{result.seconds:.2f}"))
+    lines = [HEADINGS + COUNTS, ["---"] * len(HEADINGS + COUNTS), *summary(results)]
+    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -136,6 +116,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--output", type=Path, help="write every compiled kernel (.csv) or the table (.md) here")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what --output (.csv) holds already, compiled from this source"
+    )
     given = parser.parse_args(words)
     if given.sample is not None and given.sample < 1:
         parser.error(f"--sample must be at least 1, got {given.sample}")
@@ -143,6 +126,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--jobs must be at least 1, got {given.jobs}")
     if given.output is not None and given.output.suffix not in (".csv", ".md"):
         parser.error(f"--output must end in .csv or .md, got {given.output}")
+    if given.resume and (given.output is None or given.output.suffix != ".csv"):
+        parser.error(f"--resume needs an --output that ends in .csv, got {given.output}")
     return given
 
 
@@ -161,18 +146,28 @@ def main(words: Sequence[str] | None = None) -> int:
     if not launches:
         console.print("no launch matches the filters")
         return 2
-    console.print(f"{found} distinct kernels, compiling {len(launches)}")
+    rows = given.output if given.output is not None and given.output.suffix == ".csv" else None
+    known = static_csv.read(rows) if given.resume else {}
+    if rows is not None and not (given.resume and rows.exists()):
+        static_csv.start(rows)
+    keys = {launch: static_csv.key(launch) for launch in launches} if known else {}
+    results = [static_csv.restored(launch, known[keys[launch]]) for launch in launches if keys.get(launch) in known]
+    waiting = [launch for launch in launches if keys.get(launch) not in known]
+    held = f", {len(results)} known already" if given.resume else ""
+    console.print(f"{found} distinct kernels, compiling {len(waiting)}{held}")
     progress = Console(stderr=True)
-    results = list(
-        track(compile_all(launches, given.jobs), "compiling", total=len(launches), console=progress, transient=True)
-    )
+    compiling = compile_all(waiting, given.jobs)
+    for result in track(compiling, "compiling", total=len(waiting), console=progress, transient=True):
+        results.append(result)
+        if rows is not None:
+            static_csv.append(rows, static_csv.row(result, violations(result)))
 
     table = Table(*HEADINGS, *COUNTS)
     for row in summary(results):
         table.add_row(*row)
     console.print(table)
-    if given.output is not None:
-        write(given.output, results)
+    if given.output is not None and rows is None:
+        table_file(given.output, results)
     wrong = [(result.launch, line) for result in results for line in violations(result)]
     for launch, line in wrong:
         where = f"{launch.kernel} ({launch.variant}) {tiles(launch)} for {launch.target} {launch.dtype}"

@@ -51,7 +51,9 @@ class Target:
         return min(fits) * warps / self.warps
 
 
-def _nvidia(capability: int, shared_kib: int, tensor_columns: int = 0) -> Target:
+def _nvidia(
+    capability: int, shared_kib: int, *, tensor_columns: int = 0, warps: int = 64, programs: int = 32
+) -> Target:
     return Target(
         name=f"sm_{capability}",
         gpu=GPUTarget("cuda", capability, 32),
@@ -61,8 +63,8 @@ def _nvidia(capability: int, shared_kib: int, tensor_columns: int = 0) -> Target
         shared=(shared_kib - 1) * 1024,
         processor_shared=shared_kib * 1024,
         reserved=1024,
-        warps=64,
-        programs=32,
+        warps=warps,
+        programs=programs,
         tensor_columns=tensor_columns,
     )
 
@@ -71,6 +73,7 @@ TARGETS = {
     target.name: target
     for target in (
         _nvidia(80, 164),
+        _nvidia(86, 100, warps=48, programs=16),  # gaming cards; 8.9 and 12.0 have as little shared memory
         _nvidia(90, 228),
         _nvidia(100, 228, tensor_columns=512),
         Target(

@@ -196,6 +196,28 @@ class Problem:
         return {"output": output.detach(), **dict(zip(wanted, gradients, strict=True))}
 
 
+def folded_entries(table: Tensor, geometry: PyramidGeometry) -> Tensor:
+    """A table ``[G, S]`` for every entry of the folded kernels, ``[G, folded_size]``."""
+    return table.repeat_interleave(torch.tensor([k * k for k in geometry.scales]), dim=1)
+
+
+def partly_active(case: Case, dtype: torch.dtype | None = None, adapter_dtype: torch.dtype | None = None) -> Problem:
+    """Some scales of some groups inactive, and some active with a kernel that is (still) zero."""
+    problem = case.tensors(dtype, adapter_dtype)
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    shape = (case.num_groups, len(case.geometry.scales))
+    active, zero = (torch.rand(shape, generator=generator) < share for share in (0.6, 0.3))
+    folded = problem.folded.masked_fill(~folded_entries(active & ~zero, case.geometry), 0)
+    return replace(problem, folded=folded, active=active)
+
+
+def expected_where_active(problem: Problem, op: str) -> dict[str, Tensor]:
+    """The reference's results in float64, the gradient of inactive kernels zero."""
+    truth = problem.evaluate(reference, op, dtype=torch.float64)
+    wanted = folded_entries(problem.active, problem.geometry)
+    return truth | {"folded": truth["folded"].masked_fill(~wanted, 0)}
+
+
 def _laid_out(layout: str, lead: tuple[int, ...], features: int, dtype: torch.dtype, normal) -> Tensor:
     if layout == "transposed":
         return normal(features, *lead).to(dtype).movedim(0, -1)

@@ -16,6 +16,9 @@ os.environ["EPT_BACKEND"] = "triton"
 import pytest
 import torch
 from pyramid_testing import Case, assert_all_match
+from test_active import test_a_group_that_does_not_exist_makes_its_rows_nan as strange_group
+from test_active import test_kernels_of_rows_are_summed_in_two_stages as two_stages
+from test_active import test_values_and_gradients as partly_active
 from test_manners import test_a_bad_input_reaches_its_own_row_of_the_output_only as bad_input
 from test_manners import test_all_kernels_zero as all_kernels_zero
 from test_manners import test_groups_of_different_scales as groups_of_different_scales
@@ -50,6 +53,10 @@ CHECKS = {
     "NaN": lambda patch: bad_input(1, [0], float("nan")),
     "spans": lambda patch: many_spans("fused", patch),
     "large offsets": lambda patch: large_offsets("fused", "features", patch),
+    "active, mixed groups": lambda patch: partly_active("samples mixed", "delta", patch),
+    "active, groups apart": lambda patch: partly_active("samples apart", "delta", patch),
+    "two stages": lambda patch: two_stages("delta", True, patch),
+    "strange group": lambda patch: strange_group("delta", (40,), False, patch),
     "half in one launch": lambda patch: half_in_one_launch(),
 }
 

@@ -12,11 +12,14 @@ import torch
 
 name = "triton"
 fuses_dropout = True
+takes_active = True
 
 _OPS = {f"pyramid_{op}{suffix}" for op in ("weight", "delta", "linear") for suffix in ("", "_backward")}
 _OPS.add("pyramid_merge")
 #: The first Triton that these kernels were compiled and interpreted with.
 OLDEST = (3, 8)
+#: The oldest compute capability that tiles are checked for; before it there is no bf16 and no asynchronous copy.
+CAPABILITY = (8, 0)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -36,6 +39,11 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
     if device.type != "cuda" and not (device.type == "cpu" and knobs.runtime.interpret):
         return "it runs on GPUs (on a CPU only in Triton's interpreter: TRITON_INTERPRET=1, slow, for tests)"
+    if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
+        found = torch.cuda.get_device_capability(device)
+        if found < CAPABILITY:
+            needed, has = (".".join(map(str, version)) for version in (CAPABILITY, found))
+            return f"it needs compute capability {needed} or newer (Ampere), {device} has {has}"
     return None
 
 

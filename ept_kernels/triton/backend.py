@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .configs import row_spans
 from .expand import expand
-from .factor_grad import factor_grad_partials
+from .factor_grad import Side, Units, factor_grad_partials
 from .linear import linear
 from .plan import Plan, plan_for
 from .reduce import reduce_gradients
 from .shrink import shrink
 from .single import shrink_linear
-from .target import is_amd
+from .target import is_amd, on_its_device
 from .weight import merge as pyramid_merge
 from .weight import pyramid_weight
 from .weight_grad import pyramid_weight_backward
@@ -68,6 +69,7 @@ def base_plan(x: Tensor, weight: Tensor) -> str:
     return "fused" if x.dtype.itemsize <= 2 and all(size % 16 == 0 for size in weight.shape) else "split"
 
 
+@on_its_device
 def pyramid_delta(
     x: Tensor,
     A: Tensor,
@@ -78,12 +80,15 @@ def pyramid_delta(
     scales: Sequence[int],
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Tensor:
     plan = plan_for(A.shape[0], tuple(scales))
-    _, v, active, _, _ = shrink(x, A, folded.contiguous(), _packed(groups), plan, skip=True, dropout=(dropout_p, seed))
-    return expand(x.new_empty(x.shape[0], out_features), v, active, B.T, plan, accumulate=False)
+    options = {"skip": True, "uses": _packed(active), "dropout": (dropout_p, seed)}
+    _, v, bits, _, _ = shrink(x, A, folded.contiguous(), _packed(groups), plan, **options)
+    return expand(x.new_empty(x.shape[0], out_features), v, bits, B.T, plan, accumulate=False)
 
 
+@on_its_device
 def pyramid_linear(
     x: Tensor,
     weight: Tensor,
@@ -95,19 +100,22 @@ def pyramid_linear(
     scales: Sequence[int],
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Tensor:
     plan, way = plan_for(A.shape[0], tuple(scales)), base_plan(x, weight)
-    folded, groups, dropout = folded.contiguous(), _packed(groups), (dropout_p, seed)
+    folded, groups = folded.contiguous(), _packed(groups)
+    options = {"skip": True, "uses": _packed(active), "dropout": (dropout_p, seed)}
     packed_bias = None if bias is None else bias.contiguous()
     if way == "single":
-        y, *_ = shrink_linear(x, weight, packed_bias, A, B.T, folded, groups, plan, skip=True, dropout=dropout)
+        y, *_ = shrink_linear(x, weight, packed_bias, A, B.T, folded, groups, plan, **options)
         return y
-    _, v, active, _, _ = shrink(x, A, folded, groups, plan, skip=True, dropout=dropout)
+    _, v, bits, _, _ = shrink(x, A, folded, groups, plan, **options)
     if way == "fused":
-        return linear(x, weight, packed_bias, v, active, B.T, plan)
-    return expand(F.linear(x, weight, bias).contiguous(), v, active, B.T, plan, accumulate=True)
+        return linear(x, weight, packed_bias, v, bits, B.T, plan)
+    return expand(F.linear(x, weight, bias).contiguous(), v, bits, B.T, plan, accumulate=True)
 
 
+@on_its_device
 def pyramid_delta_backward(
     grad: Tensor,
     x: Tensor,
@@ -119,10 +127,12 @@ def pyramid_delta_backward(
     needs: Sequence[bool],
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Gradients:
-    return _backward(grad, x, None, A, B, folded, groups, scales, needs, (dropout_p, seed))
+    return _backward(grad, x, None, A, B, folded, groups, scales, needs, (dropout_p, seed), active)
 
 
+@on_its_device
 def pyramid_linear_backward(
     grad: Tensor,
     x: Tensor,
@@ -135,12 +145,13 @@ def pyramid_linear_backward(
     needs: Sequence[bool],
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> Gradients:
-    return _backward(grad, x, weight, A, B, folded, groups, scales, needs, (dropout_p, seed))
+    return _backward(grad, x, weight, A, B, folded, groups, scales, needs, (dropout_p, seed), active)
 
 
-def _packed(groups: Tensor | None) -> Tensor | None:
-    return None if groups is None else groups.contiguous()
+def _packed(table: Tensor | None) -> Tensor | None:
+    return None if table is None else table.contiguous()
 
 
 def _backward(
@@ -154,6 +165,7 @@ def _backward(
     scales: Sequence[int],
     needs: Sequence[bool],
     dropout: tuple[float, Tensor | None],
+    active: Tensor | None,
 ) -> Gradients:
     """Gradients of x, A, B, folded, each only where ``needs`` asks."""
     need_x, need_A, need_B, need_folded = needs
@@ -161,29 +173,36 @@ def _backward(
         return None, None, None, None
     plan = plan_for(A.shape[0], tuple(scales))
     folded, groups = folded.contiguous(), _packed(groups)
-    u = v = du = grad_x = partial_folded = rows = None
+    grad_x = side_a = side_b = units = u = rows = None
+    which = {"skip": not need_folded, "uses": _packed(active)}  # without ``active`` every kernel's gradient is wanted
     if need_B or need_folded:
-        u, v, _, _, _ = shrink(
-            x, A, folded, groups, plan, skip=not need_folded, keep_u=need_folded, keep_v=need_B, dropout=dropout
+        u, v, bits, _, _ = shrink(
+            x, A, folded, groups, plan, **which, keep_u=need_folded, keep_v=need_B, dropout=dropout
         )
-    options = {"transpose": True, "skip": not need_folded, "u_saved": u if need_folded else None}
+        side_b = Side(grad, v, bits) if need_B else None
+    options = {**which, "transpose": True, "u_saved": u if need_folded else None}
+    partial_folded = None
     if need_x and weight is not None and base_plan(grad, weight) == "single":
-        grad_x, du, active, partial_folded, rows = shrink_linear(
+        grad_x, du, bits, partial_folded, rows = shrink_linear(
             grad, weight.T, None, B.T, A, folded, groups, plan, **options, dropout=dropout, drop_output=True
         )
+        side_a = Side(x, du, bits) if need_A else None
     elif need_x or need_A or need_folded:
-        _, du, active, partial_folded, rows = shrink(
-            grad, B.T, folded, groups, plan, **options, keep_v=need_x or need_A
-        )
-        grad_x = _grad_x(grad, x.shape[1], weight, A, du, active, plan, dropout) if need_x else None
+        _, du, bits, partial_folded, rows = shrink(grad, B.T, folded, groups, plan, **options, keep_v=need_x or need_A)
+        grad_x = _grad_x(grad, x.shape[1], weight, A, du, bits, plan, dropout) if need_x else None
+        side_a = Side(x, du, bits) if need_A else None
     grad_A = torch.empty_like(A) if need_A else None
     grad_B = torch.empty_like(B) if need_B else None
     grad_folded = torch.empty_like(folded) if need_folded else None
+    summed = {} if rows is None else {"groups": groups, "units_per_segment": rows.units_per_segment}
+    summed["uses"] = which["uses"]
+    if need_folded and not rows.aligned and row_spans(rows.rows)[1] > 1:  # too many units for one stage
+        units = Units(partial_folded, groups, which["uses"], len(folded))
     partial_a = partial_b = None
-    if need_A or need_B:
-        partial_a, partial_b = factor_grad_partials(
-            x if need_A else None, du, grad if need_B else None, v, plan, dropout=dropout
-        )
+    if need_A or need_B or units is not None:
+        partial_a, partial_b, spans_of_folded = factor_grad_partials(side_a, side_b, units, plan, dropout=dropout)
+        if units is not None:
+            partial_folded, summed = spans_of_folded, {}
     if need_A or need_B or need_folded:
         reduce_gradients(
             plan,
@@ -193,8 +212,7 @@ def _backward(
             grad_b=None if grad_B is None else grad_B.T,
             partial_folded=partial_folded,
             grad_folded=grad_folded,
-            groups=groups,
-            units_per_segment=1 if rows is None else rows.units_per_segment,
+            **summed,
         )
     return grad_x, grad_A, grad_B, grad_folded
 
@@ -205,14 +223,14 @@ def _grad_x(
     weight: Tensor | None,
     A: Tensor,
     du: Tensor,
-    active: Tensor,
+    bits: Tensor,
     plan: Plan,
     dropout: tuple[float, Tensor | None],
 ) -> Tensor:
     """``dy W`` (where there is a base) and the expanded rows of dU."""
     if weight is None:
         rows = grad.new_empty(grad.shape[0], in_features)
-        return expand(rows, du, active, A, plan, accumulate=False, dropout=dropout)
+        return expand(rows, du, bits, A, plan, accumulate=False, dropout=dropout)
     if base_plan(grad, weight) == "fused":
-        return linear(grad, weight.T, None, du, active, A, plan, dropout=dropout)
-    return expand((grad @ weight).contiguous(), du, active, A, plan, accumulate=True, dropout=dropout)
+        return linear(grad, weight.T, None, du, bits, A, plan, dropout=dropout)
+    return expand((grad @ weight).contiguous(), du, bits, A, plan, accumulate=True, dropout=dropout)

@@ -48,11 +48,14 @@ def _shrink_rows(plan: Plan) -> int:
 def shrink_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     """Tiles of the shrink kernel, the default first."""
     block = _spreading(_shrink_rows(plan), rows, plan.rank_blocks)
-    channels = 64 if itemsize <= 2 else 32
-    candidates = [Config.of(BLOCK_T=block, BLOCK_C=channels, num_warps=8 if block == 64 else 4, num_stages=1)]
-    if block > 16:
-        candidates.append(Config.of(BLOCK_T=block // 2, BLOCK_C=channels, num_warps=4, num_stages=1))
-    return candidates
+    crowded = plan.block_columns > 192  # many scales, each with addresses of its own
+    channels = 64 if itemsize <= 2 and not crowded else 32
+
+    def config(rows: int) -> Config:
+        warps = {16: 2 if crowded and itemsize <= 2 else 4, 32: 4, 64: 8}[rows]
+        return Config.of(BLOCK_T=rows, BLOCK_C=channels, num_warps=warps, num_stages=1)
+
+    return [config(block)] + ([config(block // 2)] if block > 16 else [])
 
 
 def expand_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
@@ -70,7 +73,8 @@ def linear_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list
     if itemsize > 2:
         # A product in three TF32 parts holds its operands twice: more than 16 x 8 outputs a warp spilled on sm_80.
         block = _fitting(32, rows)
-        tiles = {"BLOCK_T": block, "BLOCK_C": 32, "BLOCK_I": 32, "GROUP_T": 8}
+        # Dropout's mask takes the room of half of them.
+        tiles = {"BLOCK_T": block, "BLOCK_C": 16 if drops else 32, "BLOCK_I": 32, "GROUP_T": 8}
         return [Config.of(**tiles, num_warps=block // 4, num_stages=deep)]
     if rows <= 16:  # reading the weight is all that takes time: many programs, long runs of each row of it
         return [
@@ -127,10 +131,10 @@ def weight_candidates(plan: Plan, itemsize: int) -> list[Config]:
     """Tiles of the weight generation, the default first; ranks beyond a block take several rounds."""
     most = 64 if itemsize <= 2 else 32  # three TF32 products of 64 ranks spill on sm_80
     ranks = min(most, max(16, triton.next_power_of_2(plan.rank)))
-    return [
-        Config.of(BLOCK_O=32, BLOCK_I=128, BLOCK_P=ranks, num_warps=8, num_stages=1),
-        Config.of(BLOCK_O=32, BLOCK_I=64, BLOCK_P=ranks, num_warps=4, num_stages=1),
-    ]
+    wide = Config.of(BLOCK_O=32, BLOCK_I=128, BLOCK_P=ranks, num_warps=8, num_stages=1)
+    if len(plan.scales) > 8:  # with 4 warps the addresses of 15 scales spill
+        return [wide]
+    return [wide, Config.of(BLOCK_O=32, BLOCK_I=64, BLOCK_P=ranks, num_warps=4, num_stages=1)]
 
 
 def weight_grad_candidates(plan: Plan, itemsize: int) -> list[Config]:

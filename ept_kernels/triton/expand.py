@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import expand_candidates
-from .launch import Config, launch
+from .launch import FROM_BATCH, Config, launch
 from .plan import Plan
 from .precision import dot_precision
 from .tiles import block_columns, keep_mask, spread
@@ -70,7 +70,7 @@ def add_expanded(
     return accumulator
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def expand_kernel(
     y_ptr,  # [T, features], contiguous
     v_ptr,  # [T, WIDTH]
@@ -174,7 +174,9 @@ def expand(
             PRECISION=dot_precision(y.dtype),
         )
 
-    key = ("expand", features, plan, y.dtype, row_bucket(total), accumulate)
+    def key() -> tuple:
+        return "expand", features, plan, y.dtype, row_bucket(total), accumulate, p_drop > 0
+
     candidates = expand_candidates(plan, y.dtype.itemsize, total)
     start(choose(key, candidates, y.device, lambda config: start(config, torch.empty_like(y))), y)
     return y

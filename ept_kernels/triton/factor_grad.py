@@ -1,28 +1,37 @@
 """Gradients of the seed's factors, dA from (dU, x) and dB from (V, dy), in two deterministic stages.
 
+Beside them, in the same launch, the first of two stages for the folded kernels where every row is a unit.
+
 D_k[p, c] = sum_t W_k[t, p, c % k] rows[t, c]        first stage: partial sums over spans of rows
 dF[p, j]  = sum_k sum_{q < k} D_k[p, j k + q]        second stage (``reduce.py``): spans, scales and slots
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import factor_grad_candidates, row_spans
-from .launch import Config, launch
+from .configs import factor_grad_candidates, reduce_config, row_spans
+from .launch import FROM_BATCH, Config, launch
 from .plan import Plan
 from .precision import dot_precision
+from .reduce import sum_units
 from .tiles import block_columns, keep_mask
-from .tune import choose, row_bucket
+from .tune import choose, layout, row_bucket
+
+#: Rows whose bits of activity are read at once.
+BITS = tl.constexpr(1024)
 
 
 @triton.jit
 def span_sums(
     rows_ptr,
     core_ptr,
+    active_ptr,  # [rank blocks, T]: in which scales a row of the core is not zero
     partial_ptr,
     seed_ptr,
     p_drop,
@@ -48,8 +57,8 @@ def span_sums(
     if c0 < features:
         rank_blocks = tl.cdiv(rank, RANK_BLOCK)
         index = tl.program_id(1)
-        p0 = (index % rank_blocks) * RANK_BLOCK
-        part = index // rank_blocks
+        rank_block, part = index % rank_blocks, index // rank_blocks
+        p0 = rank_block * RANK_BLOCK
         start = part.to(tl.int64) * span
         end = tl.minimum(start + span, rows_total)
         channels = c0 + tl.arange(0, BLOCK_C)
@@ -57,6 +66,15 @@ def span_sums(
         accumulators = ()
         for s in tl.static_range(len(SCALES)):
             accumulators = accumulators + (tl.zeros((RANKS[s] * SLOTS[s], BLOCK_C), tl.float32),)
+        # Scales that no row of the span uses are not read. They are multiplied, though: a branch would keep the
+        # compiler from loading ahead.
+        seen = tl.zeros((BITS,), tl.int32)
+        for t0 in range(start, end, BITS):
+            t = t0 + tl.arange(0, BITS)
+            seen |= tl.load(active_ptr + rank_block.to(tl.int64) * rows_total + t, mask=t < end, other=0)
+        used = ()
+        for s in tl.static_range(len(SCALES)):
+            used = used + (tl.max((seen >> s) & 1, 0) > 0,)
         for t0 in range(start, end, BLOCK_T):
             lines = t0 + tl.arange(0, BLOCK_T)
             line_exists = lines < end
@@ -73,7 +91,7 @@ def span_sums(
                 columns, exists = block_columns(p0, rank, SCALES[s], SLOTS[s], RANKS[s], RANK_BLOCK)
                 core = tl.load(
                     core_ptr + lines[None, :] * WIDTH + COLUMNS[s] + columns[:, None],
-                    mask=line_exists[None, :] & exists[:, None],
+                    mask=line_exists[None, :] & exists[:, None] & used[s],
                     other=0.0,
                 )
                 updated = updated + (tl.dot(core, x, accumulators[s], input_precision=PRECISION),)
@@ -94,17 +112,72 @@ def span_sums(
 
 
 @triton.jit
+def folded_span_sums(
+    units_ptr,  # [rank blocks, T, FOLDED]
+    groups_ptr,  # [segments]
+    uses_ptr,  # [G, S] bool or None
+    partial_ptr,  # [spans, G, FOLDED] out
+    rows_total,
+    segment,
+    span,
+    spans,
+    num_groups,
+    rank,
+    SCALES: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    FOLDED: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Sums over a span of rows, by group; programs take (span, group, block of entries) by turns."""
+    blocks = tl.cdiv(FOLDED, BLOCK_F)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    for index in range(tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), spans * num_groups * blocks, programs):
+        entry = (index % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
+        line = index // blocks
+        part, group = line // num_groups, line % num_groups
+        total = sum_units(
+            units_ptr,
+            groups_ptr,
+            uses_ptr,
+            group,
+            entry,
+            part * span,
+            tl.minimum(part * span + span, rows_total),
+            rows_total,
+            segment,
+            tl.cdiv(rank, RANK_BLOCK),
+            SCALES,
+            OFFSETS,
+            FOLDED,
+            BLOCK_U,
+            BLOCK_F,
+        )
+        tl.store(partial_ptr + line.to(tl.int64) * FOLDED + entry, total, mask=entry < FOLDED)
+
+
+@triton.jit(do_not_specialize=FROM_BATCH)
 def factor_grad_kernel(
     x_ptr,  # [T, in] or None
     du_ptr,  # [T, WIDTH]
+    du_active_ptr,  # [rank blocks, T] bits
     partial_a_ptr,  # [spans, S, rank, in] out
     dy_ptr,  # [T, out] or None
     v_ptr,  # [T, WIDTH]
+    v_active_ptr,  # [rank blocks, T] bits
     partial_b_ptr,  # [spans, S, rank, out] out
+    units_ptr,  # [rank blocks, T, FOLDED]: dKbar of every row, or None
+    groups_ptr,  # [segments]
+    uses_ptr,  # [G, S] bool or None
+    partial_folded_ptr,  # [spans, G, FOLDED] out
     seed_ptr,
     p_drop,
     rows_total,
+    segment,
     span,
+    spans,
+    num_groups,
     in_features,
     out_features,
     rank,
@@ -122,15 +195,38 @@ def factor_grad_kernel(
     RANK_BLOCK: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     side = tl.program_id(2)
+    if units_ptr is not None:
+        if side == tl.num_programs(2) - 1:
+            folded_span_sums(
+                units_ptr,
+                groups_ptr,
+                uses_ptr,
+                partial_folded_ptr,
+                rows_total,
+                segment,
+                span,
+                spans,
+                num_groups,
+                rank,
+                SCALES,
+                OFFSETS,
+                FOLDED,
+                RANK_BLOCK,
+                BLOCK_U,
+                BLOCK_F,
+            )
     if x_ptr is not None:
         if side == 0:
             span_sums(
                 x_ptr,
                 du_ptr,
+                du_active_ptr,
                 partial_a_ptr,
                 seed_ptr,
                 p_drop,
@@ -156,6 +252,7 @@ def factor_grad_kernel(
             span_sums(
                 dy_ptr,
                 v_ptr,
+                v_active_ptr,
                 partial_b_ptr,
                 seed_ptr,
                 p_drop,
@@ -178,63 +275,93 @@ def factor_grad_kernel(
             )
 
 
+@dataclass(frozen=True)
+class Side:
+    """What one factor's gradient is made of: rows ``[T, features]``, and for each of them the other factor's core rows
+    ``[T, r * sum(k)]`` with their bits of activity ``[rank blocks, T]``."""
+
+    rows: Tensor
+    core: Tensor
+    active: Tensor
+
+
+@dataclass(frozen=True)
+class Units:
+    """dKbar of every row, ``[rank blocks, T, folded_size]``, and whose it is: ``groups [N]``, ``uses [G, S]``."""
+
+    partial: Tensor
+    groups: Tensor
+    uses: Tensor | None
+    num_groups: int
+
+
+Partials = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 def factor_grad_partials(
-    x: Tensor | None,
-    du: Tensor | None,
-    dy: Tensor | None,
-    v: Tensor | None,
+    a: Side | None,
+    b: Side | None,
+    units: Units | None,
     plan: Plan,
     *,
     dropout: tuple[float, Tensor | None] = (0.0, None),
-) -> tuple[Tensor | None, Tensor | None]:
-    """First stage for dA (from x ``[T, in]`` and dU ``[T, r * sum(k)]``), for dB (from dy and V), or for both at once.
+) -> Partials:
+    """First stage for dA (``a``: x and dU), for dB (``b``: dy and V), and for dKbar of rows, at once; one at least.
 
     Returns:
-        ``(partial_a, partial_b)``: ``[spans, S, r, in]`` and ``[spans, S, r, out]`` fp32, None for what was not given.
+        ``[spans, S, r, in]``, ``[spans, S, r, out]``, ``[spans, G, folded_size]``, fp32; None for what was not given.
     """
-    given = x if x is not None else dy
-    total = given.shape[0]
+    given = a.rows if a is not None else b.rows if b is not None else units.partial
+    total = given.shape[1 if given.dim() == 3 else 0]
     span, spans = row_spans(total)
-    in_features = 0 if x is None else x.shape[1]
-    out_features = 0 if dy is None else dy.shape[1]
+    in_features = 0 if a is None else a.rows.shape[1]
+    out_features = 0 if b is None else b.rows.shape[1]
     p_drop, seed = dropout
+    sums = reduce_config()
 
-    def partial(rows: Tensor | None) -> Tensor | None:
-        if rows is None:
-            return None
-        shape = (spans, len(plan.scales), plan.rank, rows.shape[1])
-        return torch.empty(shape, dtype=torch.float32, device=rows.device)
+    def partial(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=given.device)
 
-    def start(config: Config) -> tuple[Tensor | None, Tensor | None]:
-        partial_a, partial_b = partial(x), partial(dy)
+    def start(config: Config) -> Partials:
+        partial_a = None if a is None else partial(spans, len(plan.scales), plan.rank, in_features)
+        partial_b = None if b is None else partial(spans, len(plan.scales), plan.rank, out_features)
+        partial_folded = None if units is None else partial(spans, units.num_groups, plan.folded_size)
         launch(
             factor_grad_kernel,
             (
-                triton.cdiv(max(in_features, out_features), config["BLOCK_C"]),
+                triton.cdiv(max(in_features, out_features, 1), config["BLOCK_C"]),
                 spans * plan.rank_blocks,
-                (x is not None) + (dy is not None),
+                (a is not None) + (b is not None) + (units is not None),
             ),
-            x,
-            du,
+            *((None, None, None) if a is None else (a.rows, a.core, a.active)),
             partial_a,
-            dy,
-            v,
+            *((None, None, None) if b is None else (b.rows, b.core, b.active)),
             partial_b,
+            *((None, None, None) if units is None else (units.partial, units.groups, units.uses)),
+            partial_folded,
             seed,
             p_drop,
             total,
+            1 if units is None else total // max(units.groups.shape[0], 1),
             span,
+            spans,
+            0 if units is None else units.num_groups,
             in_features,
             out_features,
             plan.rank,
-            *((0, 0) if x is None else x.stride()),
-            *((0, 0) if dy is None else dy.stride()),
+            *((0, 0) if a is None else a.rows.stride()),
+            *((0, 0) if b is None else b.rows.stride()),
             config=config,
             **plan.constants(),
             DROPOUT=p_drop > 0,
             PRECISION=dot_precision(given.dtype),
+            BLOCK_U=sums["BLOCK_U"],
+            BLOCK_F=sums["BLOCK_F"],
         )
-        return partial_a, partial_b
+        return partial_a, partial_b, partial_folded
 
-    key = ("factor_grad", in_features, out_features, plan, given.dtype, row_bucket(total))
+    def key() -> tuple:
+        sides = tuple(None if side is None else (side.rows.shape[1], *layout(side.rows)) for side in (a, b))
+        return "factor_grad", sides, units is None, plan, given.dtype, row_bucket(total), p_drop > 0
+
     return start(choose(key, factor_grad_candidates(plan, given.dtype.itemsize, total), given.device, start))

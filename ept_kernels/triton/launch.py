@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+#: Arguments that change with the batch. Triton would compile a kernel anew where such a number becomes 1 or a multiple
+#: of 16, and gain nothing: rows lie ``stride_row`` apart, and what is contiguous are their features, whose number,
+#: strides and addresses it does specialise on. (Only where x is a transposed view would its loads become wider.)
+FROM_BATCH = (
+    "rows_total",
+    "segment",
+    "blocks_per_segment",
+    "shrink_blocks",
+    "units",
+    "units_per_segment",
+    "span",
+    "spans",
+    "a_spans",
+    "b_spans",
+    "num_groups",
+    "rank_blocks",  # of partial sums that may be spans of rows
+    "every_scale",  # not of the batch: its value is to stay unknown
+)
 
 
 @dataclass(frozen=True)
@@ -28,12 +43,10 @@ class Config:
 
 
 def run(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any], config: Config) -> None:
-    """Start ``kernel`` on the device of its tensors, which need not be the current one, on that device's stream."""
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](
-            *arguments, **constants, **dict(config.tiles), num_warps=config.num_warps, num_stages=config.num_stages
-        )
+    """Start ``kernel`` on the current device and its stream; ``target.on_its_device`` has made it the tensors' own."""
+    kernel[grid](
+        *arguments, **constants, **dict(config.tiles), num_warps=config.num_warps, num_stages=config.num_stages
+    )
 
 
 #: What ``launch`` calls; a test or a static check may replace it.

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .configs import linear_candidates
 from .expand import add_expanded
-from .launch import Config, launch
+from .launch import FROM_BATCH, Config, launch
 from .plan import Plan
 from .precision import dot_precision
 from .tiles import keep_mask
-from .tune import choose, row_bucket
+from .tune import choose, layout, row_bucket
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def base_product(
     return accumulator
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def linear_kernel(
     x_ptr,  # [T, INNER]
     weight_ptr,  # [features, INNER] by strides
@@ -200,5 +200,8 @@ def linear(
         return y
 
     drops = p_drop > 0
-    key = ("linear", inner, features, plan, x.dtype, row_bucket(total), weight.stride(), drops)
+
+    def key() -> tuple:
+        return "linear", inner, features, plan, x.dtype, row_bucket(total), weight.stride(), layout(x), drops
+
     return start(choose(key, linear_candidates(plan, x.dtype.itemsize, total, drops), x.device, start))

@@ -45,6 +45,11 @@ class Plan:
     rank_blocks: int
     block_columns: int
 
+    @property
+    def every_scale(self) -> int:
+        """A bit for each scale. The kernels take it at run time, so that no compiler can tell what it says."""
+        return (1 << len(self.scales)) - 1
+
     def constants(self) -> dict[str, object]:
         """The kernels' common compile-time arguments."""
         return {

@@ -1,4 +1,7 @@
-"""Second stage of the parameter gradients: partial sums of dA, dB and dKbar, all in one launch, in a fixed order."""
+"""Second stage of the parameter gradients: partial sums of dA, dB and dKbar, all in one launch, in a fixed order.
+
+Where every row is a unit of dKbar, spans of them are summed before (``factor_grad.py``).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import reduce_config
-from .launch import launch
+from .launch import FROM_BATCH, launch
 from .plan import Plan
 
 
@@ -43,14 +46,62 @@ def sum_factor(
 
 
 @triton.jit
-def sum_folded(
+def used_entries(uses_ptr, group, entry, SCALES: tl.constexpr, OFFSETS: tl.constexpr):
+    """Which entries of a group's folded kernel belong to a scale that it uses; the others have no partial sums."""
+    used = entry < 0
+    for s in tl.static_range(len(SCALES)):
+        own = (entry >= OFFSETS[s]) & (entry < OFFSETS[s] + SCALES[s] * SCALES[s])
+        used = used | (own & (tl.load(uses_ptr + group.to(tl.int64) * len(SCALES) + s).to(tl.int32) != 0))
+    return used
+
+
+@triton.jit
+def sum_units(
     partial_ptr,  # [rank blocks, units, FOLDED]
+    groups_ptr,  # [segments], or None: all units from ``first`` to ``last`` are the group's
+    uses_ptr,  # [G, S] bool, or None: every scale has partial sums
+    group,
+    entry,  # [BLOCK_F]
+    first,
+    last,
+    units,
+    units_per_segment,
+    rank_blocks,
+    SCALES: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    FOLDED: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Entries of a group's kernel, summed over those of the units that are its own, and over the rank blocks."""
+    total = tl.zeros((BLOCK_F,), tl.float32)
+    exists = entry < FOLDED
+    if uses_ptr is not None:
+        exists = exists & used_entries(uses_ptr, group, entry, SCALES, OFFSETS)
+    for u0 in range(first, last, BLOCK_U):
+        unit = u0 + tl.arange(0, BLOCK_U)
+        own = unit < last
+        if groups_ptr is not None:
+            own = own & (tl.load(groups_ptr + unit // units_per_segment, mask=own, other=-1) == group)
+        for block in range(rank_blocks):
+            line = tl.cast(block * units + unit, tl.int64) * FOLDED
+            inside = own[:, None] & exists[None, :]
+            total += tl.sum(tl.load(partial_ptr + line[:, None] + entry[None, :], mask=inside, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def sum_folded(
+    partial_ptr,
     groups_ptr,
+    uses_ptr,
     out_ptr,  # [G, FOLDED]
     num_groups,
     units,
     units_per_segment,
     rank_blocks,
+    SCALES: tl.constexpr,
+    OFFSETS: tl.constexpr,
     FOLDED: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -61,26 +112,33 @@ def sum_folded(
     group = index // blocks
     if group < num_groups:
         entry = (index % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)
-        total = tl.zeros((BLOCK_F,), tl.float32)
         if groups_ptr is None:  # segment g is group g
             first = group * units_per_segment
             last = tl.minimum(first + units_per_segment, units)
         else:
             first = 0
             last = units
-        for u0 in range(first, last, BLOCK_U):
-            unit = u0 + tl.arange(0, BLOCK_U)
-            own = unit < last
-            if groups_ptr is not None:
-                own = own & (tl.load(groups_ptr + unit // units_per_segment, mask=own, other=-1) == group)
-            for block in range(rank_blocks):
-                line = tl.cast(block * units + unit, tl.int64) * FOLDED
-                inside = own[:, None] & (entry < FOLDED)[None, :]
-                total += tl.sum(tl.load(partial_ptr + line[:, None] + entry[None, :], mask=inside, other=0.0), 0)
+        total = sum_units(
+            partial_ptr,
+            groups_ptr,
+            uses_ptr,
+            group,
+            entry,
+            first,
+            last,
+            units,
+            units_per_segment,
+            rank_blocks,
+            SCALES,
+            OFFSETS,
+            FOLDED,
+            BLOCK_U,
+            BLOCK_F,
+        )
         tl.store(out_ptr + group.to(tl.int64) * FOLDED + entry, total, mask=entry < FOLDED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def reduce_kernel(
     partial_a_ptr,
     grad_a_ptr,
@@ -89,6 +147,7 @@ def reduce_kernel(
     partial_folded_ptr,
     grad_folded_ptr,
     groups_ptr,
+    uses_ptr,
     a_spans,
     b_spans,
     in_features,
@@ -106,6 +165,7 @@ def reduce_kernel(
     rank_blocks,
     SCALES: tl.constexpr,
     SLOTS: tl.constexpr,
+    OFFSETS: tl.constexpr,
     FOLDED: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -147,11 +207,14 @@ def reduce_kernel(
             sum_folded(
                 partial_folded_ptr,
                 groups_ptr,
+                uses_ptr,
                 grad_folded_ptr,
                 num_groups,
                 units,
                 units_per_segment,
                 rank_blocks,
+                SCALES,
+                OFFSETS,
                 FOLDED,
                 BLOCK_U,
                 BLOCK_F,
@@ -168,13 +231,16 @@ def reduce_gradients(
     partial_folded: Tensor | None = None,
     grad_folded: Tensor | None = None,
     groups: Tensor | None = None,
+    uses: Tensor | None = None,
     units_per_segment: int = 1,
 ) -> None:
     """Write ``grad_a [r, w]``, ``grad_b [r, h]`` (a transposed view of dB) and ``grad_folded [G, folded_size]``.
 
     Args:
-        partial_a, partial_b: ``[spans, S, r, features]`` fp32. partial_folded: ``[rank blocks, units, folded_size]``.
+        partial_a, partial_b: ``[spans, S, r, features]`` fp32. partial_folded: ``[rank blocks, units, folded_size]``
+            fp32; or ``[spans, G, folded_size]`` from the first stage, a unit a group.
         groups: ``[N]``; unit u belongs to ``groups[u // units_per_segment]``. None: ``u // units_per_segment`` itself.
+        uses: ``[G, S]`` bool, contiguous: what a group does not use has no partial sums, and the gradient zero.
     """
     config = reduce_config()
 
@@ -194,6 +260,7 @@ def reduce_gradients(
         partial_folded,
         grad_folded,
         groups,
+        uses,
         0 if partial_a is None else partial_a.shape[0],
         0 if partial_b is None else partial_b.shape[0],
         0 if partial_a is None else partial_a.shape[3],
@@ -206,9 +273,10 @@ def reduce_gradients(
         0 if grad_folded is None else grad_folded.shape[0],
         0 if partial_folded is None else partial_folded.shape[1],
         units_per_segment,
-        plan.rank_blocks,
+        0 if partial_folded is None else partial_folded.shape[0],
         config=config,
         SCALES=plan.scales,
         SLOTS=plan.slots,
+        OFFSETS=plan.offsets,
         FOLDED=plan.folded_size,
     )

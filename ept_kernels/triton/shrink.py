@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import shrink_candidates
-from .launch import Config, launch
+from .launch import FROM_BATCH, Config, launch
 from .plan import Plan, Rows, rows_for
 from .precision import dot_precision
-from .tiles import block_columns, keep_mask, spread
-from .tune import choose, row_bucket
+from .tiles import block_columns, is_active, keep_mask, spread
+from .tune import choose, layout, row_bucket
 
 
 @triton.jit
@@ -27,16 +27,19 @@ def shrink_tile(
     factor_ptr,  # [rank, ceil(features / k_min)]
     folded_ptr,  # [G, FOLDED]
     groups_ptr,  # [segments] or None
+    uses_ptr,  # [G, S] bool, whether a group uses a scale, or None
     u_ptr,  # [T, WIDTH] out, or None
-    v_ptr,  # [T, WIDTH] out, or None
+    v_ptr,  # [T, WIDTH] out, or None; zeros for a scale that no row of the block uses
     active_ptr,  # [rank blocks, T] out: bit s is set where a row of V_k is not zero
     u_saved_ptr,  # [T, WIDTH] in: U of the forward pass, for dKbar
-    partial_ptr,  # [rank blocks, units, FOLDED] out, or None: dKbar of every unit (a row block, or a row)
+    partial_ptr,  # [rank blocks, units, FOLDED] out, or None: dKbar of every unit (a row block, or a row), as used
     seed_ptr,
     p_drop,
     rows_total,
     segment,
     blocks_per_segment,
+    num_groups,
+    every_scale,
     features,
     rank,
     units,
@@ -70,22 +73,28 @@ def shrink_tile(
         end = tl.cast(rows_total, tl.int64)
         rows = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_exists = rows < end
+    # A row whose group does not exist is NaN: no read out of bounds, nothing that waits for the host, and no result
+    # that looks right.
+    strange = 0
     if groups_ptr is None:
         group = tl.zeros((BLOCK_T,), tl.int64)
     else:
         group = tl.load(groups_ptr + tl.minimum(rows, end - 1) // segment).to(tl.int64)
+        known = (group >= 0) & (group < num_groups)
+        strange = tl.max((~known).to(tl.int32), 0)
+        group = tl.where(known, group, 0)
 
     accumulators = ()
     wanted = ()
     for s in tl.static_range(len(SCALES)):
         accumulators = accumulators + (tl.zeros((BLOCK_T, RANKS[s] * SLOTS[s]), tl.float32),)
-        if SKIP:  # one group a block: its folded kernel says which scales it uses
-            own = tl.max(group, 0) * FOLDED + OFFSETS[s]
-            entry = tl.arange(0, SLOTS[s] * SLOTS[s])
-            values = tl.load(folded_ptr + own + entry, mask=entry < SCALES[s] * SCALES[s], other=0.0)
-            wanted = wanted + (tl.max((values != 0).to(tl.int32), 0) > 0,)
-        else:
-            wanted = wanted + (True,)
+        if uses_ptr is not None:
+            used = tl.max(tl.load(uses_ptr + group * len(SCALES) + s).to(tl.int32), 0)
+        elif SKIP:  # one group a block: its folded kernel says which scales it uses
+            used = is_active(folded_ptr + tl.max(group, 0) * FOLDED + OFFSETS[s], SCALES[s], SLOTS[s]).to(tl.int32)
+        else:  # a branch that is always taken: without one, the scales' addresses fill the registers side by side
+            used = (every_scale >> s) & 1
+        wanted = wanted + (used + strange > 0,)
 
     channels = tl.arange(0, BLOCK_C)
     lines = x_ptr + rows[:, None] * stride_row
@@ -127,60 +136,68 @@ def shrink_tile(
             updated = updated + (accumulator,)
         accumulators = updated
 
+    # The loops over ``a`` are real ones: unrolled, those of scales 2 to 16 spill, and compile for minutes.
     bits = tl.zeros((BLOCK_T,), tl.int32)
     for s in tl.static_range(len(SCALES)):
-        u = accumulators[s]
         columns, exists = block_columns(p0, rank, SCALES[s], SLOTS[s], RANKS[s], RANK_BLOCK)
         inside = row_exists[:, None] & exists[None, :]
         place = rows[:, None] * WIDTH + COLUMNS[s] + columns[None, :]
-        if u_ptr is not None:
-            tl.store(u_ptr + place, u.to(u_ptr.dtype.element_ty), mask=inside)
-        slot = tl.arange(0, SLOTS[s])
-        u3 = tl.reshape(u, (BLOCK_T, RANKS[s], SLOTS[s]))
-        if v_ptr is not None:
-            kernels = folded_ptr + group[:, None] * FOLDED + OFFSETS[s]
-            p = tl.arange(0, RANKS[s])
-            exists_p = (p < RANK_BLOCK) & (p0 + p < rank)
-            nonzero = tl.zeros((BLOCK_T,), tl.int32)
-            for a in tl.static_range(SCALES[s]):
-                line = tl.load(
-                    kernels + a * (1 if TRANSPOSE else SCALES[s]) + slot[None, :] * (SCALES[s] if TRANSPOSE else 1),
-                    mask=row_exists[:, None] & (slot < SCALES[s])[None, :],
-                    other=0.0,
-                ).to(tl.float32)
-                v = tl.sum(u3 * line[:, None, :], 2)  # [BLOCK_T, RANKS[s]]
-                target = rows[:, None] * WIDTH + COLUMNS[s] + (p0 + p)[None, :] * SCALES[s] + a
-                tl.store(v_ptr + target, v.to(v_ptr.dtype.element_ty), mask=row_exists[:, None] & exists_p[None, :])
-                # a maximum would drop NaN; "not equal" sees it, and a row of NaN must reach the output
-                nonzero |= tl.max((v != 0).to(tl.int32), 1)
-            bits += nonzero << s
-        if partial_ptr is not None:
-            saved = tl.load(u_saved_ptr + place, mask=inside, other=0.0).to(tl.float32)
-            saved3 = tl.reshape(saved, (BLOCK_T, RANKS[s], SLOTS[s]))
-            for a in tl.static_range(SCALES[s]):
-                dv = tl.sum(tl.where((slot == a)[None, None, :], u3, 0.0), 2)  # [BLOCK_T, RANKS[s]]
-                dk = tl.sum(dv[:, :, None] * saved3, 1)  # [BLOCK_T, SLOTS[s]]
-                entry = OFFSETS[s] + a * SCALES[s] + slot
-                if ALIGNED:
-                    line = (rank_block * units + block).to(tl.int64) * FOLDED
-                    tl.store(partial_ptr + line + entry, tl.sum(dk, 0), mask=slot < SCALES[s])
-                else:
-                    lines_out = (rank_block * units + rows)[:, None] * FOLDED
-                    tl.store(
-                        partial_ptr + lines_out + entry[None, :],
-                        dk,
+        if wanted[s]:
+            u = accumulators[s]
+            if groups_ptr is not None:
+                u = tl.where(known[:, None], u, float("nan"))
+            if u_ptr is not None:
+                tl.store(u_ptr + place, u.to(u_ptr.dtype.element_ty), mask=inside)
+            slot = tl.arange(0, SLOTS[s])
+            u3 = tl.reshape(u, (BLOCK_T, RANKS[s], SLOTS[s]))
+            if v_ptr is not None:
+                kernels = folded_ptr + group[:, None] * FOLDED + OFFSETS[s]
+                p = tl.arange(0, RANKS[s])
+                exists_p = (p < RANK_BLOCK) & (p0 + p < rank)
+                nonzero = tl.zeros((BLOCK_T,), tl.int32)
+                for a in range(SCALES[s]):
+                    line = tl.load(
+                        kernels + a * (1 if TRANSPOSE else SCALES[s]) + slot[None, :] * (SCALES[s] if TRANSPOSE else 1),
                         mask=row_exists[:, None] & (slot < SCALES[s])[None, :],
-                    )
+                        other=0.0,
+                    ).to(tl.float32)
+                    v = tl.sum(u3 * line[:, None, :], 2)  # [BLOCK_T, RANKS[s]]
+                    target = rows[:, None] * WIDTH + COLUMNS[s] + (p0 + p)[None, :] * SCALES[s] + a
+                    tl.store(v_ptr + target, v.to(v_ptr.dtype.element_ty), mask=row_exists[:, None] & exists_p[None, :])
+                    # a maximum would drop NaN; "not equal" sees it, and a row of NaN must reach the output
+                    nonzero |= tl.max((v != 0).to(tl.int32), 1)
+                bits += nonzero << s
+            if partial_ptr is not None:
+                saved = tl.load(u_saved_ptr + place, mask=inside, other=0.0).to(tl.float32)
+                saved3 = tl.reshape(saved, (BLOCK_T, RANKS[s], SLOTS[s]))
+                for a in range(SCALES[s]):
+                    dv = tl.sum(tl.where((slot == a)[None, None, :], u3, 0.0), 2)  # [BLOCK_T, RANKS[s]]
+                    dk = tl.sum(dv[:, :, None] * saved3, 1)  # [BLOCK_T, SLOTS[s]]
+                    entry = OFFSETS[s] + a * SCALES[s] + slot
+                    if ALIGNED:
+                        line = (rank_block * units + block).to(tl.int64) * FOLDED
+                        tl.store(partial_ptr + line + entry, tl.sum(dk, 0), mask=slot < SCALES[s])
+                    else:
+                        lines_out = (rank_block * units + rows)[:, None] * FOLDED
+                        tl.store(
+                            partial_ptr + lines_out + entry[None, :],
+                            dk,
+                            mask=row_exists[:, None] & (slot < SCALES[s])[None, :],
+                        )
+        elif v_ptr is not None:
+            zeros = tl.zeros((BLOCK_T, RANKS[s] * SLOTS[s]), tl.float32)
+            tl.store(v_ptr + place, zeros.to(v_ptr.dtype.element_ty), mask=inside)
     if v_ptr is not None:
         tl.store(active_ptr + rank_block.to(tl.int64) * rows_total + rows, bits, mask=row_exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def shrink_kernel(
     x_ptr,
     factor_ptr,
     folded_ptr,
     groups_ptr,
+    uses_ptr,
     u_ptr,
     v_ptr,
     active_ptr,
@@ -191,6 +208,8 @@ def shrink_kernel(
     rows_total,
     segment,
     blocks_per_segment,
+    num_groups,
+    every_scale,
     features,
     rank,
     units,
@@ -223,6 +242,7 @@ def shrink_kernel(
         factor_ptr,
         folded_ptr,
         groups_ptr,
+        uses_ptr,
         u_ptr,
         v_ptr,
         active_ptr,
@@ -233,6 +253,8 @@ def shrink_kernel(
         rows_total,
         segment,
         blocks_per_segment,
+        num_groups,
+        every_scale,
         features,
         rank,
         units,
@@ -279,6 +301,7 @@ def shrink(
     *,
     transpose: bool = False,
     skip: bool = False,
+    uses: Tensor | None = None,
     keep_u: bool = False,
     keep_v: bool = True,
     u_saved: Tensor | None = None,
@@ -292,6 +315,8 @@ def shrink(
         folded: ``[G, folded_size]``. groups: ``[N]`` or None.
         transpose: multiply by the transposed kernels (dU from dV).
         skip: leave out scales whose kernel is zero; only where nobody needs their U or dV.
+        uses: ``[G, S]`` bool, contiguous, or None: leave out scales that a group does not use; the kernels need not be
+            looked at then.
         keep_u, keep_v: which results to store.
         u_saved: ``[T, r * sum(k)]``; then x is dy and the gradient of the folded kernels is wanted.
         dropout: probability and the seed ``[1]`` int64 that decides which entries of x are dropped.
@@ -299,7 +324,7 @@ def shrink(
     Returns:
         ``(U, V, active, partial, rows)``: ``[T, r * sum(k)]`` in the dtype of x; ``[rank blocks, T]`` int32 bits of the
         scales in which a row of V is not zero; ``[rank blocks, units, folded_size]`` fp32; the tiling that says what a
-        unit is. None for what was not asked.
+        unit is. None for what was not asked. U and partial are not written for a scale that no row of a block uses.
     """
     total, features = x.shape
     segments = 1 if groups is None else groups.shape[0]
@@ -317,6 +342,7 @@ def shrink(
             factor,
             folded,
             groups,
+            uses,
             u,
             v,
             active,
@@ -327,6 +353,8 @@ def shrink(
             total,
             rows.segment,
             rows.blocks_per_segment,
+            folded.shape[0],
+            plan.every_scale,
             features,
             plan.rank,
             rows.units,
@@ -335,12 +363,15 @@ def shrink(
             config=config,
             **plan.constants(),
             ALIGNED=rows.aligned,
-            SKIP=skip and rows.aligned,
+            SKIP=skip and uses is None and rows.aligned,
             TRANSPOSE=transpose,
             DROPOUT=p_drop > 0,
             PRECISION=dot_precision(x.dtype),
         )
         return u, v, active, partial, rows
 
-    key = ("shrink", features, plan, x.dtype, row_bucket(total), segments > 1, skip, u_saved is not None)
+    def key() -> tuple:
+        switches = (segments > 1, skip, uses is not None, u_saved is not None, p_drop > 0)
+        return "shrink", features, plan, x.dtype, row_bucket(total), layout(x), switches
+
     return start(choose(key, shrink_candidates(plan, x.dtype.itemsize, total), x.device, start))

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from .configs import single_candidates
 from .expand import add_expanded
-from .launch import Config, launch
+from .launch import FROM_BATCH, Config, launch
 from .linear import base_product
 from .plan import Plan, Rows, rows_for
 from .precision import dot_precision
 from .shrink import core_outputs, folded_partials, shrink_tile
 from .tiles import keep_mask
-from .tune import choose, row_bucket
+from .tune import choose, layout, row_bucket
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def single_kernel(
     x_ptr,  # [T, inner]
     weight_ptr,  # [features, inner] by strides
@@ -37,6 +37,7 @@ def single_kernel(
     up_ptr,  # [rank, ceil(features / k_min)]: expands
     folded_ptr,  # [G, FOLDED]
     groups_ptr,  # [segments] or None
+    uses_ptr,  # [G, S] bool or None
     v_ptr,  # [T, WIDTH]
     active_ptr,  # [rank blocks, T]
     u_saved_ptr,  # [T, WIDTH] or None
@@ -48,6 +49,8 @@ def single_kernel(
     segment,
     blocks_per_segment,
     shrink_blocks,
+    num_groups,
+    every_scale,
     rank_blocks,
     inner,
     features,
@@ -99,6 +102,7 @@ def single_kernel(
                 down_ptr,
                 folded_ptr,
                 groups_ptr,
+                uses_ptr,
                 None,
                 v_ptr,
                 active_ptr,
@@ -109,6 +113,8 @@ def single_kernel(
                 rows_total,
                 segment,
                 blocks_per_segment,
+                num_groups,
+                every_scale,
                 inner,
                 rank,
                 units,
@@ -209,6 +215,7 @@ def shrink_linear(
     *,
     transpose: bool = False,
     skip: bool = False,
+    uses: Tensor | None = None,
     u_saved: Tensor | None = None,
     dropout: tuple[float, Tensor | None] = (0.0, None),
     drop_output: bool = False,
@@ -219,7 +226,7 @@ def shrink_linear(
         x: ``[T, inner]``, weight: ``[features, inner]``, any strides. bias: ``[features]``, contiguous, or None.
         down: ``[r, ceil(inner / k_min)]``, up: ``[r, ceil(features / k_min)]``, by strides.
         drop_output: dropout acts on the expanded rows (backward) and not on the rows that are shrunk (forward).
-        folded, groups, transpose, skip, u_saved: as in ``shrink``.
+        folded, groups, transpose, skip, uses, u_saved: as in ``shrink``.
 
     Returns:
         ``(y, V, active, partial, rows)``: as ``linear`` and ``shrink``.
@@ -249,6 +256,7 @@ def shrink_linear(
             up,
             folded,
             groups,
+            uses,
             v,
             active,
             u_saved,
@@ -260,6 +268,8 @@ def shrink_linear(
             rows.segment,
             rows.blocks_per_segment,
             rows.blocks,
+            folded.shape[0],
+            plan.every_scale,
             plan.rank_blocks,
             inner,
             features,
@@ -272,7 +282,7 @@ def shrink_linear(
             config=config,
             **plan.constants(),
             ALIGNED=rows.aligned,
-            SKIP=skip and rows.aligned,
+            SKIP=skip and uses is None and rows.aligned,
             TRANSPOSE=transpose,
             DROP_IN=p_drop > 0 and not drop_output,
             DROP_OUT=p_drop > 0 and drop_output,
@@ -280,5 +290,8 @@ def shrink_linear(
         )
         return y, v, active, partial, rows
 
-    key = ("single", inner, features, plan, x.dtype, row_bucket(total), weight.stride(), u_saved is not None)
+    def key() -> tuple:
+        switches = (segments > 1, skip, uses is not None, u_saved is not None, p_drop > 0, drop_output)
+        return "single", inner, features, plan, x.dtype, row_bucket(total), weight.stride(), layout(x), switches
+
     return start(choose(key, single_candidates(plan, x.dtype.itemsize, total), x.device, start))

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
+import torch
 from triton import knobs
 from triton.runtime.driver import driver
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(op: Callable[P, R]) -> Callable[P, R]:
+    """Run ``op`` with the device of its first argument, a tensor, as the current one.
+
+    Tiles, precision and launches follow the current device, and a layer need not be on it. Every op of this backend
+    that ``dispatch`` calls is wrapped, inside the registered op, so that ``torch.compile`` does not see it.
+    """
+
+    @wraps(op)
+    def guarded(*arguments: P.args, **named: P.kwargs) -> R:
+        with torch.cuda.device_of(arguments[0]):  # nothing for a tensor that is on no GPU
+            return op(*arguments, **named)
+
+    return guarded
 
 
 @lru_cache

@@ -13,14 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import weight_candidates
-from .launch import Config, launch
+from .launch import FROM_BATCH, Config, launch
 from .plan import plan_for
 from .precision import dot_precision
+from .target import on_its_device
 from .tiles import is_active
-from .tune import choose
+from .tune import choose, layout
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def weight_kernel(
     a_ptr,  # [rank, ceil(in / k_min)]
     b_ptr,  # [ceil(out / k_min), rank]
@@ -129,10 +130,13 @@ def _weights(
         )
         return output
 
-    key = ("weight", sizes, plan, A.dtype, dtype, base is not None)
+    def key() -> tuple:
+        return "weight", sizes, plan, A.dtype, dtype, None if base is None else layout(base)
+
     return start(choose(key, weight_candidates(plan, A.dtype.itemsize), A.device, start))
 
 
+@on_its_device
 def pyramid_weight(
     A: Tensor, B: Tensor, folded: Tensor, in_features: int, out_features: int, scales: Sequence[int]
 ) -> Tensor:
@@ -140,6 +144,7 @@ def pyramid_weight(
     return _weights(A, B, folded, scales, None, (len(folded), out_features, in_features), A.dtype)
 
 
+@on_its_device
 def merge(weight: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int]) -> Tensor:
     """``weight [out, in]`` plus each group's update, ``[G, out, in]``: summed in fp32, rounded once to its dtype."""
     return _weights(A, B, folded, scales, weight, (len(folded), *weight.shape), weight.dtype)

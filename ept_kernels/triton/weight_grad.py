@@ -18,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import WEIGHT_SPAN, weight_grad_candidates
-from .launch import Config, launch
+from .launch import FROM_BATCH, Config, launch
 from .plan import Plan, plan_for
 from .precision import dot_precision
 from .reduce import reduce_gradients
+from .target import on_its_device
 from .tiles import is_active, spread
-from .tune import choose
+from .tune import choose, layout
 
 
 @triton.jit
@@ -119,7 +120,7 @@ def channel_sums(
                 tl.store(entries + q * STRIDE_CHANNEL, of_slot, mask=slot < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FROM_BATCH)
 def weight_grad_kernel(
     grad_ptr,  # [G, out, in] by strides
     a_ptr,  # [rank, ceil(in / k_min)]
@@ -278,10 +279,13 @@ def _partials(grad: Tensor, A: Tensor, B: Tensor, folded: Tensor, plan: Plan, ne
         )
         return partial_a, partial_b, partial_folded
 
-    key = ("weight_grad", tuple(grad.shape), plan, grad.dtype, tuple(needs))
+    def key() -> tuple:
+        return "weight_grad", tuple(grad.shape), plan, grad.dtype, tuple(needs), layout(grad[0]) if groups else None
+
     return start(choose(key, weight_grad_candidates(plan, grad.dtype.itemsize), grad.device, start))
 
 
+@on_its_device
 def pyramid_weight_backward(
     grad: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -52,7 +52,7 @@ def test_shrink_of_the_small_layer() -> None:
     # bf16 rows; ceil(100 / 6) = 17 columns of A for scale 6, which cover the 13 of scale 8; fp32 parameters
     folded, groups = 3 * (36 + 64) * 4, 3 * 4  # three tasks; ceil(10 / 4) row blocks
     assert launch.reads == {"x": 10 * 100 * 2, "A": 8 * 17 * 4, "folded": folded, "groups": groups}
-    assert launch.writes == {"U": 10 * 112 * 2, "V": 10 * 112 * 2}
+    assert launch.writes == {"U": 10 * 112 * 2, "V": 10 * 160 * 2}  # zeros for the scales 2 and 4
     assert launch.flops == 2 * 10 * 100 * 128 + SMALL.core_flops
 
 
@@ -62,7 +62,7 @@ def test_shrink_grid_of_the_small_layer() -> None:
     assert launch.reads["x"] == 2000
     assert launch.reads["A"] == 3 * 8 * (17 + 13) * 4
     assert launch.reads["folded"] == 3 * (36 + 64) * 4
-    assert launch.writes == {"V": 2240}
+    assert launch.writes == {"V": 3200}
 
 
 def test_gemm_grid_of_the_small_layer() -> None:
@@ -76,18 +76,18 @@ def test_gemm_grid_of_the_small_layer() -> None:
     assert launch.flops == 2 * 10 * 100 * 60 + 2 * 10 * 128 * 60
     fused = gemm_shrink_expand(SMALL, Tiles(4, 32))
     assert fused.reads["x"] == (2 + 4) * 2000  # 128 more columns are 4 more tiles
-    assert fused.writes == {"V": 2240, "y": 1200}
+    assert fused.writes == {"V": 3200, "y": 1200}
 
 
 def test_gradients_of_the_small_layer() -> None:
     launch = shrink_gradient(SMALL)
     assert launch.reads["dy"] == 1200 and launch.reads["U"] == 2240
     assert launch.reads["B"] == 8 * 10 * 4
-    assert launch.writes == {"dU": 2240, "dfolded partials": 3 * 100 * 4}
+    assert launch.writes == {"dU": 3200, "dfolded partials": 3 * 100 * 4}
     seeds = seed_gradients(SMALL, Tiles(4, 32))
     assert seeds.reads == {"x": 2000, "dU": 4 * 2240, "dy": 1200, "V": 2 * 2240}
-    assert seeds.writes == {"dA partials": 2 * 8 * (17 + 13) * 4, "dB partials": 2 * 8 * (10 + 8) * 4}
-    assert seeds.flops == 2 * 10 * 128 * (100 + 60)
+    assert seeds.writes == {"dA partials": 2 * 8 * 4 * 100 * 4, "dB partials": 2 * 8 * 4 * 60 * 4}  # of all four scales
+    assert seeds.flops == 2 * 10 * (8 * (2 + 4 + 8 + 8)) * (100 + 60)
     last = reduce_gradients(SMALL)
     assert last.reads == {**seeds.writes, "dfolded partials": 1200}
     assert last.writes == {"dA": 8 * 50 * 4, "dB": 8 * 30 * 4, "dfolded": 3 * (4 + 16 + 36 + 64) * 4}
@@ -104,7 +104,7 @@ def test_target_shape_on_h100() -> None:
     """2 * 8192 * 4096^2 FLOPs at 989.4 TFLOP/s; 64 MiB of x or y at 3.35 TB/s; 128 columns are 1/32 of 4096."""
     base = 2 * 8192 * 4096**2 / 989.4e12
     assert estimate("linear", TARGET, H100).seconds["forward"] == pytest.approx(base)
-    x, v, small = 8192 * 4096 * 2, 8192 * 112 * 2, 8 * 683 * 4 + 100 * 4 + 128 * 4
+    x, v, small = 8192 * 4096 * 2, 8192 * 160 * 2, 8 * 683 * 4 + 100 * 4 + 128 * 4
     two = base * (1 + 1 / 32) + (x + v + small) / 3.35e12
     assert estimate("two-launches", TARGET, H100).seconds["forward"] == pytest.approx(two)
     core = 2 * 8192 * 8 * 128 / 989.4e12
@@ -248,7 +248,8 @@ def test_a_sequence_writes_what_its_later_launches_read() -> None:
             for launch in launches:
                 assert launch.reads.keys() <= known.keys() | launch.writes.keys(), (name, launch.name)
                 for tensor, size in launch.reads.items():
-                    assert known.get(tensor) in (None, size), (name, launch.name, tensor)
+                    written = known.get(tensor) or size
+                    assert size == written or (tensor in ("V", "dU") and size < written), (name, launch.name, tensor)
                 known.update(launch.writes)
 
 

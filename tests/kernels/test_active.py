@@ -9,39 +9,21 @@ import pytest
 import torch
 from pyramid_testing import (
     Case,
-    Problem,
     assert_all_match,
     assert_same_bits,
+    expected_where_active,
+    folded_entries,
+    partly_active,
     poisoned_memory,
     random_case,
 )
 
 import ept_kernels
-from ept_kernels import PyramidGeometry, active_scales, reference
+from ept_kernels import PyramidGeometry, active_scales
 
 ROW_OPS = ("pyramid_delta", "pyramid_linear")
 GEOMETRY = PyramidGeometry(23, 19, 3, (2, 3, 5, 5))
 MIXED = Case(GEOMETRY, (5, 7), "sample", num_groups=4)
-
-
-def entries(active: torch.Tensor, geometry: PyramidGeometry) -> torch.Tensor:
-    """``active`` for every entry of the folded kernels."""
-    return active.repeat_interleave(torch.tensor([k * k for k in geometry.scales]), dim=1)
-
-
-def partly_active(case: Case, dtype: torch.dtype | None = None) -> Problem:
-    """Some scales of some groups inactive, and some active with a kernel that is (still) zero."""
-    problem = case.tensors(dtype)
-    generator = torch.Generator().manual_seed(case.seed + 1)
-    shape = (case.num_groups, len(case.geometry.scales))
-    active, zero = (torch.rand(shape, generator=generator) < share for share in (0.6, 0.3))
-    folded = problem.folded.masked_fill(~entries(active & ~zero, case.geometry), 0)
-    return replace(problem, folded=folded, active=active)
-
-
-def expected(problem: Problem, op: str) -> dict[str, torch.Tensor]:
-    truth = problem.evaluate(reference, op, dtype=torch.float64)
-    return truth | {"folded": truth["folded"].masked_fill(~entries(problem.active, problem.geometry), 0)}
 
 
 @pytest.mark.parametrize("op", ROW_OPS)
@@ -51,7 +33,7 @@ def test_only_the_gradient_of_inactive_kernels_is_left_out(op: str, seed: int) -
     problem = partly_active(replace(random_case(random.Random(seed)), seed=seed), torch.float32)
     with poisoned_memory():
         results = problem.evaluate(ept_kernels, op)
-    assert_all_match(results, expected(problem, op), 1e-5)
+    assert_all_match(results, expected_where_active(problem, op), 1e-5)
 
 
 @pytest.mark.parametrize("op", ROW_OPS)
@@ -62,7 +44,7 @@ def test_a_kernel_at_zero_that_is_active_gets_its_gradient(op: str) -> None:
     problem = replace(problem, folded=torch.zeros_like(problem.folded), active=active)
     gradient = problem.evaluate(ept_kernels, op)["folded"]
     used = torch.zeros(4, 1, dtype=torch.bool).index_fill_(0, problem.groups, True)
-    assert_same_bits(gradient != 0, entries(active & used, GEOMETRY))
+    assert_same_bits(gradient != 0, folded_entries(active & used, GEOMETRY))
 
 
 @pytest.mark.parametrize("op", ROW_OPS)
@@ -83,7 +65,7 @@ def test_it_goes_through_one_compiled_graph() -> None:
     output = compiled(**leaves)
     gradients = torch.autograd.grad(output, list(leaves.values()), problem.cotangent)
     results = {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
-    assert_all_match(results, expected(problem, "pyramid_linear"), 1e-12)
+    assert_all_match(results, expected_where_active(problem, "pyramid_linear"), 1e-12)
 
 
 @pytest.mark.parametrize(

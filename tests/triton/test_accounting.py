@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from interpreter_trace import Launched, Trace, traced
-from pyramid_testing import Case, Recorder
+from pyramid_testing import Case, Recorder, folded_entries, poisoned_memory
 
 import ept_kernels
 from ept_kernels import PyramidGeometry
@@ -25,17 +26,26 @@ WIDTH = 8 * (2 + 4 + 8)
 GROUPINGS = {"one group": ("none", 1, 1), "two tasks": ("sample", 2, 2), "every row": ("row", ROWS, 3)}
 
 
-def run(grouping: str, base: str, dtype: torch.dtype, op: str = "pyramid_linear") -> tuple[Trace, Trace, dict]:
-    """Forward and backward of one call: what was launched, and the memory that was taken by each."""
+def run(
+    grouping: str, base: str, dtype: torch.dtype, op: str = "pyramid_linear", scales: tuple[int, ...] | None = None
+) -> tuple[Trace, Trace, dict]:
+    """Forward and backward of one call: what was launched, and the memory that was taken by each.
+
+    ``scales``: those that every group uses, of which the call is told; None: all, and nothing said.
+    """
     how, samples, num_groups = GROUPINGS[grouping]
     lead = (samples, ROWS // samples) if how == "sample" else (ROWS,)
     problem = Case(GEOMETRY, lead, how, num_groups).tensors(dtype, adapter_dtype=torch.float32)
+    if scales is not None:
+        active = torch.tensor([[k in scales for k in GEOMETRY.scales]]).expand(num_groups, -1)
+        folded = problem.folded.masked_fill(~folded_entries(active, GEOMETRY), 0)
+        problem = replace(problem, folded=folded, active=active)
     leaves = {name: problem.arguments(op)[name].detach().requires_grad_() for name in ("x", "A", "B", "folded")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EPT_TRITON_BASE", base)
-        with Recorder() as in_forward, traced() as forward:
+        with Recorder() as in_forward, traced() as forward, poisoned_memory():
             output = problem.call(ept_kernels, op, **leaves)
-        with Recorder() as in_backward, traced() as backward:
+        with Recorder() as in_backward, traced() as backward, poisoned_memory():
             torch.autograd.grad(output, list(leaves.values()), problem.cotangent)
     return forward, backward, {"forward": in_forward, "backward": in_backward}
 
@@ -51,6 +61,14 @@ def fused() -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EPT_BACKEND", "triton")
         return {grouping: run(grouping, "fused", torch.float16) for grouping in GROUPINGS}
+
+
+@pytest.fixture(scope="module")
+def partly() -> dict:
+    """As ``fused``, with the middle scale in no group's use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EPT_BACKEND", "triton")
+        return {grouping: run(grouping, "fused", torch.float16, scales=(2, 8)) for grouping in GROUPINGS}
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -181,6 +199,8 @@ def factor_grad_reads(launched: Launched, plan: Plan, itemsize: int) -> dict[str
         "du_ptr": ROWS * plan.width * itemsize * cover(192, block),
         "dy_ptr": ROWS * 160 * itemsize * plan.rank_blocks,
         "v_ptr": ROWS * plan.width * itemsize * cover(160, block),
+        "du_active_ptr": ROWS * 4 * plan.rank_blocks * cover(192, block),
+        "v_active_ptr": ROWS * 4 * plan.rank_blocks * cover(160, block),
     }
 
 
@@ -222,62 +242,50 @@ def test_every_result_is_written_once(fused: dict, grouping: str) -> None:
 
 
 @pytest.mark.skipif(not MODEL.exists(), reason="benchmarks/roofline_model.py is not there")
+@pytest.mark.parametrize("scales", [GEOMETRY.scales, (2, 8)], ids=["all scales", "one inactive"])
 @pytest.mark.parametrize("grouping", GROUPINGS)
-def test_bytes_of_the_roofline_model(fused: dict, grouping: str) -> None:
+def test_bytes_of_the_roofline_model(grouping: str, scales: tuple[int, ...], request: pytest.FixtureRequest) -> None:
     """The model's tiled reads and writes are those of the launches, small tables aside."""
     sys.path.insert(0, str(MODEL.parent))
     try:
         model = importlib.import_module("roofline_model")
     finally:
         sys.path.remove(str(MODEL.parent))
-    forward, backward, _ = fused[grouping]
+    recorded = request.getfixturevalue("fused" if scales == GEOMETRY.scales else "partly")
+    forward, backward, _ = recorded[grouping]
     tasks = GROUPINGS[grouping][2]
 
     def work(launched: Launched):
         _, spans = row_spans(ROWS)
-        return model.Work(
-            ROWS, GEOMETRY, GEOMETRY.scales, "fp16", tasks, row_block=launched.config["BLOCK_T"], splits=spans
-        )
+        return model.Work(ROWS, GEOMETRY, scales, "fp16", tasks, row_block=launched.config["BLOCK_T"], splits=spans)
 
     def tiles(launched: Launched):
         return model.Tiles(launched.config["BLOCK_T"], launched.config["BLOCK_C"])
 
-    def agree(launched: Launched, modelled, **names: str) -> None:
-        for name, argument in names.items():
-            side = {**modelled.reads, **modelled.writes} if name not in modelled.reads else modelled.reads
-            counted = launched.loaded if name in modelled.reads else launched.stored
-            assert counted[argument] == side[name], f"{launched.kernel}: {name}"
+    def agree(launched: Launched, modelled, reads: dict[str, str], writes: dict[str, str]) -> None:
+        for side, moved, names in (("reads", launched.loaded, reads), ("writes", launched.stored, writes)):
+            for name, argument in names.items():
+                assert moved[argument] == getattr(modelled, side)[name], f"{launched.kernel} {side} {name}"
 
     shrunk, linear = forward.launches
-    again, gradient, dx, factors, _ = backward.launches
-    aligned = grouping != "two tasks"  # segments of 68 rows: the model tiles all rows as one
-    factor = {"A": "factor_ptr"} if aligned else {}
-    agree(shrunk, model.shrink(work(shrunk), tiles(shrunk)), x="x_ptr", V="v_ptr", **factor)
-    agree(again, model.shrink(work(again), tiles(again), keep_u=True), x="x_ptr", U="u_ptr", V="v_ptr")
-    agree(gradient, model.shrink_gradient(work(gradient), tiles(gradient)), dy="x_ptr", U="u_saved_ptr", dU="v_ptr")
-    agree(
-        linear,
-        model.gemm_expand(work(linear), tiles(linear)),
-        x="x_ptr",
-        W="weight_ptr",
-        V="v_ptr",
-        B="factor_ptr",
-        y="y_ptr",
-    )
-    agree(
-        dx,
-        model.gemm_expand(work(dx), tiles(dx), backward=True),
-        dy="x_ptr",
-        W="weight_ptr",
-        dU="v_ptr",
-        A="factor_ptr",
-        dx="y_ptr",
-    )
-    agree(
-        factors,
-        model.seed_gradients(work(factors), tiles(factors)),
-        x="x_ptr",
-        dU="du_ptr",
-        dy="dy_ptr",
-        V="v_ptr",
-    )
+    again, gradient, dx, factors, sums = backward.launches
+    apart = grouping != "two tasks"  # segments of 68 rows: the model tiles all rows as one
+    slices = [{name: "factor_ptr"} if apart else {} for name in ("A", "B")]
+    agree(shrunk, model.shrink(work(shrunk), tiles(shrunk)), {"x": "x_ptr", **slices[0]}, {"V": "v_ptr"})
+    modelled = model.shrink(work(again), tiles(again), keep_u=True)
+    agree(again, modelled, {"x": "x_ptr", **slices[0]}, {"U": "u_ptr", "V": "v_ptr"})
+    sums_of_blocks = {"dfolded partials": "partial_ptr"} if grouping == "one group" else {}
+    modelled = model.shrink_gradient(work(gradient), tiles(gradient))
+    agree(gradient, modelled, {"dy": "x_ptr", "U": "u_saved_ptr", **slices[1]}, {"dU": "v_ptr", **sums_of_blocks})
+    expanded = {"W": "weight_ptr", "V": "v_ptr", "B": "factor_ptr"}
+    agree(linear, model.gemm_expand(work(linear), tiles(linear)), {"x": "x_ptr", **expanded}, {"y": "y_ptr"})
+    expanded = {"W": "weight_ptr", "dU": "v_ptr", "A": "factor_ptr"}
+    modelled = model.gemm_expand(work(dx), tiles(dx), backward=True)
+    agree(dx, modelled, {"dy": "x_ptr", **expanded}, {"dx": "y_ptr"})
+    rows = {"x": "x_ptr", "dU": "du_ptr", "dy": "dy_ptr", "V": "v_ptr"}
+    partials = {"dA partials": "partial_a_ptr", "dB partials": "partial_b_ptr"}
+    agree(factors, model.seed_gradients(work(factors), tiles(factors)), rows, partials)
+    results = {"dA": "grad_a_ptr", "dB": "grad_b_ptr", "dfolded": "grad_folded_ptr"}
+    if grouping == "one group":
+        partials["dfolded partials"] = "partial_folded_ptr"
+    agree(sums, model.reduce_gradients(work(gradient)), partials, results)

@@ -120,3 +120,27 @@ def test_a_compiled_call_draws_from_the_generator() -> None:
     torch.manual_seed(4)
     assert torch.equal(compiled(problem.x), expected)
     assert not torch.equal(compiled(problem.x), expected)
+
+
+@pytest.mark.parametrize("op", ["pyramid_delta", "pyramid_linear"])
+def test_inductor_replays_the_mask_in_backward(op: str) -> None:
+    """The default compiler may compute again in backward what forward drew; the layer is linear in x, so that
+    ``<dx, x> = <dy, y>`` whatever the mask, if it is one and the same."""
+    case = CASES["by sample"]
+    problem = case.tensors(torch.float32)
+
+    def layer(rows: torch.Tensor) -> torch.Tensor:
+        base = (problem.weight, None) if op == "pyramid_linear" else ()
+        adapter = (problem.A, problem.B, problem.folded, problem.groups, case.geometry)
+        return getattr(ept_kernels, op)(rows, *base, *adapter, dropout_p=P)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    outputs = []
+    for _ in range(2):
+        x = problem.x.clone().requires_grad_()
+        outputs.append(compiled(x))
+        (gradient,) = torch.autograd.grad(outputs[-1], x, problem.cotangent)
+        inside, outside = (x * gradient).sum().double(), (outputs[-1] * problem.cotangent).sum().double()
+        assert abs(inside - outside) < 1e-4 * (outputs[-1].norm() * problem.cotangent.norm())
+    assert (outputs[0] - outputs[1]).norm() > 0.1 * outputs[0].norm(), "another call, another mask"

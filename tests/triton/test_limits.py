@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import triton
@@ -10,7 +12,7 @@ from pyramid_testing import Case
 import ept_kernels
 import ept_kernels.triton as triton_backend
 from ept_kernels import PyramidGeometry
-from ept_kernels.triton import backend, precision
+from ept_kernels.triton import backend, configs, launch, precision
 
 GPU = torch.device("cuda")
 
@@ -27,6 +29,18 @@ def test_an_older_triton_is_left_alone(version: str, monkeypatch: pytest.MonkeyP
 def test_newer_ones_serve(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", version)
     assert triton_backend.unsupported(GPU, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True), ((8, 6), True), ((12, 0), True)])
+def test_gpus_before_ampere_are_left_to_others(
+    capability: tuple[int, int], serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = triton_backend.unsupported(GPU, torch.float16)
+    assert (reason is None) == serves
+    if not serves:
+        assert reason == "it needs compute capability 8.0 or newer (Ampere), cuda has 7.5"
 
 
 @pytest.mark.parametrize("op", ["pyramid_delta", "pyramid_linear"])
@@ -61,6 +75,33 @@ def test_single_is_refused_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "is_amd", lambda: True)
     with pytest.raises(ValueError, match="EPT_TRITON_BASE=single is for NVIDIA"):
         backend.base_plan(weight, weight)
+
+
+@pytest.mark.parametrize("op", ["pyramid_weight", "pyramid_merge", "pyramid_delta", "pyramid_linear"])
+def test_ops_run_on_the_device_of_their_tensors(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward: what asks for the current device (tiles, precision, Triton) finds that of the rows."""
+    problem, current, asked = Case(PyramidGeometry(17, 15, 2, (2, 3)), (5,)).tensors(torch.float32), [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor: torch.Tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    def run(kernel, *rest) -> None:
+        asked.append((kernel.__name__, current[-1]))
+        launch.run(kernel, *rest)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(launch, "runner", run)
+    monkeypatch.setattr(configs, "family", lambda: asked.append(("family", current[-1])) or "safe")
+    p = problem
+    if op == "pyramid_merge":
+        ept_kernels.pyramid_merge(p.weight, p.A, p.B, p.folded, p.geometry)
+    else:
+        p.evaluate(ept_kernels, op)
+    assert len(asked) >= (1 if op == "pyramid_merge" else 3)
+    assert not current
 
 
 @pytest.mark.parametrize("switch", ["allow_tf32", "fp32_precision"])

@@ -34,7 +34,11 @@ MUTANTS = {
         "active_ptr + rank_block.to(tl.int64) * rows_total + rows",
         "active_ptr + rows",
     ),
-    "blocks that mix groups skip as if they had one": ("shrink.py", "SKIP=skip and rows.aligned", "SKIP=skip"),
+    "blocks that mix groups skip as if they had one": (
+        "shrink.py",
+        "SKIP=skip and uses is None and rows.aligned",
+        "SKIP=skip and uses is None",
+    ),
     "surplus ranks are stored": ("tiles.py", "exists = (p < RANK_BLOCK) & ", "exists = "),
     "the slice is read beyond its end": ("tiles.py", "(j[None, :] * K < features)", "(j[None, :] < features)"),
     "slots are shifted": (
@@ -80,9 +84,27 @@ MUTANTS = {
     "zero kernels get no gradient": ("backend.py", '"skip": not need_folded', '"skip": True'),
     "partial sums are half": (
         "factor_grad.py",
-        "dtype=torch.float32, device=rows.device",
-        "dtype=torch.float16, device=rows.device",
+        "dtype=torch.float32, device=given.device",
+        "dtype=torch.float16, device=given.device",
     ),
+    "a group that does not exist is read": ("shrink.py", "group = tl.where(known, group, 0)", "group = group + 0"),
+    "a block uses what its first row uses": (
+        "shrink.py",
+        "used = tl.max(tl.load(uses_ptr + group * len(SCALES) + s).to(tl.int32), 0)",
+        "used = tl.sum(tl.where(tl.arange(0, BLOCK_T) == 0, tl.load(uses_ptr + group * len(SCALES) + s), 0), 0)",
+    ),
+    "V of an inactive scale is not written": ("shrink.py", "elif v_ptr is not None:", "elif False:"),
+    "sums that nobody wrote are read": (
+        "reduce.py",
+        "exists = exists & used_entries",
+        "exists = exists | used_entries",
+    ),
+    "units of a span are summed twice": (
+        "factor_grad.py",
+        "tl.minimum(part * span + span, rows_total)",
+        "rows_total",
+    ),
+    "bits beyond the span decide": ("factor_grad.py", "mask=t < end, other=0)", "mask=t < 0, other=0)"),
     "the product waits for its first shrink tile only": (
         "single.py",
         "last = tl.minimum(first + BLOCK_T // SHRINK_T, shrink_blocks)",

@@ -42,6 +42,23 @@ def test_a_sample_of_what_ships_passes(target: str, dtype: str, tmp_path: Path) 
     assert len(report.read_text().splitlines()) == 4
 
 
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    """Rows are known again by source, specialisation and target; what they hold is judged anew."""
+    report = tmp_path / "report.csv"
+    chosen = ["--target", "sm_80", "--dtype", "bf16", "--kernel", "reduce_kernel", "--case", "default r=8, 4096x4096"]
+    words = [*chosen, "--jobs", "1", "--output", str(report), "--resume"]
+    assert run(REPORT, tmp_path / "cache", *words).returncode == 0
+    whole = report.read_text().splitlines()
+    report.write_text("\n".join(whole[:-1]) + "\n")
+    table = run(REPORT, tmp_path / "cache", *words).stdout
+    assert f"compiling 1, {len(whole) - 2} known already" in table
+    assert f"{len(whole) - 1} kernels compiled, 0 violations" in table
+    again = report.read_text().splitlines()
+    assert [line.rsplit(",", 1)[0] for line in again] == [line.rsplit(",", 1)[0] for line in whole], "but for seconds"
+    report.write_text("\n".join(whole[1:]))
+    assert "must have the columns" in run(REPORT, tmp_path / "cache", *words).stderr
+
+
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     done = run(Path(__file__).with_name("planted.py"), tmp_path_factory.mktemp("cache"))
@@ -70,6 +87,17 @@ def test_planted_violations_are_caught(name: str, reason: str, verdicts: dict[st
     assert any(reason in line for line in verdicts[name]), verdicts[name]
 
 
+@pytest.mark.parametrize("base", ["fused", "single", "split"])
+def test_batches_share_compiled_kernels(base: str, tmp_path: Path) -> None:
+    """Over 352 batches, a kernel is compiled once for each choice of tiles and switches, whatever the numbers."""
+    done = run(Path(__file__).with_name("specialisations.py"), tmp_path, base)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert {"shrink_kernel, backward", "factor_grad_kernel, backward", "reduce_kernel, backward"} <= set(counts)
+    for which, (compiled, needed) in counts.items():
+        assert compiled == needed <= 12, which
+
+
 def test_interpreting_is_refused(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, REPORT, "--target", "sm_80", "--dtype", "bf16", "--sample", "1"]
@@ -80,7 +108,11 @@ def test_interpreting_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
-    [(["--sample", "0"], "--sample must be at least 1"), (["--output", "x.txt"], "--output must end")],
+    [
+        (["--sample", "0"], "--sample must be at least 1"),
+        (["--output", "x.txt"], "--output must end"),
+        (["--output", "x.md", "--resume"], "--resume needs an --output that ends in .csv"),
+    ],
 )
 def test_bad_arguments_are_named(words: list[str], complaint: str, tmp_path: Path) -> None:
     done = run(REPORT, tmp_path, *words)

@@ -1,0 +1,72 @@
+"""How often would a layer compile, over many batches? Run as a program, it prints a count for each kernel.
+
+A process of its own, because tests elsewhere interpret kernels, and one process does not mix that with compiling.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from static_record import Call, record
+from static_targets import TARGETS
+
+from ept_kernels.triton import backend
+
+SCALES = (2, 4, 6, 8)
+#: One row, primes, powers of two and their neighbours, multiples of 16 and others.
+LENGTHS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 48, 61, 64, 65, 100, 127, 128, 144, 200, 251, 256, 400, 509, 512, 777)
+LENGTHS += (1000, 1009, 1024, 1500, 2000, 2039, 2048, 3000, 3072, 4000, 4096, 4099, 5000, 6144, 8000, 8191, 8192, 9000)
+SAMPLES = (1, 2, 5, 16)
+
+
+def layer(samples: int, length: int, by_row: bool, backward: bool) -> Callable[[], None]:
+    """A pass of a 768 x 768 layer over ``samples`` samples of ``length`` rows, a group for each of them (or a row)."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def start() -> None:
+        rows = samples * length
+        x, weight = meta(rows, 768), meta(768, 768)
+        A, B = meta(8, 384, dtype=torch.float32), meta(384, 8, dtype=torch.float32)
+        folded = meta(samples, sum(k * k for k in SCALES), dtype=torch.float32)
+        active = meta(samples, len(SCALES), dtype=torch.bool)
+        groups = meta(rows if by_row else samples, dtype=torch.int64)
+        if backward:
+            backend.pyramid_linear_backward(x, x, weight, A, B, folded, groups, SCALES, (True,) * 4, active=active)
+        else:
+            backend.pyramid_linear(x, weight, None, A, B, folded, groups, SCALES, active=active)
+
+    return start
+
+
+def main() -> None:
+    os.environ["EPT_TRITON_BASE"] = sys.argv[1]
+    compiled, needed = defaultdict(int), defaultdict(set)
+    for backward in (False, True):
+        calls = {
+            Call(f"{samples} x {length}, {'rows' if by_row else 'samples'}", True): layer(
+                samples, length, by_row, backward
+            )
+            for samples in SAMPLES
+            for length in LENGTHS
+            for by_row in (False, True)
+        }
+        for launch in record(TARGETS["sm_90"], "bf16", calls):
+            which = f"{launch.kernel}, {'backward' if backward else 'forward'}"
+            compiled[which] += 1
+            needed[which].add((launch.config, launch.variant))
+    print(json.dumps({which: [count, len(needed[which])] for which, count in compiled.items()}))
+
+
+if __name__ == "__main__":
+    main()
