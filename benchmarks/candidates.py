@@ -11,7 +11,8 @@ loop        EPT expert by expert, as its released code computes it: the product 
 dense       EPT through its dense update: ``ept_kernels.pyramid_weight`` for every task, then ``F.linear`` with
             ``W + update`` on the samples of each
 compile     EPT in the structured form ``B_k (A_k X) Kbar_k^T``, written in plain torch, under ``torch.compile``
-ept:NAME    ``ept.EPTLinear`` on backend NAME
+ept:NAME    ``ept.EPTLinear`` on backend NAME; ``ept:triton:PLAN`` on Triton with its base product run as PLAN says
+            (``fused``, ``single`` or ``split``; without it the backend chooses, or ``EPT_TRITON_BASE``)
 ==========  ==========================================================================================================
 
 Router and folding are part of every EPT candidate's time. Adapters are in evaluation mode, all parameters trainable.
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model
 from problem import ALPHA, RANK, Problem
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ept_kernels import pyramid_weight, reference
 from ept_kernels.dispatch import automatic
@@ -49,7 +51,7 @@ TITLES = {
 def title(name: str) -> str:
     """A candidate's name for readers."""
     kind, _, backend = name.partition(":")
-    return f"{TITLES[kind]} ({backend})" if backend else TITLES[kind]
+    return f"{TITLES[kind]} ({backend.replace(':', ', ')})" if backend else TITLES[kind]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Candidate:
         leaves: trainable tensors whose gradients are compared with the definition's.
         definition: ``(x, weight, leaves) -> y`` in plain, differentiable torch, in any dtype.
         family: candidates of one family share leaves and definition.
-        forced: backend to force meanwhile.
+        forced: what ``harness.forced_backend`` forces meanwhile.
         unchecked: trainable tensors that take part in the time alone (the router's: it is the same code everywhere).
     """
 
@@ -138,10 +140,15 @@ def _ept(
     def definition(x: Tensor, weight: Tensor, leaves: Leaves) -> Tensor:
         (A,), (B,), kernels = leaves["A"], leaves["B"], leaves["kernels"]
         folded = reference.fold_kernels(kernels, dense.to(A.dtype), layer.scaling, layer.geometry)
-        parts = []
-        for task in tasks:
-            update = reference.pyramid_weight(A, B, folded[task : task + 1], layer.geometry)[0].to(x.dtype)
-            parts.append(F.linear(x[samples[task]], update))
+
+        def of_task(rows: Tensor, A: Tensor, B: Tensor, folded: Tensor) -> Tensor:
+            return F.linear(rows, reference.pyramid_weight(A, B, folded, layer.geometry)[0].to(rows.dtype))
+
+        # Recomputed in backward, so that one task's update is in memory at a time: 64 of 4096 x 4096 take 9 GB in fp64.
+        parts = [
+            checkpoint(of_task, x[samples[t]], A, B, folded[t : t + 1], use_reentrant=False, preserve_rng_state=False)
+            for t in tasks
+        ]
         return F.linear(x, weight) + torch.cat(parts)[back]
 
     leaves = {"A": [layer.A], "B": [layer.B], "kernels": list(layer.kernels)}
@@ -150,9 +157,9 @@ def _ept(
 
 
 def ept_linear(problem: Problem, backend: str) -> Candidate:
-    """``EPTLinear`` on one backend."""
-    task_ids = problem.task_ids
-    return _ept(problem, f"ept:{backend}", backend, lambda x: problem.layer(x, task_ids), forced=backend)
+    """``EPTLinear`` on one backend, or on ``triton:PLAN``."""
+    task_ids, name = problem.task_ids, backend.partition(":")[0]
+    return _ept(problem, f"ept:{backend}", name, lambda x: problem.layer(x, task_ids), forced=backend)
 
 
 def expert_loop(problem: Problem) -> Candidate:
@@ -231,6 +238,6 @@ KINDS = (*BUILDERS, "ept")
 
 
 def build_candidate(name: str, problem: Problem) -> Candidate:
-    """The candidate of a name: a key of ``BUILDERS``, or ``ept:BACKEND``."""
+    """The candidate of a name: a key of ``BUILDERS``, ``ept:BACKEND`` or ``ept:triton:PLAN``."""
     kind, _, backend = name.partition(":")
     return ept_linear(problem, backend) if kind == "ept" else BUILDERS[kind](problem)

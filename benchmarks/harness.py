@@ -35,7 +35,7 @@ PACKAGES = ("torch", "triton", "peft", "ept-kernels")
 
 @dataclass(frozen=True)
 class Timed:
-    """A call to measure, and the backend that ``EPT_BACKEND`` forces meanwhile (None: whichever is automatic)."""
+    """A call to measure, and what ``forced_backend`` forces meanwhile (None: whichever backend is automatic)."""
 
     call: Callable[[], object]
     backend: str | None = None
@@ -43,16 +43,18 @@ class Timed:
 
 @contextlib.contextmanager
 def forced_backend(name: str | None) -> Iterator[None]:
-    """``EPT_BACKEND=name`` inside; with None, unset."""
-    before = os.environ.pop("EPT_BACKEND", None)
-    if name is not None:
-        os.environ["EPT_BACKEND"] = name
+    """``EPT_BACKEND=name`` inside; with None, unset. ``triton:PLAN`` sets ``EPT_TRITON_BASE=PLAN`` as well."""
+    backend, _, plan = (name or "").partition(":")
+    forced = {"EPT_BACKEND": backend, **({"EPT_TRITON_BASE": plan} if plan else {})}
+    before = {variable: os.environ.pop(variable, None) for variable in forced}
+    os.environ.update({variable: value for variable, value in forced.items() if value})
     try:
         yield
     finally:
-        os.environ.pop("EPT_BACKEND", None)
-        if before is not None:
-            os.environ["EPT_BACKEND"] = before
+        for variable, value in before.items():
+            os.environ.pop(variable, None)
+            if value is not None:
+                os.environ[variable] = value
 
 
 class CpuClock:
@@ -243,13 +245,15 @@ def commit() -> str:
 
 
 def provenance(device: torch.device) -> dict[str, str]:
-    """Device, threads, versions and commit: what every row of results carries."""
+    """Device, threads, versions, commit, and whether Triton tunes: what every row of results carries."""
     return {
         "device": device_name(device),
         "device_type": device.type,
         "threads": str(torch.get_num_threads()),
+        "cpus": str(os.cpu_count() or 1),
         "python": platform.python_version(),
         **{package.replace("-", "_"): _version(package) for package in PACKAGES},
         "gpu_runtime": _gpu_runtime(),
         "commit": commit(),
+        "triton_autotune": os.environ.get("EPT_TRITON_AUTOTUNE") or "0",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ BASELINE = "linear"
 
 #: Columns of a row of results, in the order of the CSV file.
 COLUMNS = (
-    *("device", "device_type", "threads", "python", "torch", "triton", "peft", "ept_kernels", "gpu_runtime", "commit"),
+    *("device", "device_type", "threads", "cpus", "python", "torch", "triton", "peft", "ept_kernels", "gpu_runtime"),
+    *("commit", "triton_autotune"),
     *(
         "shape",
         "in_features",
@@ -39,6 +41,7 @@ COLUMNS = (
         "pass",
         "candidate",
         "backend",
+        "triton_base",
         "status",
         "note",
         "error",
@@ -153,7 +156,7 @@ def _try(
     name: str, problem: Problem, oracle: Oracle, candidates: dict[str, Candidate], trials: dict[str, list[_Trial]]
 ) -> None:
     """Build a candidate and judge both of its passes. Whatever it raises is a result, not the end of the run."""
-    backend = name.partition(":")[2] or "torch"
+    backend = [*name.split(":"), "torch"][1]
     for which in PASSES:
         try:
             candidate = candidates.get(name) or candidates.setdefault(name, build_candidate(name, problem))
@@ -218,6 +221,7 @@ def _timed_rows(
         row: Row = dict.fromkeys(COLUMNS, "")
         row.update(shared, candidate=trial.candidate, backend=trial.backend, note=trial.note)
         row["pass"] = which
+        row["triton_base"] = _triton_base(trial)
         row["status"] = FAILED if trial.verdict is None else OK if trial.verdict.right else WRONG
         if trial.verdict is not None:
             row.update(error=trial.verdict.error, error_limit=trial.verdict.limit, worst_tensor=trial.verdict.tensor)
@@ -226,6 +230,14 @@ def _timed_rows(
             row.update(_memory(which, candidates[trial.candidate], problem, calls[trial.candidate]))
         rows.append(row)
     return rows
+
+
+def _triton_base(trial: _Trial) -> str:
+    """How Triton's base product runs: the plan that the candidate or ``EPT_TRITON_BASE`` forces, or "automatic"."""
+    if trial.backend != "triton":
+        return "none"
+    plan = trial.candidate.split(":")[2:]
+    return plan[0] if plan else os.environ.get("EPT_TRITON_BASE") or "automatic"
 
 
 def _timing(samples: Sequence[float], baseline: Sequence[float], problem: Problem) -> Row:

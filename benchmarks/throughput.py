@@ -40,6 +40,8 @@ from throughput_report import markdown, plots, read_rows, write_rows
 import ept_kernels
 
 NEVER_UNASKED = "reference"
+#: How Triton may run the base product; "single" is for NVIDIA.
+TRITON_PLANS = ("fused", "single", "split")
 FILE = "throughput.csv"
 
 
@@ -83,7 +85,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", help="tasks in the batch")
     parser.add_argument("--experts", help="experts, spread evenly over the scales 2, 4, 6, 8")
     parser.add_argument("--dtype", help=", ".join(DTYPES))
-    parser.add_argument("--backends", help="EPT backends; default: all that can serve, without reference")
+    parser.add_argument(
+        "--backends",
+        help="EPT backends (triton:fused, triton:single, triton:split: how its base product runs); default: all that "
+        "can serve, without reference, on a GPU with Triton's plans side by side",
+    )
     parser.add_argument("--candidates", help=f"out of {', '.join(KINDS)}; default: all")
     parser.add_argument("--cross", action="store_true", help="all combinations instead of one axis at a time")
     parser.add_argument("--device", help="default: the GPU, else the CPU")
@@ -125,9 +131,12 @@ def candidate_names(options: argparse.Namespace, device: torch.device, dtype: st
     if "ept" not in kinds:
         return names
     available = ept_kernels.available_backends(device, DTYPES[dtype])
+    plans = [f"triton:{plan}" for plan in TRITON_PLANS if plan != "single" or torch.version.hip is None]
+    plans = plans if "triton" in available else []
     if options.backends is None:
-        return names + [f"ept:{backend}" for backend in available if backend != NEVER_UNASKED]
-    return names + [f"ept:{backend}" for backend in _chosen("backends", options.backends, available)]
+        chosen = [backend for backend in available if backend != NEVER_UNASKED]
+        return names + [f"ept:{backend}" for backend in chosen + (plans if device.type == "cuda" else [])]
+    return names + [f"ept:{backend}" for backend in _chosen("backends", options.backends, [*available, *plans])]
 
 
 def plan(options: argparse.Namespace, device: torch.device) -> tuple[list[tuple[Point, list[str]]], Effort]:

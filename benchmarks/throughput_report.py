@@ -86,8 +86,14 @@ def _heading(row: Row) -> str:
     )
     return (
         f"**{row['shape']}** ({row['in_features']} to {row['out_features']}), {counts}, {row['dtype']}; "
-        f"{row['rounds']} rounds, load average {row['load'] or 'unknown'} (above the number of CPUs: noisy)"
+        f"{row['rounds']} rounds, {_load(row)}"
     )
+
+
+def _load(row: Row) -> str:
+    """The load average, and what it means where more processes wanted a CPU than there are."""
+    noisy = bool(row["load"]) and float(row["load"]) > int(row["cpus"])
+    return f"load average {row['load'] or 'unknown'} on {row['cpus']} CPUs" + (": noisy" if noisy else "")
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

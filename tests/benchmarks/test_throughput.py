@@ -15,7 +15,7 @@ import pytest
 import throughput
 import torch
 from accuracy import Oracle, relative_error
-from candidates import BUILDERS, build_candidate
+from candidates import BUILDERS, build_candidate, title
 from harness import Timed, alternate, forced_backend, pick_device, provenance, ratio_spread, spread
 from measure import COLUMNS, Effort, measure_point
 from memory import peak_bytes, saved_bytes
@@ -23,7 +23,7 @@ from problem import DTYPES, Point, build, pyramid, sample_count, shape_names
 from throughput_report import markdown, plots, read_rows, write_rows
 
 import ept_kernels
-from ept_kernels import torch_backend
+from ept_kernels import dispatch, torch_backend
 
 CPU = torch.device("cpu")
 #: 6 divides neither side, 8 only one.
@@ -360,6 +360,67 @@ def test_every_backend_that_can_serve_is_measured_but_the_reference(monkeypatch:
     assert _plan("--quick", "--backends", "reference")[0][1][-1] == "ept:reference"
     assert "compile" not in _plan("--quick")[0][1]
     assert "compile" in _plan("--quick", "--candidates", "compile")[0][1]
+
+
+def test_tritons_plans_stand_side_by_side_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ept_kernels, "available_backends", lambda device, dtype: ("triton", "cuda", "torch"))
+    plans = ["ept:triton:fused", "ept:triton:single", "ept:triton:split"]
+
+    def names(device: str, *arguments: str) -> list[str]:
+        options = throughput.parser().parse_args(["--candidates", "linear,ept", *arguments])
+        return throughput.candidate_names(options, torch.device(device), "bf16")
+
+    assert names("cuda") == ["linear", "ept:triton", "ept:cuda", "ept:torch", *plans]
+    assert names("cpu") == ["linear", "ept:triton", "ept:cuda", "ept:torch"]
+    assert names("cuda", "--backends", "triton:split,torch") == ["linear", "ept:triton:split", "ept:torch"]
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(ValueError, match="got 'triton:single'"):
+        names("cuda", "--backends", "triton:single")
+    assert title("ept:triton:split") == "EPT (triton, split)"
+
+
+def test_a_plan_is_forced_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan's variable reaches forward and backward; the torch backend stands in for Triton's."""
+    seen = set()
+    right = torch_backend.pyramid_linear
+
+    def watched(*args):
+        seen.add((os.environ["EPT_BACKEND"], os.environ.get("EPT_TRITON_BASE")))
+        return right(*args)
+
+    monkeypatch.setattr(torch_backend, "pyramid_linear", watched)
+    monkeypatch.setitem(dispatch._loaded, "triton", torch_backend)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setenv("EPT_TRITON_BASE", "fused")
+    monkeypatch.setenv("EPT_TRITON_AUTOTUNE", "1")
+    names = ["ept:triton", "ept:triton:split", "ept:torch"]
+    found = by_key(measure_point(TINY, CPU, names, EFFORT, provenance(CPU)))
+    assert os.environ["EPT_TRITON_BASE"] == "fused"
+    assert seen == {("triton", "fused"), ("triton", "split"), ("torch", "fused")}
+    for name, (backend, base) in zip(names, [("triton", "fused"), ("triton", "split"), ("torch", "none")], strict=True):
+        row = found[name, "forward+backward"]
+        assert (row["status"], row["backend"], row["triton_base"]) == (measure.OK, backend, base)
+        assert row["triton_autotune"] == "1"
+
+
+def test_the_definition_holds_one_update_at_a_time() -> None:
+    """What autograd keeps does not grow by a dense update for each task."""
+    kept = {}
+    for tasks in (2, 16):
+        problem = build(Point("96x80", tokens=16, tasks=tasks, experts=8, dtype="fp32"), CPU)
+        candidate = build_candidate("ept:torch", problem)
+        known = [problem.base.weight, *problem.layer.parameters()]
+        kept[tasks] = saved_bytes(lambda c=candidate, p=problem: c.definition(p.x, p.base.weight, c.leaves), known)
+    assert kept[16] - kept[2] < 4 * 96 * 80
+
+
+@pytest.mark.parametrize(
+    ("load", "cpus", "words"), [("0.5", "2", "0.5 on 2 CPUs"), ("2.1", "2", "2.1 on 2 CPUs: noisy")]
+)
+def test_only_a_high_load_is_called_noisy(load: str, cpus: str, words: str, written: Path) -> None:
+    table = markdown([{**row, "load": load, "cpus": cpus} for row in read_rows(written)])
+    (heading,) = [line for line in table.splitlines() if line.startswith("**50x72**")]
+    assert heading.endswith(f"load average {words}")
 
 
 def test_defaults_cover_every_axis() -> None:
