@@ -4,9 +4,9 @@
     python benchmarks/step.py --model smollm2 --batch 4 --length 128
     python benchmarks/step.py --dtype bf16 --json runs/step.json
 
-A step is forward, loss (with EPT's contrastive loss), backward and AdamW. Both adapt every linear layer of the blocks at
-rank 8; a batch mixes all tasks. The methods take turns, in an order drawn anew every round; medians of the rounds, and
-quantiles of the ratio within a round. Token ids are random: they decide what is computed, not how long it takes.
+A step is forward, loss (with EPT's contrastive loss), backward and AdamW. Both adapt every linear layer of the blocks
+at rank 8; a batch mixes all tasks. The methods take turns, in an order drawn anew every round; medians of the rounds,
+and quantiles of the ratio within a round. Token ids are random: they decide what is computed, not how long it takes.
 """
 
 from __future__ import annotations
