@@ -88,7 +88,7 @@ PLANTED: dict[str, tuple[str, Callable[[], None]]] = {
 
 
 def main() -> None:
-    EXPECTATIONS["product"] = Expectation(matrix=True, streams=lambda launch: True)
+    EXPECTATIONS["product"] = Expectation(matrix=lambda launch: True, streams=lambda launch: True)
     verdicts = {}
     for name, (target, start) in PLANTED.items():
         (recorded,) = record(TARGETS[target], "bf16", {Call(name, True): start})
