@@ -1,5 +1,6 @@
 """Expert Pyramid Tuning: one frozen model, many tasks (arXiv 2603.12577). Importing registers EPT with PEFT."""
 
+from .auxiliary import auxiliary_loss, auxiliary_losses
 from .config import EPTConfig
 from .context import checkpoint, use_tasks
 from .introspection import (
@@ -25,6 +26,8 @@ __all__ = [
     "TaskTable",
     "__version__",
     "adapters",
+    "auxiliary_loss",
+    "auxiliary_losses",
     "checkpoint",
     "contrastive_loss",
     "parameter_breakdown",
