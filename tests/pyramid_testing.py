@@ -198,7 +198,7 @@ class Problem:
 
 def folded_entries(table: Tensor, geometry: PyramidGeometry) -> Tensor:
     """A table ``[G, S]`` for every entry of the folded kernels, ``[G, folded_size]``."""
-    return table.repeat_interleave(torch.tensor([k * k for k in geometry.scales]), dim=1)
+    return table.repeat_interleave(torch.tensor([k * k for k in geometry.scales], device=table.device), dim=1)
 
 
 def partly_active(case: Case, dtype: torch.dtype | None = None, adapter_dtype: torch.dtype | None = None) -> Problem:

@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gpu_testing import DTYPES, PAPER, PLANS, like_a_layer, on_gpu
-from pyramid_testing import Case, assert_all_match, assert_same_bits, poisoned_memory, relative_error
+from pyramid_testing import (
+    Case,
+    assert_all_match,
+    assert_same_bits,
+    expected_where_active,
+    partly_active,
+    poisoned_memory,
+    relative_error,
+)
 
 import ept_kernels
 from ept_kernels import PyramidGeometry, reference
@@ -37,6 +45,18 @@ def test_small_layers_in_fp32(case: Case, plan: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     problem = on_gpu(case.tensors(torch.float32))
     truth = problem.evaluate(reference, "pyramid_linear", dtype=torch.float64)
+    with poisoned_memory():
+        assert_all_match(problem.evaluate(ept_kernels, "pyramid_linear"), truth, 1e-5)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
+def test_small_layers_with_inactive_scales(case: Case, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What inactive scales leave unwritten is never read."""
+    monkeypatch.setenv("EPT_TRITON_BASE", plan)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    problem = on_gpu(partly_active(case, torch.float32))
+    truth = expected_where_active(problem, "pyramid_linear")
     with poisoned_memory():
         assert_all_match(problem.evaluate(ept_kernels, "pyramid_linear"), truth, 1e-5)
 
