@@ -32,11 +32,13 @@ class LayerAdapter(nn.Module):
 
     Attributes:
         unmergeable: why no task's update can be put into the weight, or None where it can.
+        stacks: whether several adapters of the method may be active at once.
         expert_labels: what each expert of ``route`` is, for reports: kernel sizes, ranks or numbers; None without one.
         expert_kind: what these labels are.
     """
 
     unmergeable: ClassVar[str | None] = None
+    stacks: ClassVar[bool] = True
     expert_labels: tuple[int, ...] | None = None
     expert_kind: ClassVar[str] = "expert"
 
