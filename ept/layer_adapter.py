@@ -171,4 +171,4 @@ class LayerAdapter(nn.Module):
 
     def part_sizes(self) -> dict[str, int]:
         """How many trained numbers there are, by what they are."""
-        return {"factors": sum(parameter.numel() for parameter in self.parameters())}
+        raise NotImplementedError

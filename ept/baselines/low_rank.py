@@ -90,3 +90,6 @@ class DiagonalAdapter(LayerAdapter):
     def shrink(self, x: Tensor) -> Tensor:
         """``A dropout(x)``: ``[..., in]`` -> ``[..., r]`` in the dtype of x."""
         return F.linear(F.dropout(x, self.dropout_p), self.A.to(x.dtype))
+
+    def part_sizes(self) -> dict[str, int]:
+        return {"factors": self.A.numel() + self.B.numel()}
