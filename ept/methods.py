@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from .adapter import PyramidAdapter
 from .adapter_config import AdapterConfig
+from .baselines.dcft import DCFT, DCFTAdapter, DCFTConfig
+from .baselines.mixlora import MIXLORA, MixLoRAAdapter, MixLoRAConfig
+from .baselines.moelora import MOELORA, MOELoRAAdapter, MOELoRAConfig
+from .baselines.more import MORE, MoREAdapter, MoREConfig
 from .config import EPTConfig
 from .layer_adapter import LayerAdapter
 from .peft_type import EPT
@@ -20,7 +24,13 @@ class Method:
     adapter: type[LayerAdapter]
 
 
-METHODS: tuple[Method, ...] = (Method(EPT, EPTConfig, PyramidAdapter),)
+METHODS: tuple[Method, ...] = (
+    Method(EPT, EPTConfig, PyramidAdapter),
+    Method(MORE, MoREConfig, MoREAdapter),
+    Method(MOELORA, MOELoRAConfig, MOELoRAAdapter),
+    Method(MIXLORA, MixLoRAConfig, MixLoRAAdapter),
+    Method(DCFT, DCFTConfig, DCFTAdapter),
+)
 
 _BY_CONFIG = {method.config: method for method in METHODS}
 
