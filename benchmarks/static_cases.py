@@ -68,6 +68,7 @@ CASES = (
     Case("default r=8", "4096x4096", 8192, strided=True),
     *(Case("default r=8", "4096x4096", 8192, segments, dropout=0.1) for segments in (None, 8192)),
     Case("default r=8", "4096x4096", 16, dropout=0.1),
+    *(Case(pyramid, "4096x4096", 8192, dropout=0.1) for pyramid in ("default r=16", "all 8", "2 to 16")),
     *(Case("default r=8", "1001x777", rows, segments) for rows in (8192, 16, 1) for segments in (None, rows)),
     *(
         Case(pyramid, "4096x4096", rows, segments)

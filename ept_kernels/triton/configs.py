@@ -45,10 +45,11 @@ def _shrink_rows(plan: Plan) -> int:
     return most if plan.block_columns <= 192 else most // 2
 
 
-def shrink_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
+def shrink_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list[Config]:
     """Tiles of the shrink kernel, the default first."""
     block = _spreading(_shrink_rows(plan), rows, plan.rank_blocks)
-    crowded = plan.block_columns > 192  # many scales, each with addresses of its own
+    # Many scales, each with addresses of its own, leave fewer registers; dropout's mask is better off with more lanes.
+    crowded = plan.block_columns > 192 and not drops
     channels = 64 if itemsize <= 2 and not crowded else 32
 
     def config(rows: int) -> Config:
@@ -99,7 +100,8 @@ def single_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     deep = 2 if family() == "cdna" else 3
     shrink = _shrink_rows(plan)
     if itemsize > 2:
-        tiles = {"BLOCK_T": 32, "BLOCK_C": 32, "BLOCK_I": 32, "SHRINK_T": min(shrink, 32), "GROUP_T": 8}
+        # As in the base product alone; the shrink in the same kernel halves the tile once more.
+        tiles = {"BLOCK_T": 32, "BLOCK_C": 16, "BLOCK_I": 32, "SHRINK_T": 16, "GROUP_T": 8}
         return [Config.of(**tiles, num_warps=8, num_stages=deep)]
     return [Config.of(BLOCK_T=128, BLOCK_C=64, BLOCK_I=64, SHRINK_T=shrink, GROUP_T=8, num_warps=8, num_stages=deep)]
 

@@ -374,4 +374,4 @@ def shrink(
         switches = (segments > 1, skip, uses is not None, u_saved is not None, p_drop > 0)
         return "shrink", features, plan, x.dtype, row_bucket(total), layout(x), switches
 
-    return start(choose(key, shrink_candidates(plan, x.dtype.itemsize, total), x.device, start))
+    return start(choose(key, shrink_candidates(plan, x.dtype.itemsize, total, p_drop > 0), x.device, start))

@@ -511,6 +511,11 @@ BAD = {
         "groups must have a length that divides the 6 rows of x, got 0",
         ROW_OPS,
     ),
+    "no kernel for some rows": (
+        {"folded": lambda p: p.folded[:0]},
+        r"folded must hold a kernel for the 6 rows of x, got \[0, \d+\]",
+        ROW_OPS,
+    ),
     "groups of floats": (
         {"groups": lambda p: p.groups.double()},
         "groups must be a 1-D tensor of int64 or int32, got .* of torch.float64",
