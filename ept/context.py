@@ -6,7 +6,7 @@ variable: each thread (and each asynchronous task) has its own, so concurrent pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -28,6 +28,9 @@ class TaskContext:
         attention_mask: ``[batch, sequence]``, 1 for tokens and 0 for padding, or None.
         pooled: inputs of adapted layers, pooled to ``[batch, d]``, for the contrastive loss; None does not collect.
         expands: whether a model's batch may be a whole multiple of the ids (generation: the beams of a sample).
+        shared: what one adapted layer of the pass works out and others read, by whose it is. Passes of one generation
+            share it.
+        recomputes: whether this repeats a part of an earlier pass, for checkpointing.
         owner: the model whose forward pass this is, or None for a block of the caller's.
         outer: the context that this one hides.
     """
@@ -36,6 +39,8 @@ class TaskContext:
     attention_mask: Tensor | None = None
     pooled: list[Tensor] | None = None
     expands: bool = False
+    shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    recomputes: bool = False
     owner: nn.Module | None = field(default=None, repr=False)
     outer: TaskContext | None = field(default=None, repr=False)
     _last: Tensor | None = field(default=None, repr=False)
@@ -153,7 +158,8 @@ class _CheckpointWithTasks:
             if first_run:
                 first_run = False
                 return function(*inner, **inner_kwargs)
-            with activate(TaskContext(context.task_ids, context.attention_mask)):
+            again = TaskContext(context.task_ids, context.attention_mask, shared=context.shared, recomputes=True)
+            with activate(again):
                 return function(*inner, **inner_kwargs)
 
         return self.checkpoint(run, *args, **kwargs)

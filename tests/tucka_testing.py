@@ -75,7 +75,7 @@ class TuckAProblem:
         if whole:
             output = adapter.linear(x, tensors["weight"], tensors["bias"], route)
         else:
-            output = torch.nn.functional.linear(adapter.transform(x, route), tensors["weight"], tensors["bias"])
+            output = torch.nn.functional.linear(x + adapter.update(x, route), tensors["weight"], tensors["bias"])
         leaves = {"x": x, "G": adapter.G, "U": adapter.U, "C": adapter.C, "centroids": router.centroids}
         return self._results(output, leaves, tensors["cotangent"])
 

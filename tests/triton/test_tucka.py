@@ -23,7 +23,7 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["linear", "transform"])
+@pytest.mark.parametrize("whole", [True, False], ids=["linear", "update"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_equals_the_definition(name: str, whole: bool) -> None:
     problem = PROBLEMS[name]

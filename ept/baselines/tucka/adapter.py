@@ -56,12 +56,11 @@ class TuckerAdapter(nn.Module):
         super().__init__()
         self.geometry = PyramidGeometry(in_features, out_features, rank, (1,))
         self.input_geometry = PyramidGeometry(in_features, in_features, rank, (1,))
-        self.alpha, self.init = alpha, init
+        self.num_groups, self.group_size, self.alpha, self.init = num_groups, group_size, alpha, init
         factory = {"device": device, "dtype": dtype}
         self.G = nn.Parameter(torch.empty(num_groups, core_rank, rank, rank, **factory))
         self.U = nn.Parameter(torch.empty(in_features, rank, **factory))
         self.C = nn.Parameter(torch.empty(group_size, core_rank, **factory))
-        self.register_buffer("folded", torch.ones(1, 1, **factory), persistent=False)
         self.reset_adapter_parameters()
 
     @torch.no_grad()
@@ -87,14 +86,14 @@ class TuckerAdapter(nn.Module):
             core = (shares @ slices.flatten(1)).view_as(slices[0])
             return core.T @ self.U.T, self.U
 
-    def transform(self, x: Tensor, route: Route) -> Tensor:
-        """x ``[..., in]`` -> x with its update added, for any layer to take.
+    def update(self, x: Tensor, route: Route) -> Tensor:
+        """``alpha x U M U^T``: what goes to the input of any layer. x ``[..., in]`` -> the same shape.
 
         Raises:
             ValueError: x of another width.
         """
         A, B = self.factors(route)
-        return x + pyramid_delta(x, A, B, self.folded, None, self.input_geometry)
+        return pyramid_delta(x, A, B, A.new_ones(1, 1), None, self.input_geometry)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, route: Route) -> Tensor:
         """The adapted linear, x ``[..., in]`` -> ``[..., out]``; weight ``[out, in]``, bias ``[out]`` or None.
@@ -107,9 +106,9 @@ class TuckerAdapter(nn.Module):
             ValueError: x of another width, or a weight or bias of another shape or dtype.
         """
         if (autocast_dtype(x) or x.dtype).itemsize >= 4:
-            return F.linear(self.transform(x, route), weight, bias)
+            return F.linear(x + self.update(x, route), weight, bias)
         A, B = self.factors(route)
-        return pyramid_linear(x, weight, bias, A, self._through(weight, B), self.folded, None, self.geometry)
+        return pyramid_linear(x, weight, bias, A, self._through(weight, B), A.new_ones(1, 1), None, self.geometry)
 
     def delta_weight(self, weight: Tensor, route: Route) -> Tensor:
         """What a fixed route adds to a weight: ``W (I + alpha U M U^T)^T - W = alpha (W U) M^T U^T``.
@@ -117,7 +116,7 @@ class TuckerAdapter(nn.Module):
         weight ``[out, in]`` -> ``[out, in]`` in the adapter's dtype; differentiable.
         """
         A, B = self.factors(route)
-        return pyramid_weight(A, self._through(weight.to(A.dtype), B), self.folded, self.geometry)[0]
+        return pyramid_weight(A, self._through(weight.to(A.dtype), B), A.new_ones(1, 1), self.geometry)[0]
 
     @staticmethod
     def _through(weight: Tensor, B: Tensor) -> Tensor:

@@ -22,15 +22,22 @@ class Route(NamedTuple):
     weights: Tensor
 
 
-def fixed_route(group: int, weights: Sequence[float] | Tensor, num_groups: int, group_size: int) -> Route:
-    """A route that no batch chose, for merging; on the CPU unless ``weights`` is a tensor elsewhere.
+def fixed_route(
+    group: int,
+    weights: Sequence[float] | Tensor,
+    num_groups: int,
+    group_size: int,
+    *,
+    device: torch.device | None = None,
+) -> Route:
+    """A route that no batch chose, for merging; on ``device``, or where ``weights`` is.
 
     Raises:
         ValueError: a group that does not exist, or another number of weights than experts in a group.
     """
     if isinstance(group, bool) or not isinstance(group, int) or not 0 <= group < num_groups:
         raise ValueError(f"group must be an integer from 0 to {num_groups - 1}, got {group!r}")
-    weights = torch.as_tensor(weights)
+    weights = torch.as_tensor(weights, device=device)
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     if weights.shape != (group_size,):
         raise ValueError(f"weights must hold {group_size} numbers, one for each expert of a group, got {weights!r}")
