@@ -1,5 +1,9 @@
 """Expert Pyramid Tuning: one frozen model, many tasks (arXiv 2603.12577). Importing registers EPT with PEFT."""
 
+from .auxiliary import auxiliary_loss, auxiliary_losses
+from .baselines.tucka.config import TuckAConfig
+from .baselines.tucka.linear import TuckALinear
+from .baselines.tucka.routes import fix_route, free_route, group_load
 from .config import EPTConfig
 from .context import checkpoint, use_tasks
 from .introspection import (
@@ -23,10 +27,17 @@ __all__ = [
     "EPTLinear",
     "EPTModel",
     "TaskTable",
+    "TuckAConfig",
+    "TuckALinear",
     "__version__",
     "adapters",
+    "auxiliary_loss",
+    "auxiliary_losses",
     "checkpoint",
     "contrastive_loss",
+    "fix_route",
+    "free_route",
+    "group_load",
     "parameter_breakdown",
     "parameter_groups",
     "print_parameter_breakdown",

@@ -7,21 +7,30 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ept_kernels import PyramidGeometry, fold_kernels, pyramid_weight, without_autocast
+from ept_kernels import (
+    PyramidGeometry,
+    fold_kernels,
+    pyramid_delta,
+    pyramid_linear,
+    pyramid_merge,
+    pyramid_weight,
+    without_autocast,
+)
 
 from .config import EPTConfig
-from .context import current
 from .router import route
+from .task_routed import TaskRoutedAdapter
 from .tasks import TaskIds, TaskTable
 
 
-class PyramidAdapter(nn.Module):
+class PyramidAdapter(TaskRoutedAdapter):
     """Parameters of Expert Pyramid Tuning for one linear map, without the map (spec section 1).
 
     Args:
         in_features, out_features: sizes of the map.
         config: the adapter's hyperparameters.
-        task_table: the embeddings, shared by all layers of a model. Referenced, not registered: its owner saves it.
+        shared: the task embeddings, shared by all layers of a model. Referenced, not registered: its owner saves it.
+        name: the map's name in its model.
 
     Attributes:
         A: ``[r, ceil(in / k_min)]``, B: ``[ceil(out / k_min), r]``, the factors of the seed.
@@ -32,38 +41,35 @@ class PyramidAdapter(nn.Module):
         ValueError: a scale larger than the map.
     """
 
+    expert_kind = "kernel size"
+
     def __init__(
         self,
         in_features: int,
         out_features: int,
         config: EPTConfig,
-        task_table: TaskTable,
+        shared: TaskTable,
         *,
+        name: str = "",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features, config, shared, name=name)
         self.geometry = PyramidGeometry(in_features, out_features, config.r, config.kernel_sizes, config.alp_scaling)
         self.scaling = config.lora_alpha / config.r
         self.top_k = config.top_k
         self.init_seed = config.init_seed
-        self.dropout = nn.Dropout(config.lora_dropout)
-        self._task_table = (task_table,)
+        self.expert_labels = config.kernel_sizes
         factory = {"device": device, "dtype": dtype}
         self.A = nn.Parameter(torch.empty(config.r, self.geometry.seed_width, **factory))
         self.B = nn.Parameter(torch.empty(self.geometry.seed_height, config.r, **factory))
         self.kernels = nn.ParameterList(nn.Parameter(torch.empty(k, k, **factory)) for k in config.kernel_sizes)
-        self.gate = nn.Parameter(torch.empty(self.geometry.num_experts, task_table.dim, **factory))
+        self.gate = nn.Parameter(torch.empty(self.geometry.num_experts, shared.dim, **factory))
         self.reset_adapter_parameters()
 
-    @property
-    def task_table(self) -> TaskTable:
-        return self._task_table[0]
-
-    @property
-    def dropout_p(self) -> float:
-        """Probability with which this call drops an entry of the adapter's input: 0 outside training."""
-        return self.dropout.p if self.training else 0.0
+    @classmethod
+    def check_features(cls, config: EPTConfig, in_features: int, out_features: int) -> None:
+        PyramidGeometry(in_features, out_features, config.r, config.kernel_sizes)
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
@@ -110,30 +116,24 @@ class PyramidAdapter(nn.Module):
         Raises:
             ValueError, TypeError: unknown task, or none with more than one task.
         """
-        if task is not None and not isinstance(task, (int, str)):
-            raise TypeError(f"task must be an id or a name, got {type(task).__name__}")
-        folded, _ = self.fold(self.task_table.resolve(task))
+        folded, _ = self.fold(self.resolve_one(task))
         return pyramid_weight(self.A, self.B, folded, self.geometry)[0]
 
-    def tasks_for(self, x: Tensor, task_ids: TaskIds | None) -> int | Tensor:
-        """Resolved tasks of a call: the argument, else the current context's, checked against the batch of x.
+    def delta(self, x: Tensor, task_ids: TaskIds | None = None) -> Tensor:
+        folded, groups = self.fold(self.tasks_for(x, task_ids))
+        return pyramid_delta(x, self.A, self.B, folded, groups, self.geometry, dropout_p=self.dropout_p)
 
-        Raises:
-            ValueError, TypeError: as ``TaskTable.resolve``, or a number of ids that does not fit the batch.
-        """
-        explicit = task_ids is not None
-        if not explicit and self.task_table.num_tasks > 1:
-            context = current()
-            if context is not None:
-                context.collect(x, self.task_table.dim)
-                task_ids = context.task_ids
-        tasks = self.task_table.resolve(task_ids)
-        if isinstance(tasks, Tensor) and tasks.dim():
-            batch = x.shape[0] if x.dim() > 1 else 1
-            # Inside a model a layer may see beams, windows or flattened tokens: whole multiples, sample by sample.
-            several = not explicit and len(tasks) > 0 and batch % len(tasks) == 0
-            if not (several or batch == len(tasks)):
-                raise ValueError(
-                    f"task_ids must hold one id for each of the {batch} samples of x {list(x.shape)}, got {len(tasks)}"
-                )
-        return tasks
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, task_ids: TaskIds | None = None) -> Tensor:
+        folded, groups = self.fold(self.tasks_for(x, task_ids))
+        return pyramid_linear(x, weight, bias, self.A, self.B, folded, groups, self.geometry, dropout_p=self.dropout_p)
+
+    def merge_into(self, weight: Tensor, task: int) -> Tensor:
+        folded, _ = self.fold(task)
+        return pyramid_merge(weight, self.A, self.B, folded, self.geometry)[0]
+
+    def part_sizes(self) -> dict[str, int]:
+        return {
+            "seed": self.A.numel() + self.B.numel(),
+            "kernels": sum(kernel.numel() for kernel in self.kernels),
+            "gates": self.gate.numel(),
+        }

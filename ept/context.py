@@ -6,17 +6,19 @@ variable: each thread (and each asynchronous task) has its own, so concurrent pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from .tasks import TaskIds
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -28,9 +30,9 @@ class TaskContext:
         attention_mask: ``[batch, sequence]``, 1 for tokens and 0 for padding, or None.
         pooled: inputs of adapted layers, pooled to ``[batch, d]``, for the contrastive loss; None does not collect.
         expands: whether a model's batch may be a whole multiple of the ids (generation: the beams of a sample).
-        shared: what one adapted layer of the pass works out and others read, by whose it is. Passes of one generation
-            share it.
-        recomputes: whether this repeats a part of an earlier pass, for checkpointing.
+        terms: what layers contribute to their method's loss (``auxiliary.py``); None does not collect.
+        shared: what one layer computed for the others of this pass, see ``once``.
+        recomputes: whether this repeats a part of an earlier pass, for gradient checkpointing.
         owner: the model whose forward pass this is, or None for a block of the caller's.
         outer: the context that this one hides.
     """
@@ -39,11 +41,38 @@ class TaskContext:
     attention_mask: Tensor | None = None
     pooled: list[Tensor] | None = None
     expands: bool = False
-    shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    terms: list[Tensor] | None = None
+    shared: dict[Any, Any] = field(default_factory=dict, repr=False)
     recomputes: bool = False
     owner: nn.Module | None = field(default=None, repr=False)
     outer: TaskContext | None = field(default=None, repr=False)
     _last: Tensor | None = field(default=None, repr=False)
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """``make()`` at the first call of this pass with ``key``, and the same result at every later one.
+
+        For what the first adapted layer of a forward pass decides for all (TuckA's router); ``attention_mask`` is at
+        hand. The passes of a generation share results with the first of them, so one prompt has one decision. Under
+        gradient checkpointing a block recomputes what it computed itself and finds what it found.
+        """
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def recomputation(self) -> Callable[[], TaskContext]:
+        """Makes contexts for running the code that follows once more: same tasks, same mask, same shared results."""
+        shared, terms = dict(self.shared), self.terms
+
+        def again() -> TaskContext:
+            return TaskContext(
+                self.task_ids,
+                self.attention_mask,
+                terms=None if terms is None else [],  # the same operations, whose results nobody needs again
+                shared=dict(shared),
+                recomputes=True,
+            )
+
+        return again
 
     def collect(self, x: Tensor, dim: int) -> None:
         """Pool the input of an adapted layer over its tokens, if it has the width ``dim`` of the task embeddings.
@@ -111,6 +140,7 @@ def pop(context: TaskContext) -> None:
     else:
         _current.set(context.outer)
     context.outer = context._last = None
+    context.shared = {}  # not cleared: the passes of a generation hold the same one
 
 
 @contextmanager
@@ -151,15 +181,14 @@ class _CheckpointWithTasks:
         context = current()
         if context is None:
             return self.checkpoint(function, *args, **kwargs)
-        first_run = True
+        first_run, again = True, context.recomputation()
 
         def run(*inner: Any, **inner_kwargs: Any) -> Any:
             nonlocal first_run
             if first_run:
                 first_run = False
                 return function(*inner, **inner_kwargs)
-            again = TaskContext(context.task_ids, context.attention_mask, shared=context.shared, recomputes=True)
-            with activate(again):
+            with activate(again()):
                 return function(*inner, **inner_kwargs)
 
         return self.checkpoint(run, *args, **kwargs)

@@ -6,14 +6,24 @@ import random
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from pyramid_testing import Case, random_geometry
 from torch import Tensor
 
 from ept.baselines.tucka import reference
 from ept.baselines.tucka.adapter import TuckerAdapter
-from ept.baselines.tucka.router import CentroidRouter
+from ept.baselines.tucka.config import TuckAConfig
+from ept.context import TaskContext, activate
 
 LEARNED = ("x", "G", "U", "C", "centroids")
+
+
+def tucker_adapter(
+    in_features: int, out_features: int, config: TuckAConfig, dtype: torch.dtype = torch.float32
+) -> TuckerAdapter:
+    """An adapter whose own input decides the route."""
+    shared = TuckerAdapter.make_shared(config, {"": (in_features, out_features)}, dtype=dtype)
+    return TuckerAdapter(in_features, out_features, config, shared, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -57,25 +67,23 @@ class TuckAProblem:
         """By the package; without ``whole`` the base product is the caller's and the adapter changes its input."""
         adapter_dtype = adapter_dtype or dtype
         tensors, g = self.tensors(dtype, adapter_dtype), self.case.geometry
-        adapter = TuckerAdapter(
-            g.in_features,
-            g.out_features,
-            rank=g.rank,
+        config = TuckAConfig(
+            r=g.rank,
+            lora_alpha=self.alpha,
             num_groups=self.num_groups,
             group_size=self.group_size,
             core_rank=self.core_rank,
-            alpha=self.alpha,
-            dtype=adapter_dtype,
         )
-        router = CentroidRouter(g.in_features, self.num_groups, self.group_size, 1.0, dtype=adapter_dtype)
+        adapter = tucker_adapter(g.in_features, g.out_features, config, dtype=adapter_dtype)
+        router = adapter.shared.router
         router.load_state_dict({"centroids": tensors["centroids"], "initialised": torch.tensor(True)})
         adapter.load_state_dict({name: tensors[name] for name in ("G", "U", "C")})
         x = tensors["x"].detach().requires_grad_()
-        route = router(x, tensors["mask"])
-        if whole:
-            output = adapter.linear(x, tensors["weight"], tensors["bias"], route)
-        else:
-            output = torch.nn.functional.linear(x + adapter.update(x, route), tensors["weight"], tensors["bias"])
+        with activate(TaskContext(None, tensors["mask"])):
+            if whole:
+                output = adapter.linear(x, tensors["weight"], tensors["bias"])
+            else:
+                output = adapter.around(lambda rows: F.linear(rows, tensors["weight"], tensors["bias"]), x)
         leaves = {"x": x, "G": adapter.G, "U": adapter.U, "C": adapter.C, "centroids": router.centroids}
         return self._results(output, leaves, tensors["cotangent"])
 

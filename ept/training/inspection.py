@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ept.config import EPTConfig
+from ept.adapter_config import AdapterConfig
 from ept.data import TaskData
 from ept.training.multitask import MultiTaskEncoder
 
@@ -36,17 +36,17 @@ def model_kind(model: nn.Module) -> str:
     return "seq2seq" if base.config.is_encoder_decoder else "causal"
 
 
-def ept_config(model: nn.Module) -> EPTConfig | None:
-    """The active adapter's EPTConfig; None for any other adapter or none."""
+def adapter_config(model: nn.Module) -> AdapterConfig | None:
+    """The active adapter's config if it is of one of this package's methods; None for any other adapter or none."""
     if not isinstance(model, PeftModel) or not isinstance(model.active_adapter, str):
         return None
     config = model.peft_config[model.active_adapter]
-    return config if isinstance(config, EPTConfig) else None
+    return config if isinstance(config, AdapterConfig) else None
 
 
 def takes_task_ids(model: nn.Module) -> bool:
     """Whether the adapter or the model under it has a use for ``task_ids`` (a plain LoRA on T5 has none)."""
-    if ept_config(model) is not None:
+    if adapter_config(model) is not None:
         return True
     # Not PeftModel's own forward: for language models it names task_ids whatever the adapter.
     tuner = [model.base_model] if isinstance(model, PeftModel) else []
@@ -77,7 +77,7 @@ def ids_of_tasks(model: nn.Module, tasks: Sequence[TaskData]) -> list[int]:
 
 
 def _task_names(model: nn.Module) -> list[str] | None:
-    base, config = base_model(model), ept_config(model)
+    base, config = base_model(model), adapter_config(model)
     heads = [spec.name for spec in base.specs] if isinstance(base, MultiTaskEncoder) else None
     adapter = None if config is None or config.task_names is None else list(config.task_names)
     if heads is not None and adapter is not None and adapter[: len(heads)] != heads:

@@ -20,7 +20,7 @@ from ept.training.arguments import EPTTrainingArguments
 from ept.training.checkpoints import newest_checkpoint
 from ept.training.evaluate import baselines
 from ept.training.files import write_atomically, write_json
-from ept.training.inspection import ept_config
+from ept.training.inspection import adapter_config
 from ept.training.options import RunSettings
 from ept.training.report import device_name, results_table, versions, write_metrics
 from ept.training.saving import load_base, save_trained
@@ -160,7 +160,7 @@ def draw(folder: Path, model: PeftModel, history: Sequence[Mapping[str, float]])
 
     def write(new: Path) -> None:
         plots.loss_curves(history, new / "loss.png")
-        plots.expert_use(ept.routing(model), ept_config(model).kernel_sizes, names, new / "expert_use.png")
+        plots.expert_use(ept.routing(model), adapter_config(model).kernel_sizes, names, new / "expert_use.png")
         if len(names) > 1:
             plots.task_map(ept.task_embeddings(model), names, new / "task_embeddings.png")
 

@@ -14,15 +14,16 @@ from pyramid_testing import (
     Recorder,
     assert_all_match,
     assert_matches,
+    assert_same_bits,
     examples,
     from_seed,
     poisoned_memory,
     relative_error,
 )
-from tucka_testing import TuckAProblem, random_problem
+from tucka_testing import TuckAProblem, random_problem, tucker_adapter
 
 from ept.baselines.tucka import reference
-from ept.baselines.tucka.adapter import TuckerAdapter
+from ept.baselines.tucka.config import TuckAConfig
 from ept.baselines.tucka.route import Route, fixed_route
 from ept_kernels import PyramidGeometry, native
 
@@ -94,15 +95,16 @@ def test_half_error_at_most_twice_that_of_plain_torch(monkeypatch, dtype: torch.
 def test_a_small_update_survives_bfloat16() -> None:
     """Of an update of 3e-4 of the input, added to a bfloat16 input, a fifth is left; through the weight all of it."""
     torch.manual_seed(0)
-    adapter = TuckerAdapter(256, 256, rank=8, num_groups=1, group_size=2, core_rank=2, alpha=1.0)
+    adapter = tucker_adapter(256, 256, TuckAConfig(num_groups=1))
+    adapter.shared.fix(0, [0.5, 0.5])
     x, weight = torch.randn(256, 256).bfloat16(), (torch.randn(256, 256) / 16).bfloat16()
-    route = fixed_route(0, [0.5, 0.5], 1, 2)
+    route = adapter.shared.fixed
     with torch.no_grad():
         size = float(adapter.update(x.float(), route).norm() / x.float().norm())
         adapter.alpha *= 3e-4 / size
-        wanted = x.double() @ adapter.delta_weight(weight, route).double().T
+        wanted = x.double() @ adapter.weight_update(weight, route).double().T
         base = torch.nn.functional.linear(x, weight).double()
-        achieved = adapter.linear(x, weight, None, route).double() - base
+        achieved = adapter.linear(x, weight, None).double() - base
         inside = torch.nn.functional.linear(x + adapter.update(x, route), weight).double() - base
     share = [float((change * wanted).sum() / wanted.square().sum()) for change in (achieved, inside)]
     assert 0.8 < share[0] < 1.2
@@ -112,16 +114,20 @@ def test_a_small_update_survives_bfloat16() -> None:
 def test_a_fixed_route_folds_into_the_weight() -> None:
     """``W' = W (I + alpha U M U^T)^T``, spelled out, and ``x W'^T`` is what the layer computes."""
     torch.manual_seed(0)
-    adapter = TuckerAdapter(20, 30, rank=4, num_groups=2, group_size=3, core_rank=2, alpha=3.0, dtype=torch.float64)
+    adapter = tucker_adapter(20, 30, TuckAConfig(r=4, group_size=3, lora_alpha=3.0), torch.float64)
     weight, x = torch.randn(30, 20, dtype=torch.float64), torch.randn(2, 5, 20, dtype=torch.float64)
     weights = torch.rand(3, dtype=torch.float64)
-    route = fixed_route(1, weights, 2, 3)
+    with pytest.raises(ValueError, match="fix one route first"):
+        adapter.merge_into(weight, 0)
+    adapter.shared.fix(1, weights)
+    route = adapter.shared.fixed
     with torch.no_grad():
-        merged = weight + adapter.delta_weight(weight, route)
+        merged = weight + adapter.weight_update(weight, route)
         T = reference.transform(adapter.G, adapter.U, adapter.C, 1, weights)
         assert_matches(merged, weight @ (torch.eye(20, dtype=torch.float64) + 3.0 * T).T, 1e-12)
-        assert_matches(x @ merged.T, adapter.linear(x, weight, None, route), 1e-12)
-        other = adapter.delta_weight(weight, fixed_route(0, weights, 2, 3))
+        assert_same_bits(adapter.merge_into(weight, 0), merged)
+        assert_matches(x @ merged.T, adapter.linear(x, weight, None), 1e-12)
+        other = adapter.weight_update(weight, fixed_route(0, weights, 2, 3))
     assert relative_error(merged - weight, other) == pytest.approx(0, abs=1e-12)  # equal slices: groups agree at first
 
 
@@ -130,14 +136,12 @@ def test_initial_state(core_rank: int) -> None:
     """All slices alike; not a no-op as published, one if centred, and then C and G learn at once, U after them."""
     torch.manual_seed(0)
     x, weight = torch.randn(3, 7, 32, dtype=torch.float64), torch.randn(16, 32, dtype=torch.float64)
-    route = fixed_route(1, [0.6, 0.5], 2, 2)
     base = torch.nn.functional.linear(x, weight)
     for init in ("kaiming", "centred"):
-        adapter = TuckerAdapter(
-            32, 16, rank=4, num_groups=2, group_size=2, core_rank=core_rank, alpha=2.0, init=init, dtype=torch.float64
-        )
+        adapter = tucker_adapter(32, 16, TuckAConfig(r=4, core_rank=core_rank, init=init), torch.float64)
+        adapter.shared.fix(1, [0.6, 0.5])
         assert torch.equal(adapter.G, adapter.G[0, 0].expand_as(adapter.G))
-        y = adapter.linear(x, weight, None, route)
+        y = adapter.linear(x, weight, None)
         y.square().sum().backward()
         if init == "centred":
             assert_matches(y, base, 1e-15 if core_rank == 3 else 0.0)
@@ -176,9 +180,9 @@ def test_routes_are_checked() -> None:
 
 
 def test_nothing_is_read_by_the_host() -> None:
-    adapter = TuckerAdapter(12, 10, rank=3, num_groups=2, group_size=2, core_rank=2, alpha=1.0)
+    adapter = tucker_adapter(12, 10, TuckAConfig(r=3))
+    adapter.shared.fixed = Route(torch.tensor([1]), torch.tensor([0.4, 0.6]))
     x, weight = torch.randn(2, 3, 12), torch.randn(10, 12)
-    route = Route(torch.tensor([1]), torch.tensor([0.4, 0.6]))
     with Recorder() as recorder:
-        adapter.linear(x, weight, None, route).sum().backward()
+        adapter.linear(x, weight, None).sum().backward()
     assert not set(recorder.names()) & set(HOST_READS)

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from pyramid_testing import HOST_READS, Recorder, assert_matches, assert_same_bits
+from torch import nn
 
+from ept import TuckAConfig, TuckALinear
 from ept.baselines.tucka import reference
 from ept.baselines.tucka.centroids import data_aware_centroids
 from ept.baselines.tucka.router import CentroidRouter
@@ -192,6 +194,33 @@ def test_every_rank_has_the_same_centroids(tmp_path: Path) -> None:
     everything = torch.cat([rank["x"].flatten(0, 1) for rank in (first, second)])
     assert_matches(first["centroids"][0], everything.mean(0), 1e-12)
     assert first["centroids"].std(0).min() > 0
+
+
+def _train(rank: int, world: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    try:
+        torch.manual_seed(0)
+        layer = TuckALinear(D, 5, config=TuckAConfig(r=3, num_groups=K))
+        parallel = nn.parallel.DistributedDataParallel(layer)
+        optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.01)
+        for step in range(3):
+            parallel(tokens(2, 5, seed=10 * step + rank, dtype=torch.float32)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.save({**layer.state_dict(), "load": layer.shared.router.group_load}, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_data_parallel_training_keeps_ranks_together(tmp_path: Path) -> None:
+    """The same parameters on every rank, each with its own count of the batches that it routed."""
+    mp.spawn(_train, args=(2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert [int(state.pop("load").sum()) for state in (first, second)] == [3, 3]
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert_same_bits(tensor, second[name], name)
+    assert bool(first["routing.router.initialised"])
 
 
 def test_noise_follows_the_generator() -> None:

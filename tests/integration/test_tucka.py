@@ -15,8 +15,9 @@ from pyramid_testing import HOST_READS, Recorder
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ept.baselines.tucka import TuckAConfig, group_load
-from ept.baselines.tucka.layer import TuckALayer
+import ept
+from ept import TuckAConfig, fix_route, free_route, group_load
+from ept.tuner import EPTLinearLayer
 
 from .conftest import CASES, WIDTH, Case
 
@@ -24,7 +25,7 @@ from .conftest import CASES, WIDTH, Case
 def tucka_config(case: Case, **overrides: Any) -> TuckAConfig:
     settings = {
         "r": 4,
-        "alpha": 16.0,
+        "lora_alpha": 16.0,
         "num_groups": 3,
         "task_type": case.task_type,
         "target_modules": "all-linear",
@@ -43,13 +44,13 @@ def routed(case: Case, base: nn.Module, **overrides: Any) -> peft.PeftModel:
     with torch.no_grad():
         model(**case.batch())
         for name, parameter in model.named_parameters():
-            if "tucka_adapters" in name:
+            if "ept_adapters" in name:
                 parameter.add_(torch.randn_like(parameter) * parameter.std(correction=0))
     return model.eval()
 
 
 def router_of(model: peft.PeftModel) -> nn.Module:
-    return model.base_model.tucka_routers["default"]
+    return model.base_model.ept_task_tables["default"].router
 
 
 def test_before_training_it_is_its_base_and_evaluation_changes_nothing(case: Case) -> None:
@@ -78,10 +79,10 @@ def test_one_route_for_all_layers(case: Case, monkeypatch: pytest.MonkeyPatch) -
     router, routes, used = router_of(model), [], []
     forward = type(router).forward
     monkeypatch.setattr(type(router), "forward", lambda *a, **k: routes.append(forward(*a, **k)) or routes[-1])
-    layers = [module for module in model.modules() if isinstance(module, TuckALayer)]
+    layers = [module for module in model.modules() if isinstance(module, EPTLinearLayer)]
     for layer in layers:
-        adapter = layer.tucka_adapters["default"]
-        adapter.linear = lambda x, w, b, route, call=adapter.linear: used.append(route) or call(x, w, b, route)
+        adapter = layer.ept_adapters["default"]
+        adapter.factors = lambda route, call=adapter.factors: used.append(route) or call(route)
     with torch.no_grad():
         model(**batch)
     assert len(routes) == 1
@@ -93,13 +94,13 @@ def test_parameter_count(case: Case) -> None:
     base = case.build()
     config = tucka_config(case, r=3, num_groups=4, group_size=3, core_rank=2)
     model = peft.get_peft_model(copy.deepcopy(base), config)
-    widths = [module.in_features for module in model.modules() if isinstance(module, TuckALayer)]
-    per_layer = [3 * width + 4 * 2 * 3 * 3 + 3 * 2 for width in widths]
-    assert per_layer == [config.layer_parameters(width) for width in widths]
-    assert config.router_parameters(WIDTH) == 4 * 3 * WIDTH
-    expected = sum(per_layer) + 4 * 3 * WIDTH
+    widths = [module.in_features for module in model.modules() if isinstance(module, EPTLinearLayer)]
+    cores, bases, factors, centroids = 4 * 2 * 3 * 3, 3 * sum(widths), 3 * 2, 4 * 3 * WIDTH
+    parts = {"cores": cores * len(widths), "bases": bases, "expert factors": factors * len(widths)}
+    counted = ept.parameter_breakdown(model)
+    assert {name: counted[name] for name in (*parts, "centroids")} == {**parts, "centroids": centroids}
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad and "classifier" not in name}
-    assert sum(trained.values()) == expected
+    assert sum(trained.values()) == sum(parts.values()) + centroids
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -128,7 +129,7 @@ _FRESH = """
 import sys
 import torch
 from peft import PeftModel
-import ept.baselines.tucka
+import ept
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 folder, kind = sys.argv[1:]
@@ -161,12 +162,12 @@ def test_loaded_centroids_stay(case: Case, tmp_path: Path, low_cpu_mem_usage: bo
     model, batch = routed(case, base), case.batch()
     model.save_pretrained(tmp_path)
     keys = load_file(tmp_path / "adapter_model.safetensors")
-    assert {key.rpartition(".")[2] for key in keys if "tucka_routers" in key} == {"centroids", "initialised"}
+    assert {key.rpartition(".")[2] for key in keys if "ept_task_tables" in key} == {"centroids", "initialised"}
     loaded = peft.PeftModel.from_pretrained(
         copy.deepcopy(base), tmp_path, is_trainable=True, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage
     )
     loaded.train()(**case.batch())  # the next training batch of a continued run
-    router = loaded.base_model.tucka_routers["other"]
+    router = loaded.base_model.ept_task_tables["other"].router
     assert torch.equal(router.centroids, router_of(model).centroids)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**batch).logits, model(**batch).logits)
@@ -191,57 +192,70 @@ def test_padding_changes_nothing(name: str) -> None:
     assert (group_load(model) - before).max() == 2
 
 
-def test_merging_a_fixed_route(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ept.baselines.tucka import fixed_route
-
+def test_merging_a_fixed_route(case: Case) -> None:
     base = case.build().eval()
     model, batch, weights = routed(case, base), case.batch(), [0.7, 0.4]
     originals = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
         free = model(**batch).logits
-        with monkeypatch.context() as patch:
-            patch.setattr(type(router_of(model)), "forward", lambda *_, **__: fixed_route(2, weights, 3, 2))
-            forced = model(**batch).logits
-        assert not torch.allclose(forced, model(**batch).logits, atol=1e-3)
-        model.merge_adapter(group=2, weights=weights)
+        fix_route(model, 2, weights)
+        forced = model(**batch).logits
+        assert not torch.allclose(forced, free, atol=1e-3)
+        model.merge_adapter()
         torch.testing.assert_close(model(**batch).logits, forced, atol=1e-4, rtol=1e-3)
         with pytest.raises(ValueError, match="already merged"):
-            model.merge_adapter(group=1, weights=weights)
+            model.merge_adapter()
         model.unmerge_adapter()
+        free_route(model)
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, originals[name]), name
         assert torch.equal(model(**batch).logits, free)
-        model.merge_adapter(group=2, weights=weights)
+        fix_route(model, 2, torch.tensor(weights))
+        model.merge_adapter(task=1)  # every task has this weight now
         with model.disable_adapter():
             torch.testing.assert_close(model(**batch).logits, base(**batch).logits)
-        assert torch.equal(model(**batch).logits, free)  # disabling took it out
-        plain = model.merge_and_unload(group=2, weights=torch.tensor(weights))
+        assert torch.equal(model(**batch).logits, forced)  # disabling took it out
+        plain = model.merge_and_unload()
         torch.testing.assert_close(plain(**batch).logits, forced, atol=1e-4, rtol=1e-3)
-    assert not any("tucka" in name for name, _ in plain.named_modules())
+    assert not any("ept" in name for name, _ in plain.named_modules())
     assert not plain._forward_pre_hooks
     assert "generate" not in plain.__dict__
 
 
-@pytest.mark.parametrize("arguments", [{}, {"task": 0}, {"group": 1}, {"task": "a", "group": 1, "weights": [1.0, 1.0]}])
+@pytest.mark.parametrize("arguments", [{}, {"task": 0}])
 def test_no_task_can_be_merged(arguments: dict[str, Any]) -> None:
     case = CASES["bert"]
     model = routed(case, case.build())
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(
-            ValueError, match=r"no task has a weight of its own to merge.*group=\.\.\., weights=\[\.\.\.\]"
-        ):
+        with pytest.raises(ValueError, match=r"no task has a weight of its own to merge; fix one route first"):
             merge(**arguments)
+    with pytest.raises(ValueError, match="depends on the weight"):
+        next(iter(ept.adapters(model).values())).delta_weight(0)
+
+
+def test_fixed_routes_are_checked() -> None:
+    case = CASES["bert"]
+    model = routed(case, case.build())
+    with pytest.raises(ValueError, match="group must be an integer from 0 to 2, got 3"):
+        fix_route(model, 3, [1.0, 1.0])
+    with pytest.raises(ValueError, match="weights must hold 2 numbers"):
+        fix_route(model, 0, [1.0])
+    other = peft.get_peft_model(case.build(), case.config())
+    for function in (group_load, free_route):
+        with pytest.raises(ValueError, match="TuckA adapter"):
+            function(other)
 
 
 def test_a_merge_that_fails_changes_nothing() -> None:
     case = CASES["bert"]
     model = routed(case, case.build())
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if "base_layer" in name}
-    layers = [module for module in model.modules() if isinstance(module, TuckALayer)]
+    layers = [module for module in model.modules() if isinstance(module, EPTLinearLayer)]
     with torch.no_grad():
-        layers[-1].tucka_adapters["default"].U.fill_(float("inf"))
+        layers[-1].ept_adapters["default"].U.fill_(float("inf"))
+    fix_route(model, 0, [1.0, 1.0])
     with pytest.raises(ValueError, match="not finite"):
-        model.merge_adapter(group=0, weights=[1.0, 1.0])
+        model.merge_adapter()
     for name, parameter in model.named_parameters():
         assert name not in weights or torch.equal(parameter, weights[name]), name
 
@@ -286,7 +300,9 @@ def test_router_module() -> None:
     late = "bert.encoder.layer.0.attention.self.value"
     base = case.build()
     model = with_tucka(case, base, router_module=late)
-    with pytest.raises(ValueError, match=r"self\.query was called before the layer that routes; set router_module="):
+    with pytest.raises(
+        ValueError, match=r"self\.query was called before .*self\.value, which routes: .* set router_module="
+    ):
         model.train()(**case.batch())
     named = with_tucka(case, base, router_module="bert.encoder.layer.0.attention.self.query")
     named.train()(**case.batch())
@@ -296,12 +312,13 @@ def test_router_module() -> None:
         with_tucka(case, base, router_module="nothing")
 
 
-def test_a_layer_by_itself_has_no_route() -> None:
+def test_a_part_of_a_model_has_no_route() -> None:
     case = CASES["bert"]
     model = routed(case, case.build())
-    layer = next(module for module in model.modules() if isinstance(module, TuckALayer))
-    with pytest.raises(ValueError, match="outside of a forward pass"):
-        layer(torch.randn(2, 3, WIDTH))
+    first, second = [module for module in model.modules() if isinstance(module, EPTLinearLayer)][:2]
+    first(torch.randn(2, 3, WIDTH))  # the router's own layer can decide
+    with pytest.raises(ValueError, match="call the adapted model, not a part of it"):
+        second(torch.randn(2, 3, WIDTH))
 
 
 def test_adapters_by_name(case: Case) -> None:
@@ -349,11 +366,11 @@ def test_a_copy_routes_by_itself() -> None:
 def test_half_base(dtype: torch.dtype) -> None:
     case = CASES["llama"]
     model, batch = routed(case, case.build().to(dtype)).train(), case.batch()
-    assert {p.dtype for name, p in model.named_parameters() if "tucka" in name} == {torch.float32}
+    assert {p.dtype for name, p in model.named_parameters() if "ept_" in name} == {torch.float32}
     output = model(**batch)
     assert output.logits.dtype == dtype
     output.logits.float().square().mean().backward()
-    grads = [p.grad for name, p in model.named_parameters() if "tucka" in name]
+    grads = [p.grad for name, p in model.named_parameters() if "ept_" in name]
     assert all(torch.isfinite(grad).all() for grad in grads)
 
 
@@ -384,6 +401,23 @@ def test_compiles_as_one_graph() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_compiled_training_makes_the_centroids() -> None:
+    case = CASES["llama"]
+    model, batch = with_tucka(case, case.build()).train(), case.batch()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for step in range(2):
+        for runs in (compiled, twin):
+            torch.manual_seed(step)
+            runs(**batch, labels=batch["input_ids"]).loss.backward()
+        assert router_of(model).ready
+    ours, theirs = router_of(model).centroids, router_of(twin).centroids
+    assert ours.abs().sum() > 0
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-3)
+    assert torch.equal(group_load(model), group_load(twin))
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:

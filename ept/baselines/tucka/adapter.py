@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ept.layer_adapter import LayerAdapter
+from ept.tasks import TaskIds
 from ept_kernels import PyramidGeometry, pyramid_delta, pyramid_linear, pyramid_weight, without_autocast
 from ept_kernels.autocast import autocast_dtype
 
+from .config import TuckAConfig
 from .route import Route
+from .shared import SharedRouter, routing_layer
 
-INITS = ("kaiming", "centred")
+UNMERGEABLE = (
+    "TuckA picks a group and weights for every batch, so no task has a weight of its own to merge; fix one route "
+    "first: ept.fix_route(model, group, weights)"
+)
 
 
-class TuckerAdapter(nn.Module):
+class TuckerAdapter(LayerAdapter):
     """The multiplicative update of one linear map's input, without the map: ``x -> x + alpha x U M U^T``.
 
     ``M = sum_i w_i sum_p C[i, p] G[g, p]`` for the route ``(g, w)`` of the batch; the chosen group's G, U and C are
@@ -31,9 +39,9 @@ class TuckerAdapter(nn.Module):
 
     Args:
         in_features, out_features: sizes of the map.
-        rank: r. num_groups: K. group_size: t, experts in a group. core_rank: p, slices of a core.
-        alpha: scale of the update.
-        init: "kaiming" or "centred".
+        config: the adapter's hyperparameters.
+        shared: the router. Referenced, not registered: its owner saves it.
+        name: the map's name in its model.
 
     Attributes:
         G: ``[K, p, r, r]``, one slice copied to all at the start. U: ``[in, r]``. C: ``[t, p]``.
@@ -43,25 +51,39 @@ class TuckerAdapter(nn.Module):
         self,
         in_features: int,
         out_features: int,
+        config: TuckAConfig,
+        shared: SharedRouter,
         *,
-        rank: int,
-        num_groups: int,
-        group_size: int,
-        core_rank: int,
-        alpha: float,
-        init: str = "kaiming",
+        name: str = "",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.geometry = PyramidGeometry(in_features, out_features, rank, (1,))
-        self.input_geometry = PyramidGeometry(in_features, in_features, rank, (1,))
-        self.num_groups, self.group_size, self.alpha, self.init = num_groups, group_size, alpha, init
+        super().__init__(in_features, out_features, config, shared, name=name)
+        self.geometry = PyramidGeometry(in_features, out_features, config.r, (1,))
+        self.input_geometry = PyramidGeometry(in_features, in_features, config.r, (1,))
+        self.alpha, self.init = config.lora_alpha, config.init
         factory = {"device": device, "dtype": dtype}
-        self.G = nn.Parameter(torch.empty(num_groups, core_rank, rank, rank, **factory))
-        self.U = nn.Parameter(torch.empty(in_features, rank, **factory))
-        self.C = nn.Parameter(torch.empty(group_size, core_rank, **factory))
+        self.G = nn.Parameter(torch.empty(config.num_groups, config.core_rank, config.r, config.r, **factory))
+        self.U = nn.Parameter(torch.empty(in_features, config.r, **factory))
+        self.C = nn.Parameter(torch.empty(config.group_size, config.core_rank, **factory))
         self.reset_adapter_parameters()
+
+    @classmethod
+    def make_shared(
+        cls,
+        config: TuckAConfig,
+        features: Mapping[str, tuple[int, int]],
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> SharedRouter:
+        layer = routing_layer(list(features), config.router_module)
+        return SharedRouter(config, features[layer][0], layer, device=device, dtype=dtype)
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Why there is nothing to merge, until the route is fixed."""
+        return UNMERGEABLE if self.shared.fixed is None else None
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
@@ -93,9 +115,14 @@ class TuckerAdapter(nn.Module):
             ValueError: x of another width.
         """
         A, B = self.factors(route)
-        return pyramid_delta(x, A, B, A.new_ones(1, 1), None, self.input_geometry)
+        return pyramid_delta(x, A, B, A.new_ones(1, 1), None, self.input_geometry, dropout_p=self.dropout_p)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, route: Route) -> Tensor:
+    def around(self, base: Callable[[Tensor], Tensor], x: Tensor, task_ids: TaskIds | None = None) -> Tensor:
+        """The adapted map, for any ``base``: its input is changed. Without a route it is the base."""
+        route = self.shared.route(x, self.layer_name)
+        return base(x if route is None else x + self.update(x, route))
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, task_ids: TaskIds | None = None) -> Tensor:
         """The adapted linear, x ``[..., in]`` -> ``[..., out]``; weight ``[out, in]``, bias ``[out]`` or None.
 
         In half precision the update goes through the weight: ``x W^T + x A^T (W U)^T``, one op that rounds the sum
@@ -105,12 +132,18 @@ class TuckerAdapter(nn.Module):
         Raises:
             ValueError: x of another width, or a weight or bias of another shape or dtype.
         """
+        route = self.shared.route(x, self.layer_name)
+        if route is None:
+            return F.linear(x, weight, bias)
         if (autocast_dtype(x) or x.dtype).itemsize >= 4:
             return F.linear(x + self.update(x, route), weight, bias)
         A, B = self.factors(route)
-        return pyramid_linear(x, weight, bias, A, self._through(weight, B), A.new_ones(1, 1), None, self.geometry)
+        through = self._through(weight, B)
+        return pyramid_linear(
+            x, weight, bias, A, through, A.new_ones(1, 1), None, self.geometry, dropout_p=self.dropout_p
+        )
 
-    def delta_weight(self, weight: Tensor, route: Route) -> Tensor:
+    def weight_update(self, weight: Tensor, route: Route) -> Tensor:
         """What a fixed route adds to a weight: ``W (I + alpha U M U^T)^T - W = alpha (W U) M^T U^T``.
 
         weight ``[out, in]`` -> ``[out, in]`` in the adapter's dtype; differentiable.
@@ -123,3 +156,26 @@ class TuckerAdapter(nn.Module):
         """``W U``: the basis as the outputs see it, ``[out, r]`` in the dtype of B."""
         with without_autocast(weight.device):
             return (weight @ B.to(weight.dtype)).to(B.dtype)
+
+    def delta_weight(self, task: int | str | None = None) -> Tensor:
+        """Always refused: the update multiplies the weight, see ``weight_update``.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("TuckA's update depends on the weight that it multiplies; use weight_update(weight, route)")
+
+    def merge_into(self, weight: Tensor, task: int) -> Tensor:
+        """``weight [out, in]`` under the fixed route, added in at least fp32 and rounded once; ``task`` is any.
+
+        Raises:
+            ValueError: the route is not fixed.
+        """
+        if self.unmergeable is not None:
+            raise ValueError(self.unmergeable)
+        delta = self.weight_update(weight, self.shared.fixed)
+        wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), delta.dtype)
+        return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+
+    def part_sizes(self) -> dict[str, int]:
+        return {"cores": self.G.numel(), "bases": self.U.numel(), "expert factors": self.C.numel()}

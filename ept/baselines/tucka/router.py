@@ -32,7 +32,8 @@ class CentroidRouter(nn.Module):
     Attributes:
         centroids: ``[K t, d]``, zeros until they are initialised.
         initialised: ``[]`` bool, saved.
-        group_load: ``[K]`` int64, how often each group was chosen; counted on the device, not saved.
+        group_load: ``[K]`` int64, how often each group was chosen; counted on the device, not saved. Not a buffer:
+            data-parallel training would overwrite it with rank 0's.
     """
 
     def __init__(
@@ -49,8 +50,16 @@ class CentroidRouter(nn.Module):
         self.dim, self.num_groups, self.group_size, self.noise = dim, num_groups, group_size, noise
         self.centroids = nn.Parameter(torch.zeros(num_groups * group_size, dim, device=device, dtype=dtype))
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool, device=device))
-        self.register_buffer("group_load", torch.zeros(num_groups, dtype=torch.int64, device=device), persistent=False)
+        self.group_load = torch.zeros(num_groups, dtype=torch.int64)
         self._ready = False  # ``initialised`` as the host knows it: reading the buffer would stall a GPU's stream
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As it was made: without centroids."""
+        self.centroids.zero_()
+        self.initialised.zero_()
+        self.reset_group_load()
+        self._ready = False
 
     @property
     def ready(self) -> bool:
@@ -87,6 +96,8 @@ class CentroidRouter(nn.Module):
             weights = cosines.index_select(0, group)[0].sigmoid()
         if count:
             with torch.no_grad():
+                if self.group_load.device != group.device:
+                    self.group_load = self.group_load.to(group.device)
                 self.group_load += torch.arange(self.num_groups, device=group.device) == group
         return Route(group, weights)
 
@@ -98,7 +109,7 @@ class CentroidRouter(nn.Module):
 
     def reset_group_load(self) -> None:
         """Count anew."""
-        self.group_load.zero_()
+        self.group_load = torch.zeros(self.num_groups, dtype=torch.int64)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
