@@ -33,7 +33,7 @@ class AdaptedLinear(LayerAdapter):
     """
 
     #: Name of the submodule that holds what the layer would otherwise share, and of the argument that gives it.
-    own_shared: ClassVar[str] = "own_shared"
+    own_name: ClassVar[str] = "own_shared"
     shared_argument: ClassVar[str] = "shared"
 
     def __init__(
@@ -58,7 +58,7 @@ class AdaptedLinear(LayerAdapter):
                 f"{self.shared_argument} has {shared.num_tasks} tasks, but config.num_tasks is {config.num_tasks}"
             )
         super().__init__(in_features, out_features, config, shared or owned, **factory)
-        setattr(self, self.own_shared, owned)
+        setattr(self, self.own_name, owned)
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, device=device, dtype=weight_dtype), requires_grad=False
         )
@@ -105,7 +105,7 @@ class AdaptedLinear(LayerAdapter):
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None and buffer.is_meta:
                     module._buffers[name] = torch.empty_like(buffer, device=device)
-        owned = getattr(self, self.own_shared)
+        owned = getattr(self, self.own_name)
         if owned is not None:
             owned.reset_parameters()
         self.reset_adapter_parameters()

@@ -32,11 +32,13 @@ class LayerAdapter(nn.Module):
 
     Attributes:
         unmergeable: why no task's update can be put into the weight, or None where it can.
+        stacks: whether several adapters of the method may be active at once.
         expert_labels: what each expert of ``route`` is, for reports: kernel sizes, ranks or numbers; None without one.
         expert_kind: what these labels are.
     """
 
     unmergeable: str | None = None
+    stacks: ClassVar[bool] = True
     expert_labels: tuple[int, ...] | None = None
     expert_kind: ClassVar[str] = "expert"
 
@@ -169,4 +171,4 @@ class LayerAdapter(nn.Module):
 
     def part_sizes(self) -> dict[str, int]:
         """How many trained numbers there are, by what they are."""
-        return {"factors": sum(parameter.numel() for parameter in self.parameters())}
+        raise NotImplementedError

@@ -27,7 +27,7 @@ class EPTLinear(AdaptedLinear, PyramidAdapter):
         ValueError: sizes that do not fit (a scale larger than the layer, a task table of another number of tasks).
     """
 
-    own_shared, shared_argument = "task_embeddings", "task_table"
+    own_name, shared_argument = "task_embeddings", "task_table"
 
     def __init__(
         self,

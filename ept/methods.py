@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from .adapter import PyramidAdapter
 from .adapter_config import AdapterConfig
+from .baselines.dcft import DCFT, DCFTAdapter, DCFTConfig
+from .baselines.mixlora import MIXLORA, MixLoRAAdapter, MixLoRAConfig
+from .baselines.moelora import MOELORA, MOELoRAAdapter, MOELoRAConfig
+from .baselines.more import MORE, MoREAdapter, MoREConfig
 from .baselines.tucka.adapter import TuckerAdapter
 from .baselines.tucka.config import TUCKA, TuckAConfig
 from .config import EPTConfig
@@ -24,6 +28,10 @@ class Method:
 
 METHODS: tuple[Method, ...] = (
     Method(EPT, EPTConfig, PyramidAdapter),
+    Method(MORE, MoREConfig, MoREAdapter),
+    Method(MOELORA, MOELoRAConfig, MOELoRAAdapter),
+    Method(MIXLORA, MixLoRAConfig, MixLoRAAdapter),
+    Method(DCFT, DCFTConfig, DCFTAdapter),
     Method(TUCKA, TuckAConfig, TuckerAdapter),
 )
 

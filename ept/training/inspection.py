@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
+import ept
 from ept.adapter_config import AdapterConfig
 from ept.data import TaskData
 from ept.training.multitask import MultiTaskEncoder
@@ -42,6 +44,18 @@ def adapter_config(model: nn.Module) -> AdapterConfig | None:
         return None
     config = model.peft_config[model.active_adapter]
     return config if isinstance(config, AdapterConfig) else None
+
+
+def trained_parameters(model: PeftModel) -> dict[str, int]:
+    """Trained numbers by what they are: ``ept.parameter_breakdown``, or those of another adapter and the others."""
+    if adapter_config(model) is not None:
+        return ept.parameter_breakdown(model)
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[model.peft_config[model.active_adapter].peft_type]
+    counts = {"adapter": 0, "other": 0}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts["adapter" if f".{prefix}" in name else "other"] += parameter.numel()
+    return counts
 
 
 def takes_task_ids(model: nn.Module) -> bool:

@@ -105,6 +105,8 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
             base = self.base_layer
             weight = base.weight.T if isinstance(base, Conv1D) else base.weight
             return adapters[0].linear(x, weight, base.bias)
+        if len(adapters) > 1 and not adapters[0].stacks:
+            raise ValueError(f"one adapter of this method may be active at a time, got {self.active_adapters}")
         call = partial(_call, self.base_layer, args, kwargs)
         for adapter in adapters:
             call = partial(adapter.around, call)

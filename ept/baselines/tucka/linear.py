@@ -14,4 +14,4 @@ class TuckALinear(AdaptedLinear, TuckerAdapter):
     ``routing``) and are called inside one ``ept.use_tasks`` block route once, by the input of the first called.
     """
 
-    own_shared = "routing"
+    own_name = "routing"
