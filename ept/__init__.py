@@ -5,6 +5,9 @@ from .baselines.dcft import DCFTConfig, DCFTLinear
 from .baselines.mixlora import MixLoRAConfig, MixLoRALinear
 from .baselines.moelora import MOELoRAConfig, MOELoRALinear
 from .baselines.more import MoREConfig, MoRELinear
+from .baselines.tucka.config import TuckAConfig
+from .baselines.tucka.linear import TuckALinear
+from .baselines.tucka.routes import fix_route, free_route, group_load
 from .config import EPTConfig
 from .context import checkpoint, use_tasks
 from .introspection import (
@@ -36,12 +39,17 @@ __all__ = [
     "MoREConfig",
     "MoRELinear",
     "TaskTable",
+    "TuckAConfig",
+    "TuckALinear",
     "__version__",
     "adapters",
     "auxiliary_loss",
     "auxiliary_losses",
     "checkpoint",
     "contrastive_loss",
+    "fix_route",
+    "free_route",
+    "group_load",
     "parameter_breakdown",
     "parameter_groups",
     "print_parameter_breakdown",

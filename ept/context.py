@@ -32,6 +32,7 @@ class TaskContext:
         expands: whether a model's batch may be a whole multiple of the ids (generation: the beams of a sample).
         terms: what layers contribute to their method's loss (``auxiliary.py``); None does not collect.
         shared: what one layer computed for the others of this pass, see ``once``.
+        recomputes: whether this repeats a part of an earlier pass, for gradient checkpointing.
         owner: the model whose forward pass this is, or None for a block of the caller's.
         outer: the context that this one hides.
         tables: tasks (``TaskSet``) that have resolved ``task_ids`` already, so that their layers need not do it again.
@@ -43,6 +44,7 @@ class TaskContext:
     expands: bool = False
     terms: list[Tensor] | None = None
     shared: dict[Any, Any] = field(default_factory=dict, repr=False)
+    recomputes: bool = False
     owner: nn.Module | None = field(default=None, repr=False)
     outer: TaskContext | None = field(default=None, repr=False)
     tables: tuple[TaskSet, ...] = field(default=(), repr=False)
@@ -70,6 +72,7 @@ class TaskContext:
                 terms=None if terms is None else [],  # the same operations, whose results nobody needs again
                 shared=dict(shared),
                 tables=self.tables,
+                recomputes=True,
             )
 
         return again

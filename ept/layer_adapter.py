@@ -37,7 +37,7 @@ class LayerAdapter(nn.Module):
         expert_kind: what these labels are.
     """
 
-    unmergeable: ClassVar[str | None] = None
+    unmergeable: str | None = None
     stacks: ClassVar[bool] = True
     expert_labels: tuple[int, ...] | None = None
     expert_kind: ClassVar[str] = "expert"

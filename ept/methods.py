@@ -10,6 +10,8 @@ from .baselines.dcft import DCFT, DCFTAdapter, DCFTConfig
 from .baselines.mixlora import MIXLORA, MixLoRAAdapter, MixLoRAConfig
 from .baselines.moelora import MOELORA, MOELoRAAdapter, MOELoRAConfig
 from .baselines.more import MORE, MoREAdapter, MoREConfig
+from .baselines.tucka.adapter import TuckerAdapter
+from .baselines.tucka.config import TUCKA, TuckAConfig
 from .config import EPTConfig
 from .layer_adapter import LayerAdapter
 from .peft_type import EPT
@@ -30,6 +32,7 @@ METHODS: tuple[Method, ...] = (
     Method(MOELORA, MOELoRAConfig, MOELoRAAdapter),
     Method(MIXLORA, MixLoRAConfig, MixLoRAAdapter),
     Method(DCFT, DCFTConfig, DCFTAdapter),
+    Method(TUCKA, TuckAConfig, TuckerAdapter),
 )
 
 _BY_CONFIG = {method.config: method for method in METHODS}

@@ -258,9 +258,9 @@ class EPTModel(BaseTuner):
         self._check_merge_allowed()
         names = self.active_adapters if adapter_names is None else adapter_names
         for name in names:
-            reason = method_of(self.peft_config[name]).adapter.unmergeable if name in self.peft_config else None
-            if reason is not None:
-                raise ValueError(reason)
+            for adapter in self.adapters(name).values():
+                if adapter.unmergeable is not None:
+                    raise ValueError(adapter.unmergeable)
         tasks = [self.ept_task_tables[name].resolve(task) for name in names if name in self.ept_task_tables]
         if not tasks or not isinstance(tasks[0], int):
             raise ValueError(f"task must be one id or name for an adapter among {list(self.peft_config)}, got {task!r}")
