@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ept.data import TaskData, TaskSpec
 from ept.training import MultiTaskEncoder
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # scripts, importable as they are to each other
 
 POLARITY = TaskSpec("polarity", "classification", ("sentence",), ("bad", "good"), ("accuracy", "f1"))
 TOPIC = TaskSpec("topic", "classification", ("left", "right"), ("sea", "sky", "land"), ("accuracy",))
