@@ -36,6 +36,19 @@ def _experts(geometry: PyramidGeometry, scaling: float) -> tuple[tuple[int, int,
     )
 
 
+def _check(geometry: PyramidGeometry, top_k: int, gate: Tensor, table: Tensor, kernels: Sequence[Tensor]) -> None:
+    """What the native code takes on trust."""
+    sizes = geometry.kernel_sizes
+    if gate.shape[0] != len(sizes) or gate.dim() != 2:
+        raise ValueError(f"gate must be [{len(sizes)} experts, d], got {list(gate.shape)}")
+    if table.dim() != 2 or table.shape[1] != gate.shape[1]:
+        raise ValueError(f"table must be [tasks, d={gate.shape[1]}], got {list(table.shape)}")
+    if not 1 <= top_k <= len(sizes):
+        raise ValueError(f"top_k must be from 1 to {len(sizes)}, got {top_k}")
+    if tuple(kernel.numel() for kernel in kernels) != tuple(k * k for k in sizes):
+        raise ValueError(f"kernels must be [k, k] with k in {sizes}, got {[list(kernel.shape) for kernel in kernels]}")
+
+
 class _Call:
     """The arguments that forward and backward share, in the order of the C++ functions, kept alive while they run."""
 
@@ -49,9 +62,10 @@ class _Call:
         table: Tensor,
         kernels: Sequence[Tensor],
     ) -> None:
+        _check(geometry, top_k, gate, table, kernels)
         several = isinstance(tasks, Tensor)
         if several:
-            tasks = tasks.reshape(-1).to(torch.int64).contiguous()
+            tasks = tasks.reshape(-1).to(gate.device, torch.int64).contiguous()
         self.groups = len(tasks) if several else table.shape[0] if tasks is None else 1
         self.tensors = (gate, table, tasks, *kernels)
         self.arguments = (
@@ -79,10 +93,10 @@ def _fold(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(folded, active, expert index [G, top_k], gates [G, top_k])``."""
     call = _Call(geometry, scaling, top_k, tasks, gate, table, kernels)
-    folded = torch.empty(call.groups, geometry.folded_size)
-    active = torch.empty(call.groups, len(geometry.scales), dtype=torch.bool)
-    index = torch.empty(call.groups, top_k, dtype=torch.int64)
-    gates = torch.empty(call.groups, top_k)
+    folded = gate.new_empty(call.groups, geometry.folded_size)
+    active = gate.new_empty(call.groups, len(geometry.scales), dtype=torch.bool)
+    index = gate.new_empty(call.groups, top_k, dtype=torch.int64)
+    gates = gate.new_empty(call.groups, top_k)
     native.module().fold_tasks(
         *call.arguments, index.data_ptr(), gates.data_ptr(), folded.data_ptr(), active.data_ptr()
     )
@@ -102,6 +116,11 @@ class _FoldTasks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if not is_eager(grad):
+            raise RuntimeError(
+                "the gradient of folded kernels cannot be batched (is_grads_batched, torch.func.vmap): native code "
+                "computes it; EPT_BACKEND=torch computes it by tensor operations"
+            )
         tasks, index, gates, *parameters = ctx.saved_tensors
         gate, table, *kernels = parameters
         needs = ctx.needs_input_grad[4:]
@@ -147,6 +166,7 @@ def fold_tasks(
 
     Raises:
         IndexError: a task that the table lacks.
+        ValueError: a shape that does not fit the geometry, top_k out of range.
     """
     parameters = (gate, table, *kernels)
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):

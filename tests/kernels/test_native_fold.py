@@ -9,6 +9,7 @@ import pytest
 import torch
 from pyramid_testing import Recorder, assert_all_match, poisoned_memory
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ept_kernels import PyramidGeometry, active_scales, fold_kernels, native, native_fold
 
@@ -133,6 +134,49 @@ def test_a_second_derivative_is_refused() -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtypes_and_devices_are_not_its_own(dtype: torch.dtype) -> None:
+    """transformers sets a default dtype while it loads a model, accelerate a default device."""
+    layer = Layer(3)
+    expected = layer.results(by_native, layer.parameters)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            results = layer.results(by_native, layer.parameters)
+    finally:
+        torch.set_default_dtype(before)
+    for name, value in results.items():
+        assert value.device.type == "cpu"
+        assert torch.equal(value, expected[name]), name
+
+
+def test_shapes_that_native_code_would_run_over_are_refused() -> None:
+    geometry = PyramidGeometry(16, 16, 2, (2, 4))
+    gate, table, kernels = torch.ones(2, 5), torch.ones(3, 5), [torch.ones(2, 2), torch.ones(4, 4)]
+
+    def call(gate=gate, table=table, kernels=kernels, top_k=1) -> None:
+        native_fold.fold_tasks(gate, table, 0, kernels, top_k, 1.0, geometry)
+
+    call()
+    with pytest.raises(ValueError, match=r"gate must be \[2 experts, d\], got \[3, 5\]"):
+        call(gate=torch.ones(3, 5))
+    with pytest.raises(ValueError, match=r"table must be \[tasks, d=5\], got \[3, 4\]"):
+        call(table=torch.ones(3, 4))
+    with pytest.raises(ValueError, match="top_k must be from 1 to 2, got 3"):
+        call(top_k=3)
+    with pytest.raises(ValueError, match=r"kernels must be \[k, k\] with k in \(2, 4\), got \[\[4, 4\], \[2, 2\]\]"):
+        call(kernels=kernels[::-1])
+
+
+def test_batched_gradients_are_refused_by_name() -> None:
+    layer = Layer(3)
+    leaves = [p.clone().requires_grad_() for p in layer.parameters]
+    folded, _ = by_native(layer, *leaves)
+    with pytest.raises(RuntimeError, match="cannot be batched"):
+        torch.autograd.grad(folded, leaves[0], torch.stack([layer.cotangent] * 2), is_grads_batched=True)
+
+
 def test_it_serves_plain_fp32_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EPT_BACKEND", raising=False)
     plain = torch.ones(3, 4)
@@ -142,6 +186,8 @@ def test_it_serves_plain_fp32_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> 
     assert not native_fold.serves(plain, plain.T)
     assert not native_fold.serves(plain.to("meta"))
     with Recorder():
+        assert not native_fold.serves(plain)
+    with forward_ad.dual_level():
         assert not native_fold.serves(plain)
     monkeypatch.setenv("EPT_BACKEND", "torch")
     assert not native_fold.serves(plain)
