@@ -14,17 +14,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import backend_for
 from .geometry import PyramidGeometry
-from .tracing import is_eager
-
-
-def serves(*parameters: Tensor) -> bool:
-    """Whether `fold_tasks` takes these parameters (gate, table, kernels) here and now."""
-    for parameter in parameters:
-        if not (parameter.is_cpu and parameter.dtype is torch.float32 and parameter.is_contiguous()):
-            return False
-    return is_eager(*parameters) and backend_for(parameters[0].device, torch.float32) is native
 
 
 @lru_cache(maxsize=1024)
@@ -130,7 +120,7 @@ def fold_tasks(
     scaling: float,
     geometry: PyramidGeometry,
 ) -> tuple[Tensor, Tensor]:
-    """Route tasks and fold the kernels of their experts; for parameters that ``serves`` accepts.
+    """Route tasks and fold the kernels of their experts (``task_folding.fold_tasks`` says for which parameters).
 
     The gates of a task are the softmax of its ``top_k`` highest logits ``gate @ table[task]``; with ``top_k = 1`` the
     value is 1 and the gradient that of the softmax over all experts.

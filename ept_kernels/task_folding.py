@@ -1,0 +1,67 @@
+"""Route tasks and fold kernels in one step, where the backend can; the one place that asks.
+
+``backend_for`` the parameters decides, so that ``EPT_BACKEND`` holds here as for the ops. The modules are imported when
+their backend first serves.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .dispatch import backend_for
+from .geometry import PyramidGeometry
+from .tracing import is_eager
+
+#: Modules with ``fold_tasks`` and, where there is a limit, ``MOST_EXPERTS``; by the name of their backend.
+_MODULES = {"cpu": ".native_fold", "triton": ".triton.fold"}
+
+_loaded: dict[str, ModuleType] = {}
+
+
+def _folder(device: torch.device) -> ModuleType | None:
+    name = backend_for(device, torch.float32).name
+    if name in _MODULES and name not in _loaded:
+        _loaded[name] = importlib.import_module(_MODULES[name], __package__)
+    return _loaded.get(name)
+
+
+def fold_tasks(
+    gate: Tensor,
+    table: Tensor,
+    tasks: int | Tensor | None,
+    kernels: Sequence[Tensor],
+    top_k: int,
+    scaling: float,
+    geometry: PyramidGeometry,
+) -> tuple[Tensor, Tensor] | None:
+    """``(folded [G, folded_size], active [G, S] bool)`` by the backend that serves, or None where it cannot.
+
+    It can with fp32 parameters that are contiguous and on one device, where nothing traces or transforms what happens
+    to them (``is_eager``). Otherwise the caller composes a router, ``fold_kernels`` and ``active_scales``.
+
+    Args:
+        gate: ``[E, d]``. table: ``[T, d]``, the task embeddings.
+        tasks: a row of the table; ``[G]`` int64 rows on its device; or None, all rows in order.
+        kernels: one ``[k_e, k_e]`` per expert, in the order of ``geometry.kernel_sizes``.
+        top_k: experts that a task selects, 1 to E. scaling: ``alpha / r``.
+
+    Raises:
+        IndexError: a task that the table lacks; for a tensor on a GPU the result is NaN instead.
+        ValueError, RuntimeError: as ``backend_for``.
+    """
+    parameters = (gate, table, *kernels)
+    device = gate.device
+    if device.type not in ("cpu", "cuda") or not is_eager(*parameters):
+        return None
+    for parameter in parameters:
+        if parameter.dtype is not torch.float32 or parameter.device != device or not parameter.is_contiguous():
+            return None
+    folder = _folder(device)
+    if folder is None or gate.shape[0] > getattr(folder, "MOST_EXPERTS", gate.shape[0]):
+        return None
+    return folder.fold_tasks(gate, table, tasks, kernels, top_k, scaling, geometry)
