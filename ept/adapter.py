@@ -11,7 +11,7 @@ from ept_kernels import (
     PyramidGeometry,
     active_scales,
     fold_kernels,
-    native_fold,
+    fold_tasks,
     pyramid_delta,
     pyramid_linear,
     pyramid_merge,
@@ -111,11 +111,9 @@ class PyramidAdapter(TaskRoutedAdapter):
             elif len(tasks) != 1:
                 groups = torch.arange(len(tasks), device=table.weight.device)
         kernels = self._kernels()
-        if native_fold.serves(self.gate, table.weight, *kernels):
-            folded, active = native_fold.fold_tasks(
-                self.gate, table.weight, routed, kernels, self.top_k, self.scaling, self.geometry
-            )
-            return folded, groups, active
+        fused = fold_tasks(self.gate, table.weight, routed, kernels, self.top_k, self.scaling, self.geometry)
+        if fused is not None:
+            return fused[0], groups, fused[1]
         embeddings = table.weight if routed is None else table.embed(routed)
         index, gates = route(self.gate, embeddings, self.top_k)
         dense = gates.new_zeros(len(gates), self.geometry.num_experts).scatter(1, index, gates)

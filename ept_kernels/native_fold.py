@@ -14,17 +14,8 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import backend_for
 from .geometry import PyramidGeometry
 from .tracing import is_eager
-
-
-def serves(*parameters: Tensor) -> bool:
-    """Whether `fold_tasks` takes these parameters (gate, table, kernels) here and now."""
-    for parameter in parameters:
-        if not (parameter.is_cpu and parameter.dtype is torch.float32 and parameter.is_contiguous()):
-            return False
-    return is_eager(*parameters) and backend_for(parameters[0].device, torch.float32) is native
 
 
 @lru_cache(maxsize=1024)
@@ -34,19 +25,6 @@ def _experts(geometry: PyramidGeometry, scaling: float) -> tuple[tuple[int, int,
         (k, s, geometry.offsets[s], scaling * geometry.alp_factors[s])
         for k, s in zip(geometry.kernel_sizes, geometry.expert_scale, strict=True)
     )
-
-
-def _check(geometry: PyramidGeometry, top_k: int, gate: Tensor, table: Tensor, kernels: Sequence[Tensor]) -> None:
-    """What the native code takes on trust."""
-    sizes = geometry.kernel_sizes
-    if gate.shape[0] != len(sizes) or gate.dim() != 2:
-        raise ValueError(f"gate must be [{len(sizes)} experts, d], got {list(gate.shape)}")
-    if table.dim() != 2 or table.shape[1] != gate.shape[1]:
-        raise ValueError(f"table must be [tasks, d={gate.shape[1]}], got {list(table.shape)}")
-    if not 1 <= top_k <= len(sizes):
-        raise ValueError(f"top_k must be from 1 to {len(sizes)}, got {top_k}")
-    if tuple(kernel.numel() for kernel in kernels) != tuple(k * k for k in sizes):
-        raise ValueError(f"kernels must be [k, k] with k in {sizes}, got {[list(kernel.shape) for kernel in kernels]}")
 
 
 class _Call:
@@ -62,7 +40,6 @@ class _Call:
         table: Tensor,
         kernels: Sequence[Tensor],
     ) -> None:
-        _check(geometry, top_k, gate, table, kernels)
         several = isinstance(tasks, Tensor)
         if several:
             tasks = tasks.reshape(-1).to(gate.device, torch.int64).contiguous()
@@ -149,7 +126,7 @@ def fold_tasks(
     scaling: float,
     geometry: PyramidGeometry,
 ) -> tuple[Tensor, Tensor]:
-    """Route tasks and fold the kernels of their experts; for parameters that ``serves`` accepts.
+    """Route tasks and fold the kernels of their experts (``task_folding.fold_tasks`` says for which parameters).
 
     The gates of a task are the softmax of its ``top_k`` highest logits ``gate @ table[task]``; with ``top_k = 1`` the
     value is 1 and the gradient that of the softmax over all experts.
@@ -166,7 +143,6 @@ def fold_tasks(
 
     Raises:
         IndexError: a task that the table lacks.
-        ValueError: a shape that does not fit the geometry, top_k out of range.
     """
     parameters = (gate, table, *kernels)
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
