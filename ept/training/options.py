@@ -158,7 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     adapter = parser.add_argument_group("adapter", "of methods that have the setting; not all do")
     _add(adapter, "ablation", "one of the paper's ablations of EPT, see below", choices=tuple(ABLATIONS))
     _add(adapter, "r", "rank", type=_integer(1))
-    _add(adapter, "alpha", "the update is scaled by alpha / r", type=_number(above=0))
+    _add(adapter, "alpha", "scale of the update: alpha / r, for tucka alpha", type=_number(above=0))
     _add(adapter, "kernel-sizes", "the pyramid, one size per expert, separated by commas", type=_sizes)
     _add(adapter, "top-k", "experts mixed for a task", type=_integer(1))
     _add(adapter, "task-similarity", "cosine of two task embeddings at the start", type=_number(least=0, below=1))

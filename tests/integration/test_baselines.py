@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +285,38 @@ def test_scale_larger_than_a_layer_is_refused() -> None:
     case, base, _ = shapes("bert")
     with pytest.raises(ValueError, match=r"target module .*scale 64, larger"):
         peft.get_peft_model(base, config("dcft", case, kernel_size=64))
+
+
+@pytest.mark.parametrize("method", ["more", "mixlora"])
+def test_compiles_without_a_graph_break(method: str) -> None:
+    torch._dynamo.reset()
+    case, base, batch = shapes("llama")
+    model = adapted(method, case, base)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = torch.tensor([2, 0, 1])
+    expected = model(**batch, task_ids=ids).logits
+    torch.testing.assert_close(compiled(**batch, task_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_threads_do_not_see_each_others_routes() -> None:
+    case, base, _ = shapes("llama")
+    model = adapted("mixlora", case, base)
+    batches = [case.batch() for _ in range(3)]
+    with torch.no_grad():
+        expected = [model(**batch).logits for batch in batches]
+    wrong: list[int] = []
+    barrier = threading.Barrier(3)
+
+    def serve(index: int) -> None:
+        barrier.wait()
+        for _ in range(20):
+            with torch.no_grad():
+                if not torch.equal(model(**batches[index]).logits, expected[index]):
+                    wrong.append(index)
+
+    threads = [threading.Thread(target=serve, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
