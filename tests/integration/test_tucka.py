@@ -428,3 +428,18 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"num_groups": 3', '"num_groups": 2'))
     with pytest.raises(ValueError, match=r"centroids is \[6, 32\] in the checkpoint, \[4, 32\] in this model|\.G is"):
         peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+
+
+def test_two_active_adapters_merge_as_they_run() -> None:
+    """Each changes the input that the next one sees; their weights multiply in the same order."""
+    case = CASES["llama"]
+    model, batch = routed(case, case.build().eval()), case.batch()
+    targets = list(model.peft_config["default"].target_modules)
+    model.add_adapter("second", tucka_config(case, r=3, lora_alpha=30.0, target_modules=targets))
+    fix_route(model, 0, [0.9, 0.3], "default")
+    fix_route(model, 2, [0.2, 0.8], "second")
+    model.base_model.set_adapter(["default", "second"])
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+        model.merge_adapter()
+        torch.testing.assert_close(model(**batch).logits, expected, atol=1e-4, rtol=1e-3)
