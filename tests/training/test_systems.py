@@ -193,7 +193,7 @@ def test_bad_options_are_named(arguments: list[str], message: str, capsys: pytes
 
 def test_the_help_gives_each_methods_defaults() -> None:
     text = " ".join(build_parser().format_help().split())
-    assert "peak learning rate (default: ept 0.003," in text
+    assert f"peak learning rate (default: ept {SYSTEMS['ept'].learning_rate:g}," in text
     for name in SYSTEMS:
         assert f"{name} {SYSTEMS[name].learning_rate:g}" in text
     for name in ABLATIONS:
