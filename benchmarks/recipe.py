@@ -1,12 +1,12 @@
-"""Does EPT learn at its default recipe what LoRA learns at its own, in as many steps? One run, one JSON line.
+"""Does EPT learn at its default recipe what others learn at their own, in as many steps? One run, one JSON line.
 
     python benchmarks/recipe.py --data FOLDER --tasks cola,mrpc,rte,stsb,sst2 --method ept
     python benchmarks/recipe.py --data FOLDER --tasks cola,mrpc,rte,stsb,sst2 --method lora --lr 5e-4
     python benchmarks/recipe.py --data FOLDER --tasks mrpc,stsb,sst2 --steps 400 --bf16 --set task_similarity=0.75
     python benchmarks/recipe.py --show
 
-Both methods see the same model, targets, data order, heads, steps and schedule. Trainer, sampler and metrics are those
-of ``ept-train``; LoRA is PEFT's, with the rank and scaling of EPT's defaults.
+All methods see the same model, targets, data order, heads, steps and schedule. Trainer, sampler, metrics and each
+method's defaults are those of ``ept-train``; LoRA is PEFT's, with the rank and scaling of EPT's defaults.
 A task with a labelled test split is scored on that, too; always in fp32.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 import ept
@@ -34,6 +34,7 @@ from ept.training.console import quieten_libraries
 from ept.training.evaluate import evaluate_tasks
 from ept.training.inspection import base_model
 from ept.training.report import device_name, versions
+from ept.training.systems import SYSTEMS
 
 RESULTS = Path(__file__).parent / "results" / "recipe.jsonl"
 
@@ -98,18 +99,14 @@ def setting(text: str) -> tuple[str, Any]:
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Train and score one method; the record that is kept."""
     tasks = load_tasks(options.data, options.tasks.split(","))
-    of_adapter = {field.name for field in dataclasses.fields(ept.EPTConfig)}
-    for_adapter = {name: value for name, value in options.set if name in of_adapter}
-    for_training = {name: value for name, value in options.set if name not in of_adapter}
+    system = SYSTEMS[options.method]
+    for_adapter = {name: value for name, value in options.set if system.has(name)}
+    for_training = {name: value for name, value in options.set if not system.has(name)}
     set_seed(options.seed)
     model, tokenizer, _ = load_base("minilm", [task.spec for task in tasks])
     shared = {"target_modules": models.target_modules(model), "modules_to_save": ["heads"]}
-    if options.method == "ept":
-        config = ept.EPTConfig(task_names=[task.spec.name for task in tasks], **shared, **for_adapter)
-    else:
-        config = LoraConfig(r=8, lora_alpha=32, **shared)
+    config = system.make_config([task.spec.name for task in tasks], **shared, **for_adapter)
     adapted = get_peft_model(model, config)
-    rate = {} if options.lr is None else {"learning_rate": options.lr}
     with tempfile.TemporaryDirectory() as folder:
         arguments = EPTTrainingArguments(
             output_dir=folder,
@@ -121,7 +118,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
             dataloader_pin_memory=torch.cuda.is_available(),
             bf16=options.bf16,
             use_cpu=not torch.cuda.is_available(),
-            **rate,
+            learning_rate=system.learning_rate if options.lr is None else options.lr,
             **for_training,
         )
         sharing_at_start = sharing(adapted) if options.method == "ept" else None
@@ -188,21 +185,21 @@ def _shown(number: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="EPT and LoRA at equal steps.")
+    parser = argparse.ArgumentParser(description="EPT and other methods at equal steps.")
     parser.add_argument("--data", help="folder with an index.json, sentiment, or hub:ID")
     parser.add_argument("--tasks", default="cola,mrpc,rte,stsb,sst2")
-    parser.add_argument("--method", choices=("ept", "lora"), default="ept")
-    parser.add_argument("--lr", type=float, help="default: the recipe's")
+    parser.add_argument("--method", choices=tuple(SYSTEMS), default="ept")
+    parser.add_argument("--lr", type=float, help="default: the method's")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16, both methods alike")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16, all methods alike")
     parser.add_argument(
         "--set",
         action="append",
         type=setting,
         default=[],
         metavar="NAME=JSON",
-        help="a field of EPTConfig (with --method ept) or of EPTTrainingArguments; may be repeated",
+        help="a field of the method's config or of EPTTrainingArguments; may be repeated",
     )
     parser.add_argument("--show", action="store_true", help="print what earlier runs found")
     options = parser.parse_args()
@@ -211,8 +208,10 @@ def main() -> None:
         return
     if options.data is None:
         parser.error("argument --data is missing")
-    if options.method == "lora" and any(hasattr(ept.EPTConfig, name) for name, _ in options.set):
-        parser.error("argument --set: a field of EPTConfig needs --method ept")
+    known = {field.name for field in dataclasses.fields(EPTTrainingArguments)}
+    unknown = [name for name, _ in options.set if name not in known and not SYSTEMS[options.method].has(name)]
+    if unknown:
+        parser.error(f"argument --set: {unknown[0]!r} is no field of the config of --method {options.method}")
     quieten_libraries()
     record = run(options)
     RESULTS.parent.mkdir(exist_ok=True)

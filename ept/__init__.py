@@ -1,5 +1,13 @@
 """Expert Pyramid Tuning: one frozen model, many tasks (arXiv 2603.12577). Importing registers EPT with PEFT."""
 
+from .auxiliary import auxiliary_loss, auxiliary_losses
+from .baselines.dcft import DCFTConfig, DCFTLinear
+from .baselines.mixlora import MixLoRAConfig, MixLoRALinear
+from .baselines.moelora import MOELoRAConfig, MOELoRALinear
+from .baselines.more import MoREConfig, MoRELinear
+from .baselines.tucka.config import TuckAConfig
+from .baselines.tucka.linear import TuckALinear
+from .baselines.tucka.routes import fix_route, free_route, group_load
 from .config import EPTConfig
 from .context import checkpoint, use_tasks
 from .introspection import (
@@ -19,14 +27,29 @@ from .tuner.register import register as _register
 from .version import __version__
 
 __all__ = [
+    "DCFTConfig",
+    "DCFTLinear",
     "EPTConfig",
     "EPTLinear",
     "EPTModel",
+    "MOELoRAConfig",
+    "MOELoRALinear",
+    "MixLoRAConfig",
+    "MixLoRALinear",
+    "MoREConfig",
+    "MoRELinear",
     "TaskTable",
+    "TuckAConfig",
+    "TuckALinear",
     "__version__",
     "adapters",
+    "auxiliary_loss",
+    "auxiliary_losses",
     "checkpoint",
     "contrastive_loss",
+    "fix_route",
+    "free_route",
+    "group_load",
     "parameter_breakdown",
     "parameter_groups",
     "print_parameter_breakdown",

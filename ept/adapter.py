@@ -7,21 +7,32 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ept_kernels import PyramidGeometry, active_scales, fold_kernels, native_fold, pyramid_weight, without_autocast
+from ept_kernels import (
+    PyramidGeometry,
+    active_scales,
+    fold_kernels,
+    fold_tasks,
+    pyramid_delta,
+    pyramid_linear,
+    pyramid_merge,
+    pyramid_weight,
+    without_autocast,
+)
 
 from .config import EPTConfig
-from .context import current
 from .router import route
+from .task_routed import TaskRoutedAdapter
 from .tasks import TaskIds, TaskTable
 
 
-class PyramidAdapter(nn.Module):
+class PyramidAdapter(TaskRoutedAdapter):
     """Parameters of Expert Pyramid Tuning for one linear map, without the map (spec section 1).
 
     Args:
         in_features, out_features: sizes of the map.
         config: the adapter's hyperparameters.
-        task_table: the embeddings, shared by all layers of a model. Referenced, not registered: its owner saves it.
+        shared: the task embeddings, shared by all layers of a model. Referenced, not registered: its owner saves it.
+        name: the map's name in its model.
 
     Attributes:
         A: ``[r, ceil(in / k_min)]``, B: ``[ceil(out / k_min), r]``, the factors of the seed.
@@ -32,38 +43,35 @@ class PyramidAdapter(nn.Module):
         ValueError: a scale larger than the map.
     """
 
+    expert_kind = "kernel size"
+
     def __init__(
         self,
         in_features: int,
         out_features: int,
         config: EPTConfig,
-        task_table: TaskTable,
+        shared: TaskTable,
         *,
+        name: str = "",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features, config, shared, name=name)
         self.geometry = PyramidGeometry(in_features, out_features, config.r, config.kernel_sizes, config.alp_scaling)
         self.scaling = config.lora_alpha / config.r
         self.top_k = config.top_k
         self.init_seed = config.init_seed
-        self.dropout = nn.Dropout(config.lora_dropout)
-        self._task_table = (task_table,)
+        self.expert_labels = config.kernel_sizes
         factory = {"device": device, "dtype": dtype}
         self.A = nn.Parameter(torch.empty(config.r, self.geometry.seed_width, **factory))
         self.B = nn.Parameter(torch.empty(self.geometry.seed_height, config.r, **factory))
         self.kernels = nn.ParameterList(nn.Parameter(torch.empty(k, k, **factory)) for k in config.kernel_sizes)
-        self.gate = nn.Parameter(torch.empty(self.geometry.num_experts, task_table.dim, **factory))
+        self.gate = nn.Parameter(torch.empty(self.geometry.num_experts, shared.dim, **factory))
         self.reset_adapter_parameters()
 
-    @property
-    def task_table(self) -> TaskTable:
-        return self._task_table[0]
-
-    @property
-    def dropout_p(self) -> float:
-        """Probability with which this call drops an entry of the adapter's input: 0 outside training."""
-        return self.dropout.p if self.training else 0.0
+    @classmethod
+    def check_features(cls, config: EPTConfig, in_features: int, out_features: int) -> None:
+        PyramidGeometry(in_features, out_features, config.r, config.kernel_sizes)
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
@@ -103,11 +111,9 @@ class PyramidAdapter(nn.Module):
             elif len(tasks) != 1:
                 groups = torch.arange(len(tasks), device=table.weight.device)
         kernels = self._kernels()
-        if native_fold.serves(self.gate, table.weight, *kernels):
-            folded, active = native_fold.fold_tasks(
-                self.gate, table.weight, routed, kernels, self.top_k, self.scaling, self.geometry
-            )
-            return folded, groups, active
+        fused = fold_tasks(self.gate, table.weight, routed, kernels, self.top_k, self.scaling, self.geometry)
+        if fused is not None:
+            return fused[0], groups, fused[1]
         embeddings = table.weight if routed is None else table.embed(routed)
         index, gates = route(self.gate, embeddings, self.top_k)
         dense = gates.new_zeros(len(gates), self.geometry.num_experts).scatter(1, index, gates)
@@ -121,31 +127,26 @@ class PyramidAdapter(nn.Module):
         Raises:
             ValueError, TypeError: unknown task, or none with more than one task.
         """
-        if task is not None and not isinstance(task, (int, str)):
-            raise TypeError(f"task must be an id or a name, got {type(task).__name__}")
-        folded, *_ = self.fold(self.task_table.resolve(task))
+        folded, *_ = self.fold(self.resolve_one(task))
         return pyramid_weight(self.A, self.B, folded, self.geometry)[0]
 
-    def tasks_for(self, x: Tensor, task_ids: TaskIds | None) -> int | Tensor:
-        """Resolved tasks of a call: the argument, else the current context's, checked against the batch of x.
+    def delta(self, x: Tensor, task_ids: TaskIds | None = None) -> Tensor:
+        folded, groups, active = self.fold(self.tasks_for(x, task_ids))
+        return pyramid_delta(x, self.A, self.B, folded, groups, self.geometry, dropout_p=self.dropout_p, active=active)
 
-        Raises:
-            ValueError, TypeError: as ``TaskTable.resolve``, or a number of ids that does not fit the batch.
-        """
-        explicit, table, resolved = task_ids is not None, self.task_table, False
-        if not explicit and table.num_tasks > 1:
-            context = current()
-            if context is not None:
-                context.collect(x, table.dim)
-                task_ids = context.task_ids
-                resolved = any(other is table for other in context.tables)
-        tasks = task_ids if resolved else table.resolve(task_ids)
-        if isinstance(tasks, Tensor) and tasks.dim():
-            batch = x.shape[0] if x.dim() > 1 else 1
-            # Inside a model a layer may see beams, windows or flattened tokens: whole multiples, sample by sample.
-            several = not explicit and len(tasks) > 0 and batch % len(tasks) == 0
-            if not (several or batch == len(tasks)):
-                raise ValueError(
-                    f"task_ids must hold one id for each of the {batch} samples of x {list(x.shape)}, got {len(tasks)}"
-                )
-        return tasks
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, task_ids: TaskIds | None = None) -> Tensor:
+        folded, groups, active = self.fold(self.tasks_for(x, task_ids))
+        return pyramid_linear(
+            x, weight, bias, self.A, self.B, folded, groups, self.geometry, dropout_p=self.dropout_p, active=active
+        )
+
+    def merge_into(self, weight: Tensor, task: int) -> Tensor:
+        folded, *_ = self.fold(task)
+        return pyramid_merge(weight, self.A, self.B, folded, self.geometry)[0]
+
+    def part_sizes(self) -> dict[str, int]:
+        return {
+            "seed": self.A.numel() + self.B.numel(),
+            "kernels": sum(kernel.numel() for kernel in self.kernels),
+            "gates": self.gate.numel(),
+        }

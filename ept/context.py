@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from .tasks import TaskIds, TaskTable
+from .tasks import TaskIds, TaskSet
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -28,19 +30,52 @@ class TaskContext:
         attention_mask: ``[batch, sequence]``, 1 for tokens and 0 for padding, or None.
         pooled: inputs of adapted layers, pooled to ``[batch, d]``, for the contrastive loss; None does not collect.
         expands: whether a model's batch may be a whole multiple of the ids (generation: the beams of a sample).
+        terms: what layers contribute to their method's loss (``auxiliary.py``); None does not collect.
+        shared: what one layer computed for the others of this pass, see ``once``.
+        recomputes: whether this repeats a part of an earlier pass, for gradient checkpointing.
         owner: the model whose forward pass this is, or None for a block of the caller's.
         outer: the context that this one hides.
-        tables: task tables that have resolved ``task_ids`` already, so that their layers need not do it again.
+        tables: tasks (``TaskSet``) that have resolved ``task_ids`` already, so that their layers need not do it again.
     """
 
     task_ids: TaskIds | None
     attention_mask: Tensor | None = None
     pooled: list[Tensor] | None = None
     expands: bool = False
+    terms: list[Tensor] | None = None
+    shared: dict[Any, Any] = field(default_factory=dict, repr=False)
+    recomputes: bool = False
     owner: nn.Module | None = field(default=None, repr=False)
     outer: TaskContext | None = field(default=None, repr=False)
-    tables: tuple[TaskTable, ...] = field(default=(), repr=False)
+    tables: tuple[TaskSet, ...] = field(default=(), repr=False)
     _last: Tensor | None = field(default=None, repr=False)
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """``make()`` at the first call of this pass with ``key``, and the same result at every later one.
+
+        For what the first adapted layer of a forward pass decides for all (TuckA's router); ``attention_mask`` is at
+        hand. The passes of a generation share results with the first of them, so one prompt has one decision. Under
+        gradient checkpointing a block recomputes what it computed itself and finds what it found.
+        """
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def recomputation(self) -> Callable[[], TaskContext]:
+        """Makes contexts for running the code that follows once more: same tasks, same mask, same shared results."""
+        shared, terms = dict(self.shared), self.terms
+
+        def again() -> TaskContext:
+            return TaskContext(
+                self.task_ids,
+                self.attention_mask,
+                terms=None if terms is None else [],  # the same operations, whose results nobody needs again
+                shared=dict(shared),
+                tables=self.tables,
+                recomputes=True,
+            )
+
+        return again
 
     def collect(self, x: Tensor, dim: int) -> None:
         """Pool the input of an adapted layer over its tokens, if it has the width ``dim`` of the task embeddings.
@@ -108,6 +143,7 @@ def pop(context: TaskContext) -> None:
     else:
         _current.set(context.outer)
     context.outer = context._last = None
+    context.shared = {}  # not cleared: the passes of a generation hold the same one
 
 
 @contextmanager
@@ -148,14 +184,14 @@ class _CheckpointWithTasks:
         context = current()
         if context is None:
             return self.checkpoint(function, *args, **kwargs)
-        first_run = True
+        first_run, again = True, context.recomputation()
 
         def run(*inner: Any, **inner_kwargs: Any) -> Any:
             nonlocal first_run
             if first_run:
                 first_run = False
                 return function(*inner, **inner_kwargs)
-            with activate(TaskContext(context.task_ids, context.attention_mask, tables=context.tables)):
+            with activate(again()):
                 return function(*inner, **inner_kwargs)
 
         return self.checkpoint(run, *args, **kwargs)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 
-from .adapter import PyramidAdapter
-from .tuner.layer import EPTLinearLayer
+from .layer_adapter import LayerAdapter
+from .tasks import TaskTable
 from .tuner.model import EPTModel, ept_model
 
 
@@ -17,19 +19,18 @@ def _active(tuner: EPTModel, adapter_name: str | None) -> str:
     return name
 
 
-def adapters(model: nn.Module, adapter_name: str | None = None) -> dict[str, PyramidAdapter]:
+def _method(tuner: EPTModel, adapter_name: str | None) -> str:
+    return tuner.peft_config[_active(tuner, adapter_name)].peft_type
+
+
+def adapters(model: nn.Module, adapter_name: str | None = None) -> dict[str, LayerAdapter]:
     """The adapter of every adapted layer, by the layer's name in the base model.
 
     Raises:
-        ValueError: not an EPT model, or no adapter of that name.
+        ValueError: no adapter of one of this package's methods, or none of that name.
     """
     tuner = ept_model(model)
-    name = _active(tuner, adapter_name)
-    return {
-        path: module.ept_adapters[name]
-        for path, module in tuner.model.named_modules()
-        if isinstance(module, EPTLinearLayer) and name in module.ept_adapters
-    }
+    return tuner.adapters(_active(tuner, adapter_name))
 
 
 def task_names(model: nn.Module, adapter_name: str | None = None) -> list[str]:
@@ -40,29 +41,40 @@ def task_names(model: nn.Module, adapter_name: str | None = None) -> list[str]:
 
 
 def task_embeddings(model: nn.Module, adapter_name: str | None = None) -> Tensor:
-    """The task-embedding table ``[T, d]``, detached."""
+    """The task-embedding table ``[T, d]``, detached.
+
+    Raises:
+        ValueError: a method without one.
+    """
     tuner = ept_model(model)
-    return tuner.ept_task_tables[_active(tuner, adapter_name)].weight.detach()
+    shared = tuner.ept_task_tables[_active(tuner, adapter_name)]
+    if not isinstance(shared, TaskTable):
+        raise ValueError(f"model has a {_method(tuner, adapter_name)} adapter, which has no task embeddings")
+    return shared.weight.detach()
 
 
 @torch.no_grad()
 def routing(model: nn.Module, adapter_name: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Which experts every task uses in every layer: ``{layer: (expert_index [T, top_k], gates [T, top_k])}``."""
+    """Which experts every task uses in every layer: ``{layer: (expert_index [T, k], gates [T, k])}``.
+
+    Raises:
+        ValueError: a method that does not give experts to tasks.
+    """
     tuner = ept_model(model)
+    parts = adapters(model, adapter_name)
+    if not all(hasattr(adapter, "route") for adapter in parts.values()):
+        raise ValueError(f"model has a {_method(tuner, adapter_name)} adapter, which does not give experts to tasks")
     tasks = list(range(tuner.ept_task_tables[_active(tuner, adapter_name)].num_tasks))
-    return {path: adapter.route(tasks) for path, adapter in adapters(model, adapter_name).items()}
+    return {path: adapter.route(tasks) for path, adapter in parts.items()}
 
 
 def parameter_breakdown(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
-    """Numbers in the seed, the kernels, the gates and the task embeddings of an adapter, and other trainable ones."""
+    """Trained numbers of an adapter by what they are (for EPT: seed, kernels, gates, task embeddings), and others'."""
     tuner = ept_model(model)
-    parts = adapters(model, adapter_name).values()
-    counts = {
-        "seed": sum(adapter.A.numel() + adapter.B.numel() for adapter in parts),
-        "kernels": sum(kernel.numel() for adapter in parts for kernel in adapter.kernels),
-        "gates": sum(adapter.gate.numel() for adapter in parts),
-        "task embeddings": tuner.ept_task_tables[_active(tuner, adapter_name)].weight.numel(),
-    }
+    shared = tuner.ept_task_tables[_active(tuner, adapter_name)]
+    counts: Counter[str] = Counter()
+    for part in (*adapters(model, adapter_name).values(), shared):
+        counts.update(part.part_sizes())
     trainable = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and ".ept_" not in n)
     return {**counts, "other": trainable}
 

@@ -1,25 +1,17 @@
-"""``EPTLinear``: a drop-in for ``nn.Linear`` whose trainable part is an expert pyramid."""
+"""``EPTLinear``: a drop-in for ``nn.Linear`` that adapts a frozen weight to many tasks."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ept_kernels import pyramid_linear
-
+from .adapted_linear import AdaptedLinear
 from .adapter import PyramidAdapter
 from .config import EPTConfig
-from .context import current
-from .merging import WeightStash, check_merged_task, keep_calling, merged_weight
-from .tasks import TaskIds, TaskTable
+from .tasks import TaskTable
 
 
-class EPTLinear(PyramidAdapter):
+class EPTLinear(AdaptedLinear, PyramidAdapter):
     """``y = x W0^T + b + (alpha / r) sum_e g_e(task) s_e dropout(x) W_e^T`` with W0 and b frozen (spec section 1).
 
     Args:
@@ -35,6 +27,8 @@ class EPTLinear(PyramidAdapter):
         ValueError: sizes that do not fit (a scale larger than the layer, a task table of another number of tasks).
     """
 
+    own_name, shared_argument = "task_embeddings", "task_table"
+
     def __init__(
         self,
         in_features: int,
@@ -46,35 +40,7 @@ class EPTLinear(PyramidAdapter):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        weight_dtype = dtype or torch.get_default_dtype()
-        adapter_dtype = torch.promote_types(weight_dtype, torch.float32)
-        owned = None
-        if task_table is None:
-            width = config.task_embedding_dim or in_features
-            owned = TaskTable(
-                config.num_tasks,
-                width,
-                config.task_names,
-                similarity=config.task_similarity,
-                device=device,
-                dtype=adapter_dtype,
-            )
-        elif task_table.num_tasks != config.num_tasks:
-            raise ValueError(f"task_table has {task_table.num_tasks} tasks, but config.num_tasks is {config.num_tasks}")
-        super().__init__(in_features, out_features, config, task_table or owned, device=device, dtype=adapter_dtype)
-        self.in_features, self.out_features = in_features, out_features
-        self.task_embeddings = owned
-        self.weight = nn.Parameter(
-            torch.empty(out_features, in_features, device=device, dtype=weight_dtype), requires_grad=False
-        )
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=weight_dtype), requires_grad=False)
-        else:
-            self.register_parameter("bias", None)
-        self.stash = WeightStash()
-        self.merged_task: int | None = None
-        self.register_forward_pre_hook(keep_calling)
-        self._reset_base_parameters()
+        super().__init__(in_features, out_features, bias, config=config, shared=task_table, device=device, dtype=dtype)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: EPTConfig, task_table: TaskTable | None = None) -> EPTLinear:
@@ -83,119 +49,10 @@ class EPTLinear(PyramidAdapter):
         Raises:
             TypeError: not an ``nn.Linear``.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
-        with torch.device("meta"):  # sizes are checked before anything is allocated or changed
-            layer = cls(
-                linear.in_features,
-                linear.out_features,
-                linear.bias is not None,
-                config=config,
-                task_table=task_table,
-                dtype=linear.weight.dtype,
-            )
-        frozen = {name: getattr(linear, name) for name in ("weight", "bias") if getattr(linear, name) is not None}
-        for name, parameter in frozen.items():
-            setattr(layer, name, parameter.requires_grad_(False))
-        layer._materialize_adapter(linear.weight.device)
-        return layer.train(linear.training)
-
-    def _materialize_adapter(self, device: torch.device) -> None:
-        """Give the adapter's parameters (not the base's) storage on ``device`` and fresh initial values."""
-        for module in self.modules():
-            for name, parameter in list(module._parameters.items()):
-                if parameter is not None and parameter.is_meta and name not in ("weight", "bias"):
-                    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device))
-        if self.task_embeddings is not None and self.task_embeddings.weight.is_meta:
-            table = self.task_embeddings
-            table.weight = nn.Parameter(torch.empty_like(table.weight, device=device))
-            table.reset_parameters()
-        self.reset_adapter_parameters()
-
-    def _reset_base_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features)
-            nn.init.uniform_(self.bias, -bound, bound)
-
-    def reset_parameters(self) -> None:
-        """Fresh base and adapter, as after construction."""
-        self._reset_base_parameters()
-        self.reset_adapter_parameters()
-
-    @property
-    def merged(self) -> bool:
-        """Whether a task's update is in ``weight``."""
-        return self.merged_task is not None
-
-    def forward(self, x: Tensor, task_ids: TaskIds | None = None) -> Tensor:
-        """x ``[..., in]`` -> ``[..., out]``.
-
-        Args:
-            x: any floating dtype that the base weight takes; its first dimension is the batch.
-            task_ids: an id or name for all, or one for each sample; None where ``config.num_tasks`` is 1, or inside
-                ``ept.use_tasks``.
-
-        Raises:
-            ValueError, TypeError: missing or unknown task ids, a wrong number of them, x of another width.
-        """
-        if self.merged:
-            return self._forward_merged(x, task_ids)
-        folded, groups, active = self.fold(self.tasks_for(x, task_ids))
-        return pyramid_linear(
-            x,
-            self.weight,
-            self.bias,
-            self.A,
-            self.B,
-            folded,
-            groups,
-            self.geometry,
-            dropout_p=self.dropout_p,
-            active=active,
-        )
-
-    def _forward_merged(self, x: Tensor, task_ids: TaskIds | None) -> Tensor:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x must be [..., in_features={self.in_features}], got {list(x.shape)}")
-        context = current() if task_ids is None and self.task_table.num_tasks > 1 else None
-        if task_ids is not None or (context is not None and context.task_ids is not None):
-            check_merged_task(self.tasks_for(x, task_ids), self.merged_task)
-        return F.linear(x, self.weight, self.bias)
-
-    def merge(self, task: int | str | None = None) -> None:
-        """Put one task's update into ``weight``: zero inference cost until ``unmerge``.
-
-        Raises:
-            ValueError: already merged, an unknown task, or a result that is not finite; nothing is changed then.
-        """
-        if self.merged:
-            raise ValueError(f"task {self.merged_task} is already merged into the weight; unmerge it first")
-        resolved = self.task_table.resolve(task)
-        if not isinstance(resolved, int):
-            raise TypeError(f"task must be one id or name, got {task!r}")
-        self.stash.swap_in(self.weight, merged_weight(self.weight, [self], resolved))
-        self.merged_task = resolved
-
-    def unmerge(self) -> None:
-        """Restore the original ``weight`` bit for bit; does nothing where nothing is merged."""
-        if self.merged:
-            self.stash.swap_out(self.weight)
-            self.merged_task = None
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """A merged layer saves its original weight: the update is in A, B and the kernels already."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
-            destination[f"{prefix}weight"] = self.stash.original
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Loading replaces what is merged, so it is taken out first."""
-        self.unmerge()
-        super()._load_from_state_dict(state_dict, *args, **kwargs)
+        return super().from_linear(linear, config, task_table)
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"r={self.geometry.rank}, kernel_sizes={self.geometry.kernel_sizes}, top_k={self.top_k}"
+            f"{super().extra_repr()}, r={self.geometry.rank}, kernel_sizes={self.geometry.kernel_sizes}, "
+            f"top_k={self.top_k}"
         )

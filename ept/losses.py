@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ept_kernels import without_autocast
 
 from .context import TaskContext
+from .contrastive_config import ContrastiveConfig
 from .tasks import TaskTable
 
 
@@ -57,14 +58,15 @@ def contrastive_loss(
     own loss.
 
     Args:
-        model: a model from ``peft.get_peft_model(..., EPTConfig(...))`` after a forward pass in training mode, or the
-            context that ``ept.use_tasks`` yields (then give ``table``, and ``temperature`` if not the default).
+        model: a model from ``peft.get_peft_model(..., EPTConfig(...))`` (or ``MoREConfig``) after a forward pass in
+            training mode, or the context that ``ept.use_tasks`` yields (then give ``table``, and ``temperature`` if not
+            the default).
 
     Returns:
         A scalar. 0 where ``contrastive_weight`` is 0 or there is one task.
 
     Raises:
-        ValueError: not an EPT model, no training forward yet, or a context without a table.
+        ValueError: not a model with such a loss, no training forward yet, or a context without a table.
     """
     if isinstance(model, TaskContext):
         if table is None:
@@ -72,4 +74,11 @@ def contrastive_loss(
         return contrastive_task_loss(model.pooled or [], table.resolve(model.task_ids), table, temperature)
     from .tuner.model import ept_model  # the tuner imports this module's siblings
 
-    return ept_model(model).contrastive_loss()
+    tuner = ept_model(model)
+    name = tuner.active_adapters[0]
+    config, shared = tuner.peft_config[name], tuner.ept_task_tables[name]
+    if not isinstance(config, ContrastiveConfig):
+        raise ValueError(f"model has a {config.peft_type} adapter, which has no contrastive loss")
+    if config.contrastive_weight == 0:
+        return shared.weight.new_zeros(())
+    return tuner.auxiliary_losses()["contrastive_loss"][1]

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ept_kernels import pyramid_merge
-
-from .adapter import PyramidAdapter
+from .layer_adapter import LayerAdapter
 
 
-def merged_weight(weight: Tensor, adapters: list[PyramidAdapter], task: int, *, transposed: bool = False) -> Tensor:
+def merged_weight(weight: Tensor, adapters: list[LayerAdapter], task: int, *, transposed: bool = False) -> Tensor:
     """``weight + sum of the adapters' updates`` for one task, added in at least fp32 and rounded once.
 
     Args:
@@ -25,12 +23,11 @@ def merged_weight(weight: Tensor, adapters: list[PyramidAdapter], task: int, *, 
     """
     total = weight.detach().T if transposed else weight.detach()
     if len(adapters) > 1:  # one is rounded once by the op; a sum of several is held in a wider dtype until its end
-        dtypes = (torch.float32, *(adapter.A.dtype for adapter in adapters))
+        dtypes = (torch.float32, *(p.dtype for adapter in adapters for p in adapter.parameters()))
         total = total.to(reduce(torch.promote_types, dtypes, total.dtype))
     with torch.no_grad():
         for adapter in adapters:
-            folded, *_ = adapter.fold(task)
-            total = pyramid_merge(total, adapter.A, adapter.B, folded, adapter.geometry)[0]
+            total = adapter.merge_into(total, task)
     total = (total.T if transposed else total).to(weight.dtype).contiguous()
     if not torch.isfinite(total).all():
         raise ValueError(f"merging task {task} gives a weight that is not finite; nothing was changed")

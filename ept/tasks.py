@@ -1,4 +1,4 @@
-"""Tasks: the shared embedding table, and what callers may pass as ``task_ids``."""
+"""Tasks: what callers may pass as ``task_ids``, and what an adapter's layers share."""
 
 from __future__ import annotations
 
@@ -14,45 +14,41 @@ from torch import Tensor, nn
 TaskIds = int | str | Sequence[int] | Sequence[str] | np.ndarray | Tensor
 
 
-class TaskTable(nn.Module):
-    """One learned vector per task, shared by every layer of an adapter (spec section 3).
+class TaskSet(nn.Module):
+    """The tasks of an adapter and, in subclasses, whatever parameters all its layers share.
+
+    An adapter has one, saved with it; its layers refer to it. A subclass with parameters or buffers sets all of them
+    in ``reset_parameters``.
 
     Args:
-        num_tasks: rows T.
-        dim: width of an embedding.
-        names: optional T distinct names.
-        similarity: expected cosine of two embeddings at the start, in [0, 1).
+        num_tasks: how many there are.
+        names: optional distinct names, in the order of the ids.
+
+    Attributes:
+        routes: whether the method treats tasks differently; where False, ``task_ids`` are optional.
     """
 
-    def __init__(
-        self,
-        num_tasks: int,
-        dim: int,
-        names: Sequence[str] | None = None,
-        *,
-        similarity: float = 0.0,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    routes = True
+
+    def __init__(self, num_tasks: int, names: Sequence[str] | None = None) -> None:
         super().__init__()
-        self.num_tasks, self.dim, self.similarity = num_tasks, dim, similarity
+        self.num_tasks = num_tasks
         self.names = tuple(names) if names is not None else None
-        self.weight = nn.Parameter(torch.empty(num_tasks, dim, device=device, dtype=dtype))
-        self.reset_parameters()
 
-    @torch.no_grad()
+    @property
+    def device(self) -> torch.device:
+        """Where resolved ids go."""
+        raise NotImplementedError
+
     def reset_parameters(self) -> None:
-        """Standard normal entries; rows share a part of variance ``similarity`` (README, "Why these defaults")."""
-        nn.init.normal_(self.weight)
-        if self.similarity > 0:
-            shared = torch.randn_like(self.weight[0])
-            self.weight.mul_((1 - self.similarity) ** 0.5).add_(shared, alpha=self.similarity**0.5)
+        """Fresh initial values; nothing to do without parameters."""
 
-    def extra_repr(self) -> str:
-        return f"num_tasks={self.num_tasks}, dim={self.dim}, names={self.names}"
+    def part_sizes(self) -> dict[str, int]:
+        """How many trained numbers it holds, by what they are."""
+        return {}
 
     def resolve(self, task_ids: TaskIds | None) -> int | Tensor:
-        """Validate ``task_ids``: an int or scalar tensor for the whole batch, or int64 ``[N]``, on the table's device.
+        """Validate ``task_ids``: an int or scalar tensor for the whole batch, or int64 ``[N]``, on ``device``.
 
         Ids in a tensor are checked without a host synchronisation: at once on a CPU, by a device assertion on a GPU.
 
@@ -72,17 +68,11 @@ class TaskTable(nn.Module):
             return self._resolve_one(task_ids)
         if isinstance(task_ids, Sequence):
             ids = [self._resolve_one(task) for task in task_ids]
-            return torch.tensor(ids, dtype=torch.long, device=self.weight.device)
+            return torch.tensor(ids, dtype=torch.long, device=self.device)
         raise TypeError(
             "task_ids must be an integer, a name, a sequence of these or an integer tensor, "
             f"got {type(task_ids).__name__}"
         )
-
-    def embed(self, tasks: int | Tensor) -> Tensor:
-        """Embeddings of resolved ids: ``[1, d]`` for one id, ``[N, d]`` for ``[N]``."""
-        if isinstance(tasks, int):
-            return self.weight[tasks : tasks + 1]
-        return F.embedding(tasks.reshape(-1), self.weight)
 
     def _allowed(self) -> str:
         names = f", or a name among {', '.join(self.names)}" if self.names else ""
@@ -106,7 +96,7 @@ class TaskTable(nn.Module):
         if ids.dim() > 1:
             raise ValueError(f"task_ids must be a scalar or 1-D tensor, got shape {list(ids.shape)}")
         if ids.is_meta:
-            return ids.to(device=self.weight.device, dtype=torch.long)
+            return ids.to(device=self.device, dtype=torch.long)
         message = f"task_ids holds an id out of range; {self._allowed()}"
         in_range = ((ids >= 0) & (ids < self.num_tasks)).all()
         if torch.compiler.is_compiling():
@@ -116,4 +106,74 @@ class TaskTable(nn.Module):
                 torch._assert_async(in_range, message)
             except RuntimeError as error:
                 raise ValueError(f"{message}, got {ids.tolist()}") from error
-        return ids.to(device=self.weight.device, dtype=torch.long)
+        return ids.to(device=self.device, dtype=torch.long)
+
+
+class TaskTable(TaskSet):
+    """One learned vector per task, shared by every layer of an adapter (spec section 3).
+
+    Args:
+        num_tasks: rows T.
+        dim: width of an embedding.
+        names: optional T distinct names.
+        similarity: expected cosine of two embeddings at the start, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        dim: int,
+        names: Sequence[str] | None = None,
+        *,
+        similarity: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_tasks, names)
+        self.dim, self.similarity = dim, similarity
+        self.weight = nn.Parameter(torch.empty(num_tasks, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Standard normal entries; rows share a part of variance ``similarity`` (README, "Why these defaults")."""
+        nn.init.normal_(self.weight)
+        if self.similarity > 0:
+            shared = torch.randn_like(self.weight[0])
+            self.weight.mul_((1 - self.similarity) ** 0.5).add_(shared, alpha=self.similarity**0.5)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def extra_repr(self) -> str:
+        return f"num_tasks={self.num_tasks}, dim={self.dim}, names={self.names}"
+
+    def embed(self, tasks: int | Tensor) -> Tensor:
+        """Embeddings of resolved ids: ``[1, d]`` for one id, ``[N, d]`` for ``[N]``."""
+        if isinstance(tasks, int):
+            return self.weight[tasks : tasks + 1]
+        return F.embedding(tasks.reshape(-1), self.weight)
+
+    def part_sizes(self) -> dict[str, int]:
+        return {"task embeddings": self.weight.numel()}
+
+
+class TaskNames(TaskSet):
+    """The tasks of a method that treats them all alike: ids are checked where given, and never needed."""
+
+    routes = False
+
+    def __init__(
+        self, num_tasks: int, names: Sequence[str] | None = None, *, device: torch.device | None = None
+    ) -> None:
+        super().__init__(num_tasks, names)
+        self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self._place.device
+
+    def resolve(self, task_ids: TaskIds | None) -> int | Tensor:
+        """As ``TaskSet.resolve``; 0 where none are given."""
+        return 0 if task_ids is None else super().resolve(task_ids)

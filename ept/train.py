@@ -19,7 +19,7 @@ with train_extra("ept-train"):
     from ept.training.checkpoints import newest_checkpoint
     from ept.training.console import quieten_libraries
     from ept.training.files import read_json
-    from ept.training.options import RunSettings, build_parser, parse
+    from ept.training.options import RunSettings, build_parser, option_of, parse
     from ept.training.run import CHECKPOINT_FOLDER, METRICS_FILE, SETTINGS_FILE, make_adapted, train
 
 # What may change between a run and its resumption; all else decides the result.
@@ -70,11 +70,11 @@ def _check_resumable(parser: argparse.ArgumentParser, settings: RunSettings, out
         earlier = read_json(output / SETTINGS_FILE)
     except (FileNotFoundError, ValueError) as error:
         parser.error(f"argument --resume: the earlier run's settings cannot be read: {error}")
+    absent = asdict(RunSettings(output=""))  # a run from before an option existed was as the option's default is
     for name, value in asdict(settings).items():
-        value = list(value) if isinstance(value, tuple) else value
-        if name not in _FREE and earlier.get(name) != value:
-            option = "--no-alp-scaling" if name == "alp_scaling" else f"--{name.replace('_', '-')}"
-            parser.error(f"argument {option}: {value!r} differs from {earlier.get(name)!r} of the run to resume")
+        value, before = (list(v) if isinstance(v, tuple) else v for v in (value, earlier.get(name, absent[name])))
+        if name not in _FREE and before != value:
+            parser.error(f"argument {option_of(name)}: {value!r} differs from {before!r} of the run to resume")
 
 
 if __name__ == "__main__":

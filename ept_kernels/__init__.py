@@ -5,6 +5,7 @@ from .dispatch import available_backends, backend_for
 from .folding import active_scales, fold_kernels
 from .functional import pyramid_delta, pyramid_linear, pyramid_merge, pyramid_weight
 from .geometry import PyramidGeometry
+from .task_folding import fold_tasks
 
 __all__ = [
     "PyramidGeometry",
@@ -12,6 +13,7 @@ __all__ = [
     "available_backends",
     "backend_for",
     "fold_kernels",
+    "fold_tasks",
     "pyramid_delta",
     "pyramid_linear",
     "pyramid_merge",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops as _ops  # noqa: F401  (registers torch.ops.ept)
 from .autocast import autocast_dtype, without_autocast
@@ -45,6 +46,14 @@ def _check_rows(x: Tensor, folded: Tensor, groups: Tensor | None, geometry: Pyra
         raise ValueError(f"groups must have a length that divides the {rows} rows of x, got {count}")
 
 
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Below autograd the ops would drop a tangent without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError("the ept ops have no forward-mode derivative (torch.autograd.forward_ad, jvp)")
+
+
 def _check_options(dropout_p: float, active: Tensor | None, folded: Tensor, geometry: PyramidGeometry) -> None:
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
@@ -79,6 +88,7 @@ def pyramid_weight(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeomet
         ValueError: a shape or dtype that does not fit the geometry.
     """
     _check_adapter(A, B, folded, geometry)
+    _refuse_tangents(A, B, folded)
     with without_autocast(A.device):  # a merge is exact in the dtype of A, whatever surrounds it
         return torch.ops.ept.pyramid_weight(
             A, B, folded, geometry.in_features, geometry.out_features, list(geometry.scales)
@@ -150,6 +160,7 @@ def pyramid_delta(
     _check_adapter(A, B, folded, geometry)
     _check_rows(x, folded, groups, geometry)
     _check_options(dropout_p, active, folded, geometry)
+    _refuse_tangents(x, A, B, folded)
     dtype = autocast_dtype(x)
     if dtype is not None:
         with without_autocast(x.device):
@@ -206,6 +217,7 @@ def pyramid_linear(
     _check_adapter(A, B, folded, geometry)
     _check_rows(x, folded, groups, geometry)
     _check_options(dropout_p, active, folded, geometry)
+    _refuse_tangents(x, weight, bias, A, B, folded)
     _expect("weight", weight, (geometry.out_features, geometry.in_features), "[out, in] =")
     if bias is not None:
         _expect("bias", bias, (geometry.out_features,), "[out] =")

@@ -14,17 +14,8 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import backend_for
 from .geometry import PyramidGeometry
 from .tracing import is_eager
-
-
-def serves(*parameters: Tensor) -> bool:
-    """Whether `fold_tasks` takes these parameters (gate, table, kernels) here and now."""
-    for parameter in parameters:
-        if not (parameter.is_cpu and parameter.dtype is torch.float32 and parameter.is_contiguous()):
-            return False
-    return is_eager(*parameters) and backend_for(parameters[0].device, torch.float32) is native
 
 
 @lru_cache(maxsize=1024)
@@ -51,7 +42,7 @@ class _Call:
     ) -> None:
         several = isinstance(tasks, Tensor)
         if several:
-            tasks = tasks.reshape(-1).to(torch.int64).contiguous()
+            tasks = tasks.reshape(-1).to(gate.device, torch.int64).contiguous()
         self.groups = len(tasks) if several else table.shape[0] if tasks is None else 1
         self.tensors = (gate, table, tasks, *kernels)
         self.arguments = (
@@ -79,10 +70,10 @@ def _fold(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(folded, active, expert index [G, top_k], gates [G, top_k])``."""
     call = _Call(geometry, scaling, top_k, tasks, gate, table, kernels)
-    folded = torch.empty(call.groups, geometry.folded_size)
-    active = torch.empty(call.groups, len(geometry.scales), dtype=torch.bool)
-    index = torch.empty(call.groups, top_k, dtype=torch.int64)
-    gates = torch.empty(call.groups, top_k)
+    folded = gate.new_empty(call.groups, geometry.folded_size)
+    active = gate.new_empty(call.groups, len(geometry.scales), dtype=torch.bool)
+    index = gate.new_empty(call.groups, top_k, dtype=torch.int64)
+    gates = gate.new_empty(call.groups, top_k)
     native.module().fold_tasks(
         *call.arguments, index.data_ptr(), gates.data_ptr(), folded.data_ptr(), active.data_ptr()
     )
@@ -102,6 +93,11 @@ class _FoldTasks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if not is_eager(grad):
+            raise RuntimeError(
+                "the gradient of folded kernels cannot be batched (is_grads_batched, torch.func.vmap): native code "
+                "computes it; EPT_BACKEND=torch computes it by tensor operations"
+            )
         tasks, index, gates, *parameters = ctx.saved_tensors
         gate, table, *kernels = parameters
         needs = ctx.needs_input_grad[4:]
@@ -130,7 +126,7 @@ def fold_tasks(
     scaling: float,
     geometry: PyramidGeometry,
 ) -> tuple[Tensor, Tensor]:
-    """Route tasks and fold the kernels of their experts; for parameters that ``serves`` accepts.
+    """Route tasks and fold the kernels of their experts (``task_folding.fold_tasks`` says for which parameters).
 
     The gates of a task are the softmax of its ``top_k`` highest logits ``gate @ table[task]``; with ``top_k = 1`` the
     value is 1 and the gradient that of the softmax over all experts.

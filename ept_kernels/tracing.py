@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -13,7 +14,8 @@ def is_eager(*tensors: Tensor | None) -> bool:
 
     Then an op may be called without ``torch.library``, whose detour costs several times as much as a small layer:
     there is no ``torch.compile`` or ``torch.jit.trace`` to write it into a graph, no ``torch.func`` transform, no
-    dispatch mode (fake tensors, op counters) and no tensor subclass.
+    dispatch mode (fake tensors, op counters), no forward-mode differentiation, no batched gradient and no tensor
+    subclass.
     """
     if (
         torch.compiler.is_compiling()
@@ -22,6 +24,6 @@ def is_eager(*tensors: Tensor | None) -> bool:
     ):
         return False
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in _PLAIN:
+        if tensor is not None and (type(tensor) not in _PLAIN or torch._C._functorch.is_legacy_batchedtensor(tensor)):
             return False
-    return torch._C._functorch.peek_interpreter_stack() is None
+    return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
-from ept.config import EPTConfig
+import ept
+from ept.adapter_config import AdapterConfig
 from ept.data import TaskData
 from ept.training.multitask import MultiTaskEncoder
 
@@ -36,17 +38,29 @@ def model_kind(model: nn.Module) -> str:
     return "seq2seq" if base.config.is_encoder_decoder else "causal"
 
 
-def ept_config(model: nn.Module) -> EPTConfig | None:
-    """The active adapter's EPTConfig; None for any other adapter or none."""
+def adapter_config(model: nn.Module) -> AdapterConfig | None:
+    """The active adapter's config if it is of one of this package's methods; None for any other adapter or none."""
     if not isinstance(model, PeftModel) or not isinstance(model.active_adapter, str):
         return None
     config = model.peft_config[model.active_adapter]
-    return config if isinstance(config, EPTConfig) else None
+    return config if isinstance(config, AdapterConfig) else None
+
+
+def trained_parameters(model: PeftModel) -> dict[str, int]:
+    """Trained numbers by what they are: ``ept.parameter_breakdown``, or those of another adapter and the others."""
+    if adapter_config(model) is not None:
+        return ept.parameter_breakdown(model)
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[model.peft_config[model.active_adapter].peft_type]
+    counts = {"adapter": 0, "other": 0}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts["adapter" if f".{prefix}" in name else "other"] += parameter.numel()
+    return counts
 
 
 def takes_task_ids(model: nn.Module) -> bool:
     """Whether the adapter or the model under it has a use for ``task_ids`` (a plain LoRA on T5 has none)."""
-    if ept_config(model) is not None:
+    if adapter_config(model) is not None:
         return True
     # Not PeftModel's own forward: for language models it names task_ids whatever the adapter.
     tuner = [model.base_model] if isinstance(model, PeftModel) else []
@@ -77,7 +91,7 @@ def ids_of_tasks(model: nn.Module, tasks: Sequence[TaskData]) -> list[int]:
 
 
 def _task_names(model: nn.Module) -> list[str] | None:
-    base, config = base_model(model), ept_config(model)
+    base, config = base_model(model), adapter_config(model)
     heads = [spec.name for spec in base.specs] if isinstance(base, MultiTaskEncoder) else None
     adapter = None if config is None or config.task_names is None else list(config.task_names)
     if heads is not None and adapter is not None and adapter[: len(heads)] != heads:

@@ -3,29 +3,56 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ept.config import EPTConfig
+from ept.training.ablations import ABLATIONS
 from ept.training.arguments import EPTTrainingArguments
 from ept.training.sampler import TASK_BATCHING
+from ept.training.systems import SYSTEMS, System
 
 
 def _default(owner: type, name: str) -> Any:
     return next(entry.default for entry in fields(owner) if entry.name == name)
 
 
+#: Settings that are fields of a method's config, and the field's name.
+_CONFIG_FIELDS = {
+    "r": "r",
+    "alpha": "lora_alpha",
+    "kernel_sizes": "kernel_sizes",
+    "top_k": "top_k",
+    "task_similarity": "task_similarity",
+    "contrastive_weight": "contrastive_weight",
+    "temperature": "temperature",
+    "init_seed": "init_seed",
+    "alp_scaling": "alp_scaling",
+    "dropout": "lora_dropout",
+}
+
+
 @dataclass(frozen=True)
 class RunSettings:
-    """All settings of a run; the recipe's defaults are those of ``EPTTrainingArguments`` and ``EPTConfig``."""
+    """All settings of a run; the recipe's defaults are those of ``EPTTrainingArguments`` and the method's config.
+
+    None is the method's own default where the method has such a setting (``lr`` to ``dropout``), and is replaced by it.
+    ``set`` holds further fields of the config.
+
+    Raises:
+        ValueError: an unknown method or ablation, a setting that the method does not have, or one that contradicts the
+            ablation.
+    """
 
     output: str
+    method: str = "ept"
+    ablation: str | None = None
     model: str = "minilm"
     data: str = "sentiment"
     tasks: tuple[str, ...] | None = None
-    lr: float = _default(EPTTrainingArguments, "learning_rate")
+    lr: float | None = None
     kernel_lr_ratio: float = _default(EPTTrainingArguments, "kernel_lr_ratio")
     gate_lr_ratio: float = _default(EPTTrainingArguments, "gate_lr_ratio")
     warmup: float = _default(EPTTrainingArguments, "warmup_steps")
@@ -35,16 +62,17 @@ class RunSettings:
     batch_size: int = _default(EPTTrainingArguments, "per_device_train_batch_size")
     max_length: int = _default(EPTTrainingArguments, "max_length")
     task_batching: str = _default(EPTTrainingArguments, "task_batching")
-    r: int = _default(EPTConfig, "r")
-    alpha: float = _default(EPTConfig, "lora_alpha")
-    kernel_sizes: tuple[int, ...] = _default(EPTConfig, "kernel_sizes")
-    top_k: int = _default(EPTConfig, "top_k")
-    task_similarity: float = _default(EPTConfig, "task_similarity")
-    contrastive_weight: float = _default(EPTConfig, "contrastive_weight")
-    temperature: float = _default(EPTConfig, "temperature")
-    init_seed: str = _default(EPTConfig, "init_seed")
-    alp_scaling: bool = _default(EPTConfig, "alp_scaling")
-    dropout: float = _default(EPTConfig, "lora_dropout")
+    r: int | None = None
+    alpha: float | None = None
+    kernel_sizes: tuple[int, ...] | None = None
+    top_k: int | None = None
+    task_similarity: float | None = None
+    contrastive_weight: float | None = None
+    temperature: float | None = None
+    init_seed: str | None = None
+    alp_scaling: bool | None = None
+    dropout: float | None = None
+    set: dict[str, Any] = field(default_factory=dict)
     target_modules: tuple[str, ...] | None = None
     seed: int = 0
     save_steps: int = 500
@@ -53,22 +81,72 @@ class RunSettings:
     overwrite: bool = False
     quiet: bool = False
 
+    def __post_init__(self) -> None:
+        if self.method not in SYSTEMS:
+            raise ValueError(f"--method: must be one of {', '.join(SYSTEMS)}, got {self.method!r}")
+        system = self.system
+        self._ablate()
+        if self.lr is None:
+            self._put("lr", system.learning_rate)
+        for name, config_field in _CONFIG_FIELDS.items():
+            if getattr(self, name) is None:
+                self._put(name, system.default(config_field))
+            elif not system.has(config_field):
+                raise ValueError(f"{option_of(name)}: not a setting of --method {self.method}")
+        unknown = [name for name in self.set if not system.has(name) or name in _CONFIG_FIELDS.values()]
+        if unknown:
+            raise ValueError(f"--set: {unknown[0]!r} is not a further field of {system.config.__name__}")
+
+    @property
+    def system(self) -> System:
+        """What ``method`` names."""
+        return SYSTEMS[self.method]
+
+    def config_options(self) -> dict[str, Any]:
+        """Fields of the method's config that these settings give."""
+        named = {entry: getattr(self, name) for name, entry in _CONFIG_FIELDS.items() if self.system.has(entry)}
+        return {**named, **self.set}
+
+    def _ablate(self) -> None:
+        if self.ablation is None:
+            return
+        if self.ablation not in ABLATIONS:
+            raise ValueError(f"--ablation: must be one of {', '.join(ABLATIONS)}, got {self.ablation!r}")
+        if self.method != "ept":
+            raise ValueError(f"--ablation: needs --method ept, got --method {self.method}")
+        for name, value in ABLATIONS[self.ablation].settings.items():
+            if value == "all":
+                value = len(self.kernel_sizes or self.system.default("kernel_sizes"))
+            if getattr(self, name) not in (None, value):
+                raise ValueError(f"{option_of(name)}: contradicts --ablation {self.ablation}, which sets it to {value}")
+            self._put(name, value)
+
+    def _put(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+def option_of(name: str) -> str:
+    """The option that gives a setting."""
+    return "--no-alp-scaling" if name == "alp_scaling" else f"--{name.replace('_', '-')}"
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; its namespace has exactly the fields of ``RunSettings``."""
     parser = argparse.ArgumentParser(
         prog="ept-train",
-        description="Train one EPT adapter on several tasks; write adapter, metrics and pictures.",
+        description="Train one adapter of one method on several tasks; write adapter, metrics and pictures.",
+        epilog="ablations: " + "; ".join(f"{name}: {ablation.text}" for name, ablation in ABLATIONS.items()) + ".",
     )
     what = parser.add_argument_group("what to train")
     _add(what, "output", "folder to write to", required=True)
+    _add(what, "method", "what to train", choices=tuple(SYSTEMS))
     _add(what, "model", "minilm, smollm2, a model directory, or a hub id")
     _add(what, "data", "sentiment, a folder with an index.json, or hub:<dataset id>")
     _add(what, "tasks", "names, separated by commas (default: all)", type=_names)
     recipe = parser.add_argument_group("recipe")
     _add(recipe, "lr", "peak learning rate", type=_number(above=0))
-    _add(recipe, "kernel-lr-ratio", "learning rate of the kernels relative to the rest", type=_number(above=0))
-    _add(recipe, "gate-lr-ratio", "that of the gates, times the embeddings' width", type=_number(above=0))
+    _add(recipe, "kernel-lr-ratio", "EPT: learning rate of the kernels relative to the rest", type=_number(above=0))
+    _add(recipe, "gate-lr-ratio", "EPT: that of the gates, times the embeddings' width", type=_number(above=0))
     _add(recipe, "warmup", "warm-up steps; below 1: share of all steps", type=_number(least=0))
     _add(recipe, "weight-decay", "AdamW's weight decay", type=_number(least=0))
     _add(recipe, "epochs", "passes over as many samples as all tasks have", type=_number(above=0))
@@ -77,9 +155,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add(recipe, "max-length", "tokens of a row at most", type=_integer(8))
     _add(recipe, "task-batching", "draw the task of every sample, or of every batch", choices=TASK_BATCHING)
     _add(recipe, "seed", "of model, data order and dropout", type=_integer(0))
-    adapter = parser.add_argument_group("adapter")
-    _add(adapter, "r", "rank of the shared seed", type=_integer(1))
-    _add(adapter, "alpha", "the update is scaled by alpha / r", type=_number(above=0))
+    adapter = parser.add_argument_group("adapter", "of methods that have the setting; not all do")
+    _add(adapter, "ablation", "one of the paper's ablations of EPT, see below", choices=tuple(ABLATIONS))
+    _add(adapter, "r", "rank", type=_integer(1))
+    _add(adapter, "alpha", "scale of the update: alpha / r, for tucka alpha", type=_number(above=0))
     _add(adapter, "kernel-sizes", "the pyramid, one size per expert, separated by commas", type=_sizes)
     _add(adapter, "top-k", "experts mixed for a task", type=_integer(1))
     _add(adapter, "task-similarity", "cosine of two task embeddings at the start", type=_number(least=0, below=1))
@@ -88,6 +167,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add(adapter, "init-seed", "start of the seed's left factor", choices=("gaussian", "zero"))
     _add(adapter, "no-alp-scaling", "leave out the dimension-aware scale", action="store_false", dest="alp_scaling")
     _add(adapter, "dropout", "on the adapter's input", type=_number(least=0, below=1))
+    text = "another field of the method's config, such as num_experts=4; may be repeated"
+    adapter.add_argument("--set", help=text, action="append", type=_setting, default=[], metavar="NAME=JSON")
     _add(adapter, "target-modules", "module names, separated by commas (default: all in the blocks)", type=_names)
     running = parser.add_argument_group("running")
     _add(running, "save-steps", "steps between checkpoints; 0: none", type=_integer(0))
@@ -100,27 +181,65 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> RunSettings:
     """The settings that ``argv`` (None: the process's) asks for; exits with code 2 and a named error if one is bad."""
-    settings = RunSettings(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    try:
+        settings = RunSettings(**{**given, "set": dict(given["set"])})
+    except ValueError as error:
+        parser.error(f"argument {error}")
+    if settings.method == "ept":
+        _check_experts(parser, settings)
+    try:
+        settings.system.make_config(["task"], **settings.config_options())
+    except (TypeError, ValueError) as error:
+        parser.error(f"argument of the adapter: {error}")
+    if settings.resume and settings.overwrite:
+        parser.error("argument --resume: not together with --overwrite")
+    return settings
+
+
+def _check_experts(parser: argparse.ArgumentParser, settings: RunSettings) -> None:
     experts = len(settings.kernel_sizes)
-    if settings.top_k > experts and settings.top_k == _default(EPTConfig, "top_k"):
+    if settings.top_k > experts and settings.top_k == settings.system.default("top_k"):
         parser.error(
             f"argument --kernel-sizes: must name at least {settings.top_k} experts, the number that --top-k mixes, "
             f"got {','.join(map(str, settings.kernel_sizes))!r}; name more, or give a smaller --top-k"
         )
     if settings.top_k > experts:
         parser.error(f"argument --top-k: must be at most {experts}, the number of --kernel-sizes, got {settings.top_k}")
-    if settings.resume and settings.overwrite:
-        parser.error("argument --resume: not together with --overwrite")
-    return settings
 
 
 def _add(group: argparse._ArgumentGroup, name: str, text: str, **options: Any) -> None:
     if not options.get("required"):
-        default = _default(RunSettings, options.get("dest", name.replace("-", "_")))
-        options["default"] = default
-        if default is not None and "action" not in options:
-            text += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
+        setting = options.get("dest", name.replace("-", "_"))
+        options["default"] = default = _default(RunSettings, setting)
+        shown = _methods_defaults(setting) if default is None else _shown(default)
+        if shown and "action" not in options:
+            text += f" (default: {shown})"
     group.add_argument(f"--{name}", help=text, **options)
+
+
+def _methods_defaults(setting: str) -> str:
+    """The default of every method that has this setting: one for all, or each with the method's name."""
+    if setting == "lr":
+        defaults = {system.name: f"{system.learning_rate:g}" for system in SYSTEMS.values()}
+    else:
+        name = _CONFIG_FIELDS.get(setting, "")
+        defaults = {s.name: _shown(s.default(name)) for s in SYSTEMS.values() if s.has(name)}
+    if len(set(defaults.values())) > 1 or 0 < len(defaults) < len(SYSTEMS):
+        return ", ".join(f"{name} {default}" for name, default in defaults.items())
+    return next(iter(defaults.values()), "")
+
+
+def _shown(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be NAME=JSON, got {text!r}") from None
 
 
 def _number(*, above: float = -math.inf, least: float = -math.inf, below: float = math.inf) -> Callable[[str], float]:

@@ -31,14 +31,13 @@ def loss_curves(history: Sequence[Mapping[str, float]], path: str | Path) -> Pat
     if not entries:
         raise ValueError("history has no entry with a training loss")
     scores = [(entry["step"], entry["eval_mean"]) for entry in history if "eval_mean" in entry and entry["step"] > 0]
-    labels = {"loss": "total", "task_loss": "task", "contrastive_loss": "contrastive (unweighted)"}
-    names = [name for name in labels if name in entries[0]]
+    names = ["loss", *(name for name in entries[0] if name.endswith("_loss"))]
     figure = Figure(figsize=(9.6 if scores else 5.6, 3.4), layout="constrained")
     panels = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
     colours = _colours(len(names))
     for colour, name in zip(colours, names, strict=True):
         values = [(entry["step"], entry[name]) for entry in entries if name in entry]
-        _curve(panels[0], values, colour, labels[name])
+        _curve(panels[0], values, colour, _loss_label(name))
     _finish(panels[0], "Training loss", "loss")
     panels[0].legend(frameon=False)
     if scores:
@@ -47,27 +46,34 @@ def loss_curves(history: Sequence[Mapping[str, float]], path: str | Path) -> Pat
     return _save(figure, path)
 
 
+def _loss_label(name: str) -> str:
+    words = {"loss": "total", "task_loss": "task"}
+    return words.get(name, name.removesuffix("_loss").replace("_", " ") + " (unweighted)")
+
+
 def expert_use(
     routing: Mapping[str, tuple[Tensor, Tensor]],
-    kernel_sizes: Sequence[int],
+    labels: Sequence[int],
     task_names: Sequence[str],
     path: str | Path,
+    *,
+    kind: str = "kernel size",
 ) -> Path:
-    """Draw, per group of layers, the share of gate weight that each task (row) gives each scale (column).
+    """Draw, per group of layers, the share of gate weight that each task (row) gives the experts of a label (column).
 
     Args:
         routing: layer name -> (expert index ``[T, top_k]``, gates ``[T, top_k]``), as from ``ept.routing``. Layers that
             differ only in their block's number form a group.
-        kernel_sizes: kernel size of every expert.
-        task_names: T names.
+        labels: label of every expert, for EPT its kernel size. task_names: T names.
+        kind: what a label is.
     """
-    groups = _layer_groups(routing, kernel_sizes)
-    scales = sorted(set(kernel_sizes))
+    groups = _layer_groups(routing, labels)
+    distinct = sorted(set(labels))
     rows = math.ceil(len(groups) / _PANELS_A_ROW)
     columns = math.ceil(len(groups) / rows)
     highest = max(share.max() for share in groups.values())
     height = 0.9 + 0.3 * len(task_names)
-    figure = Figure(figsize=(1.9 + 0.55 * len(scales) * columns, 0.9 + height * rows), layout="constrained")
+    figure = Figure(figsize=(1.9 + 0.55 * len(distinct) * columns, 0.9 + height * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     for place, panel in enumerate(panels.flat):
         if place >= len(groups):
@@ -79,11 +85,11 @@ def expert_use(
             ink = "black" if value > 0.6 * highest else "white"
             panel.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
         panel.set_title(name, fontsize=9)
-        panel.set_xticks(range(len(scales)), [str(scale) for scale in scales], fontsize=8)
+        panel.set_xticks(range(len(distinct)), [str(label) for label in distinct], fontsize=8)
         panel.set_yticks(range(len(task_names)), task_names if place % columns == 0 else [], fontsize=8)
         panel.tick_params(length=0)
-    figure.suptitle("Expert use per task and scale", fontsize=11)
-    figure.supxlabel("scale (kernel size)", fontsize=9)
+    figure.suptitle(f"Expert use per task and {kind}", fontsize=11)
+    figure.supxlabel(kind, fontsize=9)
     bar = figure.colorbar(image, ax=panels, shrink=0.9, aspect=25)
     bar.set_label("share of gate weight, mean over layers", fontsize=8)
     bar.ax.tick_params(labelsize=8)
@@ -113,15 +119,15 @@ def task_map(embeddings: Tensor, task_names: Sequence[str], path: str | Path) ->
     return _save(figure, path)
 
 
-def _layer_groups(routing: Mapping[str, tuple[Tensor, Tensor]], kernel_sizes: Sequence[int]) -> dict[str, np.ndarray]:
-    """Group name -> share of gate weight ``[T, scales]``, the mean over the group's layers."""
-    scales = sorted(set(kernel_sizes))
-    scale_of_expert = np.array([scales.index(size) for size in kernel_sizes])
+def _layer_groups(routing: Mapping[str, tuple[Tensor, Tensor]], labels: Sequence[int]) -> dict[str, np.ndarray]:
+    """Group name -> share of gate weight ``[T, distinct labels]``, the mean over the group's layers."""
+    distinct = sorted(set(labels))
+    place_of_expert = np.array([distinct.index(label) for label in labels])
     shares: dict[str, list[np.ndarray]] = {}
     for layer, (experts, gates) in routing.items():
         experts, gates = experts.cpu().numpy(), gates.detach().float().cpu().numpy()
-        share = np.zeros((len(experts), len(scales)))
-        np.add.at(share, (np.arange(len(experts))[:, None], scale_of_expert[experts]), gates)
+        share = np.zeros((len(experts), len(distinct)))
+        np.add.at(share, (np.arange(len(experts))[:, None], place_of_expert[experts]), gates)
         shares.setdefault(_group_name(layer), []).append(share)
     return {name: np.mean(values, axis=0) for name, values in shares.items()}
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-_SHOWN = ("loss", "task_loss", "contrastive_loss", "learning_rate", "eval_mean")
+_SHOWN = ("loss", "learning_rate", "eval_mean")
 
 
 class LossProgress(ProgressCallback):
@@ -39,7 +39,11 @@ class LossProgress(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        shown = {name: f"{logs[name]:.4g}" for name in _SHOWN if name in (logs or {})}
+        shown = {
+            name: f"{value:.4g}"
+            for name, value in (logs or {}).items()
+            if name in _SHOWN or (name.endswith("_loss") and not name.startswith("eval"))
+        }
         if shown and state.is_world_process_zero and self.training_bar is not None:
             self.training_bar.set_postfix(shown)
 

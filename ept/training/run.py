@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 import ept
 from ept import models
+from ept.contrastive_config import ContrastiveConfig
 from ept.data import TaskData
 from ept.training import plots
 from ept.training.arguments import EPTTrainingArguments
 from ept.training.checkpoints import newest_checkpoint
 from ept.training.evaluate import baselines
 from ept.training.files import write_atomically, write_json
-from ept.training.inspection import ept_config
+from ept.training.inspection import adapter_config, trained_parameters
 from ept.training.options import RunSettings
 from ept.training.report import device_name, results_table, versions, write_metrics
 from ept.training.saving import load_base, save_trained
@@ -47,7 +48,7 @@ class RunResult:
 
 
 def make_adapted(settings: RunSettings, tasks: Sequence[TaskData]) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The base model with a new EPT adapter, and its tokenizer; a pure function of the settings.
+    """The base model with a new adapter of the chosen method, and its tokenizer; a pure function of the settings.
 
     Raises:
         ept.models.ModelError: the model cannot be had.
@@ -56,21 +57,12 @@ def make_adapted(settings: RunSettings, tasks: Sequence[TaskData]) -> tuple[Peft
     set_seed(settings.seed)
     model, tokenizer, kind = load_base(settings.model, [task.spec for task in tasks])
     targets = settings.target_modules
-    config = ept.EPTConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        kernel_sizes=settings.kernel_sizes,
-        top_k=settings.top_k,
-        task_names=[task.spec.name for task in tasks],
-        lora_dropout=settings.dropout,
-        alp_scaling=settings.alp_scaling,
-        task_similarity=settings.task_similarity,
-        temperature=settings.temperature,
-        contrastive_weight=settings.contrastive_weight,
-        init_seed=settings.init_seed,
+    config = settings.system.make_config(
+        [task.spec.name for task in tasks],
         target_modules=models.target_modules(model) if targets is None else list(targets),
         modules_to_save=["heads"] if kind == "encoder" else None,
         task_type=_TASK_TYPES[kind],
+        **settings.config_options(),
     )
     return get_peft_model(model, config), tokenizer
 
@@ -114,7 +106,7 @@ def train(
     """
     output = Path(settings.output)
     trainer = EPTTrainer(model, training_arguments(settings), tasks=tasks, processing_class=tokenizer)
-    parameters = {**ept.parameter_breakdown(model), "all": sum(p.numel() for p in model.parameters())}
+    parameters = {**trained_parameters(model), "all": sum(p.numel() for p in model.parameters())}
     device = device_name(trainer.args.device)
     writes = trainer.is_world_process_zero()
     if writes:
@@ -155,13 +147,21 @@ def train(
 
 
 def draw(folder: Path, model: PeftModel, history: Sequence[Mapping[str, float]]) -> Path:
-    """Draw loss curves, expert use and, for two tasks or more, the map of the task embeddings; replaces ``folder``."""
-    names = ept.task_names(model)
+    """Draw the loss curves and, where the method has them, expert use and the map of the task embeddings.
+
+    Replaces ``folder``.
+    """
+    config = adapter_config(model)
 
     def write(new: Path) -> None:
         plots.loss_curves(history, new / "loss.png")
-        plots.expert_use(ept.routing(model), ept_config(model).kernel_sizes, names, new / "expert_use.png")
-        if len(names) > 1:
+        if config is None:
+            return
+        names, adapter = ept.task_names(model), next(iter(ept.adapters(model).values()))
+        if adapter.expert_labels is not None:
+            use = (ept.routing(model), adapter.expert_labels, names, new / "expert_use.png")
+            plots.expert_use(*use, kind=adapter.expert_kind)
+        if len(names) > 1 and isinstance(config, ContrastiveConfig):
             plots.task_map(ept.task_embeddings(model), names, new / "task_embeddings.png")
 
     return write_atomically(folder, write)

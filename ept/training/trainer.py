@@ -17,7 +17,7 @@ from ept.data import TaskData
 from ept.training.arguments import EPTTrainingArguments
 from ept.training.collator import make_collator
 from ept.training.evaluate import mean_headline, predict_batch, task_metrics
-from ept.training.inspection import ept_config, ids_of_tasks, model_kind, takes_task_ids
+from ept.training.inspection import adapter_config, ids_of_tasks, model_kind, takes_task_ids
 from ept.training.progress import LossProgress, SamplerEpoch
 from ept.training.rows import TaskRows, evaluation_rows, training_rows
 from ept.training.sampler import TaskBalancedSampler
@@ -26,10 +26,11 @@ from ept.training.sampler import TaskBalancedSampler
 class EPTTrainer(Trainer):
     """Trains one adapter on several tasks, each drawn with probability 1/T.
 
-    The total loss is the model's own loss plus, for an EPT adapter, ``contrastive_weight`` times the contrastive task
-    loss; the log has ``loss``, ``task_loss`` and ``contrastive_loss`` (unweighted). Evaluation gives
+    The total loss is the model's own loss plus the method's (``ept.auxiliary_losses``; for EPT ``contrastive_weight``
+    times the contrastive task loss); the log has ``loss``, ``task_loss`` and each of the method's losses, unweighted
+    (``contrastive_loss``). Evaluation gives
     ``eval_<task>_<metric>`` for every task, ``eval_<task>_unparseable`` for text-to-label models, and ``eval_mean``,
-    the mean headline metric. Any other PEFT adapter, or none, trains the same way without the contrastive loss.
+    the mean headline metric. Any other PEFT adapter, or none, trains the same way without such a loss.
 
     Args:
         model: a MultiTaskEncoder, seq2seq or causal language model, with its adapter.
@@ -56,14 +57,14 @@ class EPTTrainer(Trainer):
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError(
-                f"args: {args.n_gpu} GPUs in one process would replicate the model without its contrastive loss; "
+                f"args: {args.n_gpu} GPUs in one process would replicate the model without its method's loss; "
                 "start one process per GPU with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES"
             )
         ids = ids_of_tasks(model, tasks)
         specs = {task_id: task.spec for task_id, task in zip(ids, tasks, strict=True)}
         self._generates = model_kind(model) != "encoder"
         self._takes_task_ids = takes_task_ids(model)
-        self._ept_config = ept_config(model)
+        self._adapter_config = adapter_config(model)
         self._specs = {spec.name: spec for spec in specs.values()}
         self._evaluated = tasks[0].spec
         self._sampler_epoch = SamplerEpoch()
@@ -125,7 +126,7 @@ class EPTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Task loss plus weighted contrastive loss, with ``Trainer``'s rules for gradient accumulation."""
+        """Task loss plus the method's weighted losses, with ``Trainer``'s rules for gradient accumulation."""
         if not self._takes_task_ids:
             inputs = {name: value for name, value in inputs.items() if name != "task_ids"}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -133,15 +134,15 @@ class EPTTrainer(Trainer):
         accumulated = self.current_gradient_accumulation_steps
         is_share = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         self._add_to_log("task_loss", loss if is_share else loss / accumulated)
-        if self._ept_config is not None and self._ept_config.contrastive_weight > 0:
-            contrastive = ept.contrastive_loss(self.model)
-            self._add_to_log("contrastive_loss", contrastive / accumulated)
-            loss = loss + self._ept_config.contrastive_weight * contrastive / (accumulated if is_share else 1)
+        if self._adapter_config is not None:
+            for name, (weight, value) in ept.auxiliary_losses(self.model).items():
+                self._add_to_log(name, value / accumulated)
+                loss = loss + weight * value / (accumulated if is_share else 1)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of ``args.optim``, over ``ept.parameter_groups`` if the adapter is EPT."""
-        if self.optimizer is None and self._ept_config is not None:
+        if self.optimizer is None and isinstance(self._adapter_config, ept.EPTConfig):
             trained = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             groups = ept.parameter_groups(

@@ -42,8 +42,8 @@ class TaskGenerate:
 
     def __call__(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
         generate = type(self.model).generate
-        if task_ids is None:  # an outer ept.use_tasks may give them; forward checks
+        if task_ids is None and self.tuner.routes_by_task:  # an outer ept.use_tasks may give them; forward checks
             return generate(self.model, *args, **kwargs)
         inputs = {**kwargs, "input_ids": kwargs.get("input_ids", kwargs.get("inputs"))}
-        with self.tuner.generating(task_ids, batch_size(args, inputs)):
+        with self.tuner.generating(task_ids, batch_size(args, inputs), kwargs.get("attention_mask")):
             return generate(self.model, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,16 +10,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ept_kernels import pyramid_delta, pyramid_linear
-
-from ..adapter import PyramidAdapter
-from ..config import EPTConfig
+from ..adapter_config import AdapterConfig
+from ..layer_adapter import LayerAdapter
 from ..merging import WeightStash, keep_calling, merged_weight
-from ..tasks import TaskTable
+from ..methods import method_of
+from ..tasks import TaskSet
 
 
 def base_features(layer: nn.Module) -> tuple[int, int]:
-    """``(in_features, out_features)`` of a layer that EPT can adapt.
+    """``(in_features, out_features)`` of a layer that can be adapted.
 
     Raises:
         TypeError: another kind of layer.
@@ -30,8 +30,12 @@ def base_features(layer: nn.Module) -> tuple[int, int]:
     raise TypeError(f"EPT adapts nn.Linear and layers like it, and GPT-2's Conv1D; got {type(layer).__name__}")
 
 
+def _call(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Tensor:
+    return layer(x, *args, **kwargs)
+
+
 class EPTLinearLayer(nn.Module, BaseTunerLayer):
-    """A base layer and its EPT adapters, by name.
+    """A base layer and its adapters, by name; of whichever method, but all of one.
 
     Args:
         base_layer: ``nn.Linear``, anything with ``in_features`` and ``out_features`` that maps ``[..., in]`` to
@@ -54,15 +58,25 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
 
     def update_layer(
-        self, adapter_name: str, config: EPTConfig, task_table: TaskTable, inference_mode: bool = False
+        self, adapter_name: str, config: AdapterConfig, shared: TaskSet, layer_name: str, inference_mode: bool = False
     ) -> None:
-        """Add an adapter, freshly initialised, beside the base weight."""
+        """Add an adapter, freshly initialised, beside the base weight.
+
+        Args:
+            shared: what the layers of this adapter share. layer_name: this layer's in the model.
+        """
         base = self.get_base_layer()
         device, dtype = self._get_base_layer_device_and_dtype(base)
         half = dtype is None or not dtype.is_floating_point or dtype.itemsize < 4
-        self.ept_adapters[adapter_name] = PyramidAdapter(
-            self.in_features, self.out_features, config, task_table, dtype=torch.float32 if half else dtype
-        ).train(self.training)
+        adapter = method_of(config).adapter(
+            self.in_features,
+            self.out_features,
+            config,
+            shared,
+            name=layer_name,
+            dtype=torch.float32 if half else dtype,
+        )
+        self.ept_adapters[adapter_name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name, device)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -76,7 +90,7 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         if not any(parameter.is_meta for parameter in adapter.parameters()):
             adapter.to(device)
 
-    def enabled_adapters(self) -> list[PyramidAdapter]:
+    def enabled_adapters(self) -> list[LayerAdapter]:
         """The adapters that take part in a forward pass."""
         if self.disable_adapters or self.merged:
             return []
@@ -88,37 +102,15 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         adapters = self.enabled_adapters()
         if len(adapters) == 1 and not args and not kwargs and self._base_is_plain():
-            adapter = adapters[0]
-            folded, groups, active = adapter.fold(adapter.tasks_for(x, None))
             base = self.base_layer
             weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-            return pyramid_linear(
-                x,
-                weight,
-                base.bias,
-                adapter.A,
-                adapter.B,
-                folded,
-                groups,
-                adapter.geometry,
-                dropout_p=adapter.dropout_p,
-                active=active,
-            )
-        output = self.base_layer(x, *args, **kwargs)
+            return adapters[0].linear(x, weight, base.bias)
+        if len(adapters) > 1 and not adapters[0].stacks:
+            raise ValueError(f"one adapter of this method may be active at a time, got {self.active_adapters}")
+        call = partial(_call, self.base_layer, args, kwargs)
         for adapter in adapters:
-            folded, groups, active = adapter.fold(adapter.tasks_for(x, None))
-            rows = x.to(output.dtype)
-            output = output + pyramid_delta(
-                rows,
-                adapter.A,
-                adapter.B,
-                folded,
-                groups,
-                adapter.geometry,
-                dropout_p=adapter.dropout_p,
-                active=active,
-            )
-        return output
+            call = partial(adapter.around, call)
+        return call(x)
 
     def _base_is_plain(self) -> bool:
         """Whether base and adapter may run as one op: a plain dense base that nobody has hooked or patched."""
@@ -137,20 +129,22 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
             task: resolved id; None where the adapter has one task.
 
         Raises:
-            ValueError: no task given with more than one, already merged, a base weight that is not a dense float, or a
-                result that is not finite; nothing is changed then.
+            ValueError: a method that does not merge, no task given with more than one, already merged, a base weight
+                that is not a dense float, or a result that is not finite; nothing is changed then.
         """
         names = check_adapters_to_merge(self, adapter_names)
         adapters = [self.ept_adapters[name] for name in names if name in self.ept_adapters]
         if not adapters:
             return
+        if adapters[0].unmergeable is not None:
+            raise ValueError(adapters[0].unmergeable)
         if self.merged:
             raise ValueError(f"adapters {self.merged_adapters} are already merged; unmerge them first")
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)
         if weight is None or not weight.is_floating_point():
             raise ValueError(f"cannot merge into {type(base).__name__}: its weight is not a dense float tensor")
-        resolved = adapters[0].task_table.resolve(task)
+        resolved = adapters[0].shared.resolve(task)
         transposed = isinstance(base, Conv1D)
         self.ept_stash.swap_in(weight, merged_weight(weight, adapters, resolved, transposed=transposed))
         self.merged_adapters, self.merged_task = list(names), resolved

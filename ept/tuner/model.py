@@ -1,4 +1,4 @@
-"""The PEFT tuner: injects EPT layers, carries ``task_ids`` to them, merges one task."""
+"""The PEFT tuner of every method: injects its layers, carries ``task_ids`` to them, merges one task."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from ..config import EPTConfig
+from ..adapter_config import AdapterConfig
 from ..context import TaskContext, activate, checkpoint_with_tasks, current, pop, push
-from ..losses import contrastive_task_loss
+from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..merging import check_merged_task
-from ..tasks import TaskIds, TaskTable
+from ..methods import method_of
+from ..tasks import TaskIds, TaskSet
 from .checkpoint import check_adapter_state
 from .forward import TaskGenerate, batch_size, takes_task_ids
 from .layer import EPTLinearLayer
-from .targets import embedding_width, target_features
+from .targets import target_features
 
 
 class EPTModel(BaseTuner):
     """Expert Pyramid Tuning around a model; made by ``peft.get_peft_model(model, EPTConfig(...))``.
 
     ``model(**batch, task_ids=...)`` and ``model.generate(..., task_ids=...)`` take an id or a name for the whole batch,
-    or one for each sample (a list or a tensor ``[batch]``). With one task they may be left out. Inside the model the
-    first dimension of an adapted layer's input must run over the samples (beams, windows or tokens of a sample
-    consecutive).
+    or one for each sample (a list or a tensor ``[batch]``). With one task, or a method that treats all alike, they may
+    be left out. Inside the model the first dimension of an adapted layer's input must run over the samples (beams,
+    windows or tokens of a sample consecutive).
+
+    ``ept_task_tables`` holds, for every adapter, its tasks and whatever its layers share (a ``TaskSet``).
     """
 
     uses_shared_state = True
@@ -39,11 +42,11 @@ class EPTModel(BaseTuner):
 
     # ---- injection
 
-    def _pre_injection_hook(self, model: nn.Module, config: EPTConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         self.ept_task_tables = nn.ModuleDict()
         self._trained: TaskContext | None = None
 
-    def _post_injection_hook(self, model: nn.Module, config: EPTConfig, adapter_name: str) -> None:
+    def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         self._hooks = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
@@ -51,29 +54,21 @@ class EPTModel(BaseTuner):
         if hasattr(model, "generate"):
             model.generate = TaskGenerate(model, self)
 
-    def _prepare_model(self, peft_config: EPTConfig, model: nn.Module) -> None:
-        """Last stop before PEFT changes the model: check the targets, make the adapter's task table."""
+    def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
+        """Last stop before PEFT changes the model: check the targets, make what the adapter's layers share."""
         (adapter_name,) = (name for name, config in self.peft_config.items() if config is peft_config)
         features = target_features(model, peft_config)
-        width = peft_config.task_embedding_dim or embedding_width(features)
         weight = next((p for p in model.parameters() if p.is_floating_point()), None)
         device = weight.device if weight is not None else None
         dtype = torch.promote_types(weight.dtype, torch.float32) if weight is not None else None
-        table = TaskTable(
-            peft_config.num_tasks,
-            width,
-            peft_config.task_names,
-            similarity=peft_config.task_similarity,
-            device=device,
-            dtype=dtype,
-        )
-        self.ept_task_tables[adapter_name] = table.requires_grad_(
+        shared = method_of(peft_config).adapter.make_shared(peft_config, features, device=device, dtype=dtype)
+        self.ept_task_tables[adapter_name] = shared.requires_grad_(
             not peft_config.inference_mode and adapter_name in self.active_adapters
         )
 
     def _create_and_replace(
         self,
-        peft_config: EPTConfig,
+        peft_config: AdapterConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -81,15 +76,15 @@ class EPTModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        table = self.ept_task_tables[adapter_name]
-        if isinstance(target, EPTLinearLayer):
-            target.update_layer(adapter_name, peft_config, table, inference_mode=peft_config.inference_mode)
-            return
-        layer = EPTLinearLayer(target)
-        layer.train(target.training)
-        layer.set_adapter(self.active_adapters)
-        layer.update_layer(adapter_name, peft_config, table, inference_mode=peft_config.inference_mode)
-        self._replace_module(parent, target_name, layer, target)
+        layer = target
+        if not isinstance(target, EPTLinearLayer):
+            layer = EPTLinearLayer(target)
+            layer.train(target.training)
+            layer.set_adapter(self.active_adapters)
+        shared = self.ept_task_tables[adapter_name]
+        layer.update_layer(adapter_name, peft_config, shared, current_key, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
 
     # ---- tasks of a forward pass
 
@@ -106,7 +101,7 @@ class EPTModel(BaseTuner):
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.ept_task_tables]
 
-    def _tables(self) -> tuple[TaskTable, ...]:
+    def _tables(self) -> tuple[TaskSet, ...]:
         """The tables that ``_resolve`` asks."""
         return tuple(self.ept_task_tables[name] for name in self._active())
 
@@ -114,14 +109,19 @@ class EPTModel(BaseTuner):
         layer = self._any_layer()
         return layer is None or layer.disable_adapters
 
+    @property
+    def routes_by_task(self) -> bool:
+        """Whether the method treats tasks differently: all adapters are of one method."""
+        return any(shared.routes for shared in self.ept_task_tables.values())
+
     def _resolve(self, task_ids: TaskIds | None, batch: int | None) -> int | Tensor | None:
-        """Resolved ids for the active adapters, or None where nothing routes.
+        """Resolved ids for the active adapters, or None where nothing routes and none are given.
 
         Raises:
             ValueError, TypeError: as ``TaskTable.resolve``, or another number of ids than samples.
         """
         names = self._active()
-        if not names or (self._disabled() and task_ids is None):
+        if not names or (task_ids is None and (self._disabled() or not self.routes_by_task)):
             return None
         if len(names) > 1:
             self._check_same_names(names, task_ids)
@@ -144,23 +144,28 @@ class EPTModel(BaseTuner):
         """Forward pre-hook of the wrapped model: take ``task_ids`` out of the call, put them beside it."""
         task_ids = kwargs.pop("task_ids", None)
         batch = batch_size(args, kwargs)
-        if task_ids is None and any(table.num_tasks > 1 for table in self.ept_task_tables.values()):
-            outer = current()
-            if outer is not None:
-                task_ids, batch = outer.task_ids, None if outer.expands else batch
+        several = any(shared.num_tasks > 1 for shared in self.ept_task_tables.values())
+        needs_tasks = several and task_ids is None and self.routes_by_task
+        outer = current() if needs_tasks or not torch.compiler.is_compiling() else None  # Dynamo cannot read it
+        if outer is not None and several and task_ids is None:
+            task_ids, batch = outer.task_ids, None if outer.expands else batch
         if self.merged_task is not None and self._disabled():
             self.unmerge_adapter()
         merged_task = self.merged_task
-        by_merge = merged_task is not None and task_ids is None
+        by_merge = merged_task is not None and task_ids is None and self.routes_by_task
         resolved = merged_task if by_merge else self._resolve(task_ids, batch)
-        if merged_task is not None and resolved is not None:
+        if merged_task is not None and resolved is not None and self.routes_by_task:
             check_merged_task(resolved, merged_task)
         config = self.peft_config.get(next(iter(self.active_adapters), None))
-        collects = self.training and config is not None and config.contrastive_weight > 0
+        pools, sums = (False, False)
+        if self.training and config is not None:
+            pools, sums = method_of(config).adapter.collects(config)
         context = TaskContext(
             resolved,
             kwargs.get("attention_mask"),
-            [] if collects else None,
+            [] if pools else None,
+            terms=[] if sums else None,
+            shared=outer.shared if outer is not None and outer.expands else {},
             owner=module,
             tables=() if resolved is None or by_merge else self._tables(),
         )
@@ -169,7 +174,7 @@ class EPTModel(BaseTuner):
         push(context)
         if takes_task_ids(module):
             kwargs["task_ids"] = resolved
-        self._trained = context if collects else None
+        self._trained = context if pools or sums else None
         return args, kwargs
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -178,38 +183,46 @@ class EPTModel(BaseTuner):
             pop(context)
 
     @contextmanager
-    def generating(self, task_ids: TaskIds | None, batch: int | None) -> Iterator[None]:
+    def generating(
+        self, task_ids: TaskIds | None, batch: int | None, attention_mask: Tensor | None = None
+    ) -> Iterator[None]:
         """Give ``task_ids`` to every forward pass of a generation; beams of a sample share its id."""
         resolved = self._resolve(task_ids, batch)
-        with activate(TaskContext(resolved, expands=True, tables=() if resolved is None else self._tables())):
+        tables = () if resolved is None else self._tables()
+        with activate(TaskContext(resolved, attention_mask, expands=True, tables=tables)):
             yield
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's door for per-sample adapters, which EPT does not offer: its tasks are routed by ``task_ids``."""
+        """PEFT's door for per-sample adapters, which no method here offers: tasks are routed by ``task_ids``."""
         if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names is not supported by EPT: mix tasks in a batch with task_ids")
+            method = self.peft_config[self.active_adapters[0]].peft_type
+            raise ValueError(f"adapter_names is not supported by {method}: mix tasks in a batch with task_ids")
         yield
 
     # ---- losses
 
-    def contrastive_loss(self) -> Tensor:
-        """Unweighted contrastive loss of the last training forward. See ``ept.contrastive_loss``."""
+    def adapters(self, adapter_name: str) -> dict[str, LayerAdapter]:
+        """The adapter of every adapted layer, by the layer's name in the base model."""
+        return {
+            path: module.ept_adapters[adapter_name]
+            for path, module in self.model.named_modules()
+            if isinstance(module, EPTLinearLayer) and adapter_name in module.ept_adapters
+        }
+
+    def auxiliary_losses(self) -> WeightedLosses:
+        """The method's own losses of the last training forward, with their weights. See ``ept.auxiliary_losses``."""
         name = self.active_adapters[0]
-        config, table = self.peft_config[name], self.ept_task_tables[name]
-        if config.contrastive_weight == 0 or config.num_tasks == 1:
-            return table.weight.new_zeros(())
-        if self._trained is None:
-            raise ValueError("model has no training forward yet: call it in training mode, then ept.contrastive_loss")
-        return contrastive_task_loss(self._trained.pooled, self._trained.task_ids, table, config.temperature)
+        config, shared = self.peft_config[name], self.ept_task_tables[name]
+        return method_of(config).adapter.losses(config, shared, self.adapters(name), self._trained)
 
     # ---- adapters by name
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for name, table in self.ept_task_tables.items():
-            table.requires_grad_(name in names and not inference_mode)
+        for name, shared in self.ept_task_tables.items():
+            shared.requires_grad_(name in names and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -221,8 +234,8 @@ class EPTModel(BaseTuner):
         self._set_table_gradients()
 
     def _set_table_gradients(self) -> None:
-        for name, table in self.ept_task_tables.items():
-            table.requires_grad_(name in self.active_adapters and not self.peft_config[name].inference_mode)
+        for name, shared in self.ept_task_tables.items():
+            shared.requires_grad_(name in self.active_adapters and not self.peft_config[name].inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
@@ -239,11 +252,15 @@ class EPTModel(BaseTuner):
         """Put one task's updates into the base weights; ``unmerge_adapter`` takes them out to the bit.
 
         Raises:
-            ValueError: no task given with more than one, an unknown task, already merged, or a result that is not
-                finite; no weight has changed then.
+            ValueError: a method that does not merge, no task given with more than one, an unknown task, already merged,
+                or a result that is not finite; no weight has changed then.
         """
         self._check_merge_allowed()
         names = self.active_adapters if adapter_names is None else adapter_names
+        for name in names:
+            for adapter in self.adapters(name).values():
+                if adapter.unmergeable is not None:
+                    raise ValueError(adapter.unmergeable)
         tasks = [self.ept_task_tables[name].resolve(task) for name in names if name in self.ept_task_tables]
         if not tasks or not isinstance(tasks[0], int):
             raise ValueError(f"task must be one id or name for an adapter among {list(self.peft_config)}, got {task!r}")
@@ -267,14 +284,14 @@ class EPTModel(BaseTuner):
         *,
         task: int | str | None = None,
     ) -> nn.Module:
-        """The base model with one task's updates in its weights and no trace of EPT.
+        """The base model with one task's updates in its weights and no trace of the adapter.
 
         Raises:
             ValueError: as ``merge_adapter``.
         """
         if self.merged_task is None:
             self.merge_adapter(adapter_names, safe_merge, task=task)
-        elif task is not None:
+        elif task is not None and self.routes_by_task:
             check_merged_task(self.ept_task_tables[self.active_adapters[0]].resolve(task), self.merged_task)
         return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)
 
@@ -300,7 +317,7 @@ class EPTModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: EPTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         marker = f".{adapter_name}."
@@ -314,7 +331,7 @@ class EPTModel(BaseTuner):
 
 
 def ept_model(model: nn.Module) -> EPTModel:
-    """The EPT tuner inside ``model``.
+    """The tuner of one of this package's methods inside ``model``.
 
     Raises:
         ValueError: there is none.

@@ -1,4 +1,4 @@
-"""Make PEFT know EPT: importing ``ept`` is all that a saved adapter needs to load (``peft_type`` says how and why)."""
+"""Make PEFT know the methods: importing ``ept`` is all that a saved adapter needs (``peft_type`` says how and why)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from ..config import EPTConfig
-from ..peft_type import EPT
+from ..methods import METHODS
 from .model import EPTModel
 
 
 def register() -> None:
-    """Add EPT to PEFT's tables. Safe to call twice."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[EPT] = EPTConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[EPT] = EPTModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[EPT] = EPTModel.prefix
+    """Add every method to PEFT's tables. Safe to call twice."""
+    for method in METHODS:
+        PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type] = method.config
+        PEFT_TYPE_TO_TUNER_MAPPING[method.peft_type] = EPTModel
+        PEFT_TYPE_TO_PREFIX_MAPPING[method.peft_type] = EPTModel.prefix

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
-from ept_kernels import PyramidGeometry
-
-from ..config import EPTConfig
+from ..adapter_config import AdapterConfig
+from ..methods import method_of
 from .layer import base_features
 
 
-def target_features(model: nn.Module, config: EPTConfig) -> dict[str, tuple[int, int]]:
+def target_features(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, int]]:
     """``(in_features, out_features)`` of every module that ``config`` targets in ``model``, by name.
 
     Raises:
-        ValueError: a name in ``target_modules`` that matches nothing, nothing matched at all, or a scale larger than a
-            targeted layer.
-        TypeError: a targeted module that EPT cannot adapt.
+        ValueError: a name in ``target_modules`` that matches nothing, nothing matched at all, or a targeted layer that
+            does not fit ``config``, such as a scale larger than it.
+        TypeError: a targeted module that cannot be adapted.
     """
     _maybe_include_all_linear_layers(config, model)
     inside_tuner = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
@@ -48,16 +45,10 @@ def target_features(model: nn.Module, config: EPTConfig) -> dict[str, tuple[int,
             )
         try:
             features[name] = base_features(base)
-            PyramidGeometry(*features[name], config.r, config.kernel_sizes)
+            method_of(config).adapter.check_features(config, *features[name])
         except (TypeError, ValueError) as error:
             raise type(error)(f"target module {name!r}: {error}") from None
     return features
-
-
-def embedding_width(features: dict[str, tuple[int, int]]) -> int:
-    """The commonest input width among the targets; the smaller one where two are equally common."""
-    widths = Counter(width for width, _ in features.values())
-    return min(widths, key=lambda width: (-widths[width], width))
 
 
 def _linear_names(model: nn.Module) -> list[str]:

@@ -147,3 +147,34 @@ def weight_grad_candidates(plan: Plan, itemsize: int) -> list[Config]:
     block = 64 if itemsize <= 2 and columns <= 64 else 32
     # With 4 warps sm_100 spills a few registers.
     return [Config.of(BLOCK_T=block, BLOCK_C=block, num_warps=8, num_stages=stages) for stages in (2, 1)]
+
+
+def _fold_blocks(experts: int, entries: int) -> tuple[int, int]:
+    """``(BLOCK_E, BLOCK_F)``: all experts, and as many entries of a folded kernel as make a tile of 4096."""
+    block = triton.next_power_of_2(experts)
+    return block, min(4096 // block, triton.next_power_of_2(entries))
+
+
+def fold_config(experts: int, width: int, entries: int, scales: int) -> Config:
+    """Tiles of the kernel that routes and folds. Few programs run, each alone: what counts is loads in flight."""
+    block, block_entries = _fold_blocks(experts, entries)
+    return Config.of(
+        BLOCK_E=block,
+        BLOCK_D=min(8192 // block, triton.next_power_of_2(width)),
+        BLOCK_F=block_entries,
+        BLOCK_S=triton.next_power_of_2(scales),
+        num_warps=8,
+        num_stages=1,
+    )
+
+
+def logits_grad_config(experts: int, entries: int) -> Config:
+    """Tiles of the router's gradient, a program a group."""
+    block, block_entries = _fold_blocks(experts, entries)
+    return Config.of(BLOCK_E=block, BLOCK_F=block_entries, num_warps=4, num_stages=1)
+
+
+def fold_grad_config(experts: int) -> Config:
+    """Tiles of the sums over groups that give the gradients of kernels, gate and embeddings."""
+    block = triton.next_power_of_2(experts)
+    return Config.of(BLOCK_E=block, BLOCK_G=16, BLOCK_P=64, BLOCK_W=128, num_warps=4, num_stages=1)

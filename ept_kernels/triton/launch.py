@@ -21,6 +21,8 @@ FROM_BATCH = (
     "a_spans",
     "b_spans",
     "num_groups",
+    "first_task",
+    "num_tasks",
     "rank_blocks",  # of partial sums that may be spans of rows
     "every_scale",  # not of the batch: its value is to stay unknown
 )

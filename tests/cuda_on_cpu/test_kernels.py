@@ -43,6 +43,7 @@ EDGES = {
     "ungrouped": UNGROUPED,
     "a scale switched off": replace(MIXED, zero_scale=True),
     "one by one": Case(PyramidGeometry(1, 1, 1, (1,)), lead=(19,)),
+    "scale 1 alone, which is a plain low rank": Case(PyramidGeometry(70, 45, 8, (1,)), lead=(67,)),
     "every scale up to 16": Case(PyramidGeometry(50, 33, 2, tuple(range(1, 17))), lead=(18,)),
     "a scale wider than a warp": Case(PyramidGeometry(101, 83, 2, (33, 70)), lead=(18,)),
     "as many ranks as columns of a tile": Case(PyramidGeometry(30, 30, 16, (1, 2)), lead=(18,)),

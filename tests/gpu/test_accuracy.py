@@ -33,6 +33,7 @@ SMALL = {
     "ungrouped": Case(PyramidGeometry(70, 34, 3, (2, 3, 4)), (67,)),
     "by sample": Case(PyramidGeometry(50, 96, 17, (2, 8)), (5, 31), "sample", 3, layout="sliced"),
     "by row": Case(PyramidGeometry(37, 41, 3, tuple(range(1, 17))), (65,), "row", 4, skew="zipf"),
+    "scale 1 alone": Case(PyramidGeometry(70, 45, 8, (1,)), (67,)),
     "no rows": Case(PyramidGeometry(16, 16, 2, (2,)), (0,)),
 }
 

@@ -407,6 +407,17 @@ def test_autocast_leaves_float64_alone(op: str, backend_name: str, force_backend
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("op", ROW_OPS)
+@pytest.mark.usefixtures("backend")
+def test_forward_mode_is_refused_and_never_wrong(op: str) -> None:
+    """A native kernel would drop the tangent without a word."""
+    problem = MIXED.tensors(torch.float32)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(problem.x, torch.ones_like(problem.x))
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            problem.call(ept_kernels, op, x=dual)
+
+
 def test_autocast_leaves_the_dense_weight_alone() -> None:
     problem = MIXED.tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

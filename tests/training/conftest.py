@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ept.data import TaskData, TaskSpec
 from ept.training import MultiTaskEncoder
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # scripts, importable as they are to each other
 
 POLARITY = TaskSpec("polarity", "classification", ("sentence",), ("bad", "good"), ("accuracy", "f1"))
 TOPIC = TaskSpec("topic", "classification", ("left", "right"), ("sea", "sky", "land"), ("accuracy",))
@@ -144,3 +150,42 @@ def toys() -> SimpleNamespace:
         make_base=make_base,
         make_model=make_model,
     )
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory, toys: SimpleNamespace, tasks: list[TaskData]) -> Path:
+    """A folder with ``model`` (tiny BERT), ``t5``, ``llama`` and ``data`` (the three toy tasks)."""
+    root = tmp_path_factory.mktemp("source")
+    for name, kind in (("model", "encoder"), ("t5", "seq2seq"), ("llama", "causal")):
+        toys.make_base(kind).save_pretrained(root / name)
+        toys.make_tokenizer(kind).save_pretrained(root / name)
+    index = {"format": 1, "tasks": {}}
+    for task in tasks:
+        spec, splits = task.spec, {}
+        (root / "data" / spec.name).mkdir(parents=True)
+        columns = dict(zip(("text", "text_pair"), spec.text_columns, strict=False))
+        for split in ("train", "validation"):
+            table = getattr(task, split)
+            table = table.remove_columns([c for c in ("text", "text_pair") if c not in columns]).rename_columns(columns)
+            table.to_parquet(str(root / "data" / spec.name / f"{split}.parquet"))
+            splits[split] = {"file": f"{spec.name}/{split}.parquet"}
+        entry = {"kind": spec.kind, "text_columns": spec.text_columns, "metric": "+".join(spec.metrics)}
+        index["tasks"][spec.name] = {**entry, "label_names": spec.label_names, "splits": splits}
+        if spec.label_range is not None:
+            index["tasks"][spec.name]["label_range"] = spec.label_range
+    (root / "data" / "index.json").write_text(json.dumps(index))
+    return root
+
+
+@pytest.fixture(scope="session")
+def command(source: Path) -> Callable[..., list[str]]:
+    """Makes the arguments of a quick run; keyword arguments add or (None) remove options."""
+
+    def make(output: Path | None, *flags: str, **options: object) -> list[str]:
+        defaults = {"model": source / "model", "data": source / "data", "lr": 0.01, "r": 2, "kernel_sizes": "1,2,2"}
+        defaults |= {"max_steps": 6, "batch_size": 8, "max_length": 32, "save_steps": 3, "dropout": 0.1}
+        named = {"output": output, **defaults, **options}
+        parts = [(f"--{n.replace('_', '-')}", str(v)) for n, v in named.items() if v is not None]
+        return [*(part for pair in parts for part in pair), "--quiet", *flags]
+
+    return make

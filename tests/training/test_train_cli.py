@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,45 +20,6 @@ from ept.training.files import read_json, write_json
 from ept.training.options import RunSettings, build_parser, parse
 
 PICTURES = ("loss.png", "expert_use.png", "task_embeddings.png")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, toys: SimpleNamespace, tasks: list[TaskData]) -> Path:
-    """A folder with ``model`` (tiny BERT), ``t5``, ``llama`` and ``data`` (the three toy tasks)."""
-    root = tmp_path_factory.mktemp("source")
-    for name, kind in (("model", "encoder"), ("t5", "seq2seq"), ("llama", "causal")):
-        toys.make_base(kind).save_pretrained(root / name)
-        toys.make_tokenizer(kind).save_pretrained(root / name)
-    index = {"format": 1, "tasks": {}}
-    for task in tasks:
-        spec, splits = task.spec, {}
-        (root / "data" / spec.name).mkdir(parents=True)
-        columns = dict(zip(("text", "text_pair"), spec.text_columns, strict=False))
-        for split in ("train", "validation"):
-            table = getattr(task, split)
-            table = table.remove_columns([c for c in ("text", "text_pair") if c not in columns]).rename_columns(columns)
-            table.to_parquet(str(root / "data" / spec.name / f"{split}.parquet"))
-            splits[split] = {"file": f"{spec.name}/{split}.parquet"}
-        entry = {"kind": spec.kind, "text_columns": spec.text_columns, "metric": "+".join(spec.metrics)}
-        index["tasks"][spec.name] = {**entry, "label_names": spec.label_names, "splits": splits}
-        if spec.label_range is not None:
-            index["tasks"][spec.name]["label_range"] = spec.label_range
-    (root / "data" / "index.json").write_text(json.dumps(index))
-    return root
-
-
-@pytest.fixture(scope="module")
-def command(source: Path) -> Callable[..., list[str]]:
-    """Makes the arguments of a quick run; keyword arguments add or (None) remove options."""
-
-    def make(output: Path | None, *flags: str, **options: object) -> list[str]:
-        defaults = {"model": source / "model", "data": source / "data", "lr": 0.01, "r": 2, "kernel_sizes": "1,2,2"}
-        defaults |= {"max_steps": 6, "batch_size": 8, "max_length": 32, "save_steps": 3, "dropout": 0.1}
-        named = {"output": output, **defaults, **options}
-        parts = [(f"--{n.replace('_', '-')}", str(v)) for n, v in named.items() if v is not None]
-        return [*(part for pair in parts for part in pair), "--quiet", *flags]
-
-    return make
 
 
 @pytest.fixture(scope="module")

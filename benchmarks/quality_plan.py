@@ -1,0 +1,91 @@
+"""What the quality benchmark runs: suites, methods, learning rates, seeds, ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ept.training.ablations import ABLATIONS as ALL_ABLATIONS
+from ept.training.systems import SYSTEMS
+
+if TYPE_CHECKING:
+    from quality_run import RunLog
+
+#: Every method, in the order of the report.
+METHODS = tuple(name for name in ("lora", "moelora", "more", "mixlora", "dcft", "tucka", "ept") if name in SYSTEMS)
+
+#: The paper's ablations but "mixed", which is the method itself and runs anyway.
+ABLATIONS = tuple(name for name in ALL_ABLATIONS if name != "mixed")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks and the model that learns them. ``data`` None: the caller's folder; ``tasks`` None: all."""
+
+    model: str
+    tasks: tuple[str, ...] | None
+    data: str | None = None
+
+
+SUITES = {
+    "glue": Suite("minilm", ("cola", "mrpc", "rte", "stsb", "sst2")),
+    "commonsense": Suite("smollm2", ("boolq", "obqa", "arc_easy", "arc_challenge")),
+    "embedded": Suite("minilm", None, data="sentiment"),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs of a benchmark share. ``rates``: the grid, as multiples of a method's default learning rate."""
+
+    suite: str
+    data: str
+    tasks: tuple[str, ...] | None
+    model: str
+    methods: tuple[str, ...]
+    ablations: bool
+    steps: int
+    selection_steps: int
+    seeds: int
+    rates: tuple[float, ...]
+    batch_size: int
+    max_length: int
+    bf16: bool
+    eval_limit: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. ``phase``: "select" (scored on held-out training rows) or "final" (on the validation split)."""
+
+    phase: str
+    method: str
+    lr: float
+    seed: int
+    steps: int
+    ablation: str | None = None
+
+    @property
+    def title(self) -> str:
+        what = self.method if self.ablation is None else f"{self.method}, {self.ablation}"
+        return f"{what}: " + (f"rate {self.lr:g}" if self.phase == "select" else f"seed {self.seed}")
+
+
+def candidates(bench: Bench, method: str) -> list[Run]:
+    """The runs that choose a method's learning rate."""
+    rates = [factor * SYSTEMS[method].learning_rate for factor in bench.rates]
+    return [Run("select", method, rate, 0, bench.selection_steps) for rate in rates]
+
+
+def best_rate(bench: Bench, method: str, log: RunLog) -> float:
+    """The rate whose run scored best on the held-out rows; the lower one of equals."""
+    return max(candidates(bench, method), key=lambda run: (log[run]["mean"], -run.lr)).lr
+
+
+def finals(bench: Bench, rates: Mapping[str, float], seed: int) -> list[Run]:
+    """The runs that are reported, of one seed: every method, and EPT's ablations where they are asked for."""
+    runs = [Run("final", method, rates[method], seed, bench.steps) for method in bench.methods]
+    if bench.ablations and "ept" in rates:
+        runs += [Run("final", "ept", rates["ept"], seed, bench.steps, ablation) for ablation in ABLATIONS]
+    return runs

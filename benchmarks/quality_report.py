@@ -1,0 +1,228 @@
+"""The quality benchmark's report: tables as the paper prints them, two plots, and what the numbers say and do not."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from quality_plan import ABLATIONS, Bench, Run, best_rate, candidates
+from quality_run import Record, RunLog
+
+#: Names in print, the order of the table's rows.
+TITLES = {
+    "lora": "LoRA",
+    "moelora": "MOELoRA",
+    "more": "MoRE",
+    "mixlora": "MixLoRA",
+    "dcft": "DCFT",
+    "tucka": "TuckA",
+    "ept": "EPT",
+}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; NaN where one value has none."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
+
+
+def _cell(values: Sequence[float]) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
+
+
+def adapter_parameters(record: Record) -> int:
+    """Trained numbers of the adapter: all but the tasks' heads."""
+    return sum(count for name, count in record["parameters"].items() if name != "other")
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+class Results:
+    """The finished runs of a benchmark, by what the report shows."""
+
+    def __init__(self, bench: Bench, log: RunLog) -> None:
+        self.bench, self._log = bench, log
+        chosen = [m for m in TITLES if m in bench.methods and all(run in log for run in candidates(bench, m))]
+        self.rates = {method: best_rate(bench, method, log) for method in chosen}
+        self.finals = {method: self._final(method) for method in chosen}
+        self.finals = {method: records for method, records in self.finals.items() if records}
+        self.ablations: dict[str, list[Record]] = {}
+        if bench.ablations and "ept" in self.finals:
+            found = {name: self._final("ept", name) for name in ABLATIONS}
+            self.ablations = {name: records for name, records in found.items() if records}
+
+    def _final(self, method: str, ablation: str | None = None) -> list[Record]:
+        bench, rate = self.bench, self.rates[method]
+        runs = [Run("final", method, rate, seed, bench.steps, ablation) for seed in range(bench.seeds)]
+        return [self._log[run] for run in runs if run in self._log]
+
+    def selection(self, method: str) -> dict[float, float]:
+        """Mean score on the held-out rows by learning rate."""
+        return {run.lr: self._log[run]["mean"] for run in candidates(self.bench, method)}
+
+    @property
+    def any(self) -> Record:
+        return next(iter(self.finals.values()))[0]
+
+
+def _score_row(title: str, records: Sequence[Record], tasks: Sequence[str], extra: Sequence[str]) -> list[str]:
+    scores = [[record["scores"][task] for record in records] for task in tasks]
+    means = [record["mean"] for record in records]
+    return [title, *extra, *map(_cell, scores), _cell(means), str(len(records))]
+
+
+def main_table(results: Results) -> str:
+    """Parameters per task, every task, the mean over tasks; mean and standard error over the seeds."""
+    tasks = list(results.any["scores"])
+    heads = [
+        "method",
+        "rate",
+        "parameters / task",
+        *(f"{t} ({results.any['metrics'][t]})" for t in tasks),
+        "mean",
+        "seeds",
+    ]
+    rows = [["constant answer", "", "", *(f"{results.any['baseline'][task]:.3f}" for task in tasks), "", ""]]
+    for method, records in results.finals.items():
+        count = f"{adapter_parameters(records[0]) / len(tasks):,.0f}"
+        rows.append(_score_row(TITLES[method], records, tasks, [f"{results.rates[method]:g}", count]))
+    return _table(heads, rows)
+
+
+def ablation_table(results: Results) -> str:
+    """EPT (the paper's "mixed") and what it becomes without a part, the best mean first."""
+    tasks = list(results.any["scores"])
+    groups = {"EPT, mixed pyramid": results.finals["ept"], **results.ablations}
+    order = sorted(groups, key=lambda name: -statistics.mean(record["mean"] for record in groups[name]))
+    rows = [_score_row(name, groups[name], tasks, []) for name in order]
+    return _table(["variant", *tasks, "mean", "seeds"], rows)
+
+
+def verdicts(results: Results) -> list[str]:
+    """How EPT's mean compares with every other method's, seed by seed (the same data order for both)."""
+    lines, own = [], results.finals["ept"]
+    for method, records in results.finals.items():
+        if method == "ept":
+            continue
+        pairs = [mine["mean"] - theirs["mean"] for mine, theirs in zip(own, records, strict=False)]
+        mean, error = mean_and_error(pairs)
+        spread = "one seed" if math.isnan(error) else f"± {error:.3f} over {len(pairs)} seeds"
+        fewer, more = adapter_parameters(own[0]), adapter_parameters(records[0])
+        lines.append(f"- {TITLES[method]}: EPT {mean:+.3f} ({spread}) at {fewer / more:.2f} times its parameters.")
+    return lines
+
+
+def _plot_parameters(results: Results, path: Path) -> Path:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    tasks = len(results.any["scores"])
+    for method, records in results.finals.items():
+        mean, error = mean_and_error([record["mean"] for record in records])
+        x = adapter_parameters(records[0]) / tasks
+        axes.errorbar(x, mean, yerr=0 if math.isnan(error) else error, fmt="o", capsize=3)
+        axes.annotate(TITLES[method], (x, mean), textcoords="offset points", xytext=(6, 4))
+    axes.set(xscale="log", xlabel="trained adapter parameters per task", ylabel="mean score over tasks")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _plot_experts(use: Mapping[str, Mapping[str, float]], path: Path) -> Path:
+    figure = Figure(figsize=(5, 0.5 * len(use) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    scales = list(next(iter(use.values())))
+    values = [[weights[scale] for scale in scales] for weights in use.values()]
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(scales)), [f"scale {scale}" for scale in scales])
+    axes.set_yticks(range(len(use)), list(use))
+    for row, weights in enumerate(values):
+        for column, weight in enumerate(weights):
+            axes.text(
+                column, row, f"{weight:.2f}", ha="center", va="center", color="white" if weight < 0.6 else "black"
+            )
+    figure.colorbar(image, label="mean gate over the layers")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def write_report(folder: Path, bench: Bench, log: RunLog, command: str) -> list[Path]:
+    """Write ``report.md``, its plots and ``summary.json`` of the runs in ``log``; the paths written.
+
+    Methods whose rate is not chosen yet, and seeds that have not run, are left out; with nothing to show, nothing is
+    written.
+    """
+    results = Results(bench, log)
+    if not results.finals:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [_plot_parameters(results, folder / "parameters.png")]
+    sections = [f"# Quality, suite {bench.suite}", _setting(results, command), main_table(results)]
+    sections.append("![Parameters and score](parameters.png)")
+    if "ept" in results.finals:
+        sections += ["## EPT beside the others", "\n".join(verdicts(results))]
+        written.append(_plot_experts(results.finals["ept"][0]["expert_use"], folder / "experts.png"))
+        sections += ["## Which scales each task uses (EPT, seed 0)", "![Expert use by task](experts.png)"]
+    if results.ablations:
+        sections += ["## Ablations", ablation_table(results)]
+    rates = [
+        [TITLES[m], *(f"{rate:g}: {score:.3f}" for rate, score in results.selection(m).items())] for m in results.finals
+    ]
+    sections += [
+        "## Learning rates",
+        "Mean score on the held-out training rows, seed 0; the best rate is the one reported above.",
+        _table(["method", *(f"default x {factor:g}" for factor in bench.rates)], rates),
+        "## What this cannot show",
+        _limits(bench),
+    ]
+    report = folder / "report.md"
+    report.write_text("\n\n".join(sections) + "\n")
+    summary = folder / "summary.json"
+    summary.write_text(json.dumps(_summary(results), indent=1) + "\n")
+    return [report, summary, *written]
+
+
+def _setting(results: Results, command: str) -> str:
+    bench, record = results.bench, results.any
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    rows = ", ".join(f"{task} {train:,} + {validation:,}" for task, (train, validation) in record["rows"].items())
+    return (
+        f"`{command}`\n\n{bench.model}, {bench.steps} steps of {bench.batch_size} samples, {bench.max_length} tokens, "
+        f"{'bf16 autocast' if bench.bf16 else 'fp32'}; {record['device']}; {versions}. "
+        f"Rows (training + scored): {rows}. Every task is drawn equally often. "
+        "Parameters: the adapter's, without the tasks' heads, over the number of tasks."
+    )
+
+
+def _limits(bench: Bench) -> str:
+    return (
+        f"One model, {bench.steps} steps, {bench.seeds} seed{'s' * (bench.seeds > 1)}: small models on small budgets "
+        "may rank methods differently from the paper. The standard error is over seeds and leaves out the validation "
+        "rows' own (about 0.02 for a few hundred rows). A difference below two standard errors is no difference."
+    )
+
+
+def _summary(results: Results) -> dict[str, Any]:
+    def of(records: Sequence[Record]) -> dict[str, Any]:
+        tasks = {task: mean_and_error([r["scores"][task] for r in records])[0] for task in records[0]["scores"]}
+        mean, error = mean_and_error([record["mean"] for record in records])
+        return {
+            "parameters": adapter_parameters(records[0]),
+            "scores": tasks,
+            "mean": mean,
+            "standard_error": None if math.isnan(error) else error,
+            "seeds": len(records),
+        }
+
+    return {
+        "methods": {m: {"lr": results.rates[m], **of(records)} for m, records in results.finals.items()},
+        "ablations": {name: of(records) for name, records in results.ablations.items()},
+    }

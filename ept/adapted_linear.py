@@ -1,0 +1,188 @@
+"""``AdaptedLinear``: a frozen linear map and its adapter in one module, for every method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapter_config import AdapterConfig
+from .context import current
+from .layer_adapter import LayerAdapter
+from .merging import WeightStash, check_merged_task, keep_calling, merged_weight
+from .tasks import TaskIds, TaskSet
+
+
+class AdaptedLinear(LayerAdapter):
+    """A ``LayerAdapter`` with the map it adapts; a method's layer is ``class XLinear(AdaptedLinear, XAdapter)``.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``. With a half dtype the adapter stays fp32.
+        config: the adapter's hyperparameters.
+        shared: what layers share, made by ``make_shared``; whoever made it saves it. None: the layer has its own.
+
+    Attributes:
+        weight ``[out, in]``, bias ``[out]`` or None: frozen.
+
+    Raises:
+        ValueError: sizes that do not fit the config, ``shared`` of another number of tasks.
+    """
+
+    #: Name of the submodule that holds what the layer would otherwise share, and of the argument that gives it.
+    own_name: ClassVar[str] = "own_shared"
+    shared_argument: ClassVar[str] = "shared"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: AdapterConfig,
+        shared: TaskSet | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        weight_dtype = dtype or torch.get_default_dtype()
+        factory = {"device": device, "dtype": torch.promote_types(weight_dtype, torch.float32)}
+        owned = None
+        if shared is None:
+            self.check_features(config, in_features, out_features)
+            owned = self.make_shared(config, {"": (in_features, out_features)}, **factory)
+        elif shared.num_tasks != config.num_tasks:
+            raise ValueError(
+                f"{self.shared_argument} has {shared.num_tasks} tasks, but config.num_tasks is {config.num_tasks}"
+            )
+        super().__init__(in_features, out_features, config, shared or owned, **factory)
+        setattr(self, self.own_name, owned)
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features, device=device, dtype=weight_dtype), requires_grad=False
+        )
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=weight_dtype), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+        self.stash = WeightStash()
+        self.merged_task: int | None = None
+        self.register_forward_pre_hook(keep_calling)
+        self._reset_base_parameters()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: AdapterConfig, shared: TaskSet | None = None) -> AdaptedLinear:
+        """Adapt an existing ``nn.Linear``; its parameters are shared, not copied, and become frozen.
+
+        Raises:
+            TypeError: not an ``nn.Linear``.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        with torch.device("meta"):  # sizes are checked before anything is allocated or changed
+            layer = cls(
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                config=config,
+                dtype=linear.weight.dtype,
+                **{cls.shared_argument: shared},
+            )
+        frozen = {name: getattr(linear, name) for name in ("weight", "bias") if getattr(linear, name) is not None}
+        for name, parameter in frozen.items():
+            setattr(layer, name, parameter.requires_grad_(False))
+        layer._materialize_adapter(linear.weight.device)
+        return layer.train(linear.training)
+
+    def _materialize_adapter(self, device: torch.device) -> None:
+        """Give the adapter's parameters and buffers (not the base's) storage on ``device`` and fresh initial values."""
+        for module in self.modules():
+            for name, parameter in list(module._parameters.items()):
+                is_base = module is self and name in ("weight", "bias")
+                if parameter is not None and parameter.is_meta and not is_base:
+                    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device))
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[name] = torch.empty_like(buffer, device=device)
+        owned = getattr(self, self.own_name)
+        if owned is not None:
+            owned.reset_parameters()
+        self.reset_adapter_parameters()
+
+    def _reset_base_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def reset_parameters(self) -> None:
+        """Fresh base and adapter, as after construction."""
+        self._reset_base_parameters()
+        self.reset_adapter_parameters()
+
+    @property
+    def merged(self) -> bool:
+        """Whether a task's update is in ``weight``."""
+        return self.merged_task is not None
+
+    def forward(self, x: Tensor, task_ids: TaskIds | None = None) -> Tensor:
+        """x ``[..., in]`` -> ``[..., out]``.
+
+        Args:
+            x: any floating dtype that the base weight takes; its first dimension is the batch.
+            task_ids: an id or name for all, or one for each sample; None where ``config.num_tasks`` is 1, where the
+                method treats all tasks alike, or inside ``ept.use_tasks``.
+
+        Raises:
+            ValueError, TypeError: missing or unknown task ids, a wrong number of them, x of another width.
+        """
+        if self.merged:
+            return self._forward_merged(x, task_ids)
+        return self.linear(x, self.weight, self.bias, task_ids)
+
+    def _forward_merged(self, x: Tensor, task_ids: TaskIds | None) -> Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must be [..., in_features={self.in_features}], got {list(x.shape)}")
+        if self.shared.routes:
+            context = current() if task_ids is None and self.shared.num_tasks > 1 else None
+            if task_ids is not None or (context is not None and context.task_ids is not None):
+                check_merged_task(self.tasks_for(x, task_ids), self.merged_task)
+        return F.linear(x, self.weight, self.bias)
+
+    def merge(self, task: int | str | None = None) -> None:
+        """Put one task's update into ``weight``: zero inference cost until ``unmerge``.
+
+        Raises:
+            ValueError: a method that does not merge, already merged, an unknown task, or a result that is not finite;
+                nothing is changed then.
+        """
+        if self.unmergeable is not None:
+            raise ValueError(self.unmergeable)
+        if self.merged:
+            raise ValueError(f"task {self.merged_task} is already merged into the weight; unmerge it first")
+        resolved = self.shared.resolve(task)
+        if not isinstance(resolved, int):
+            raise TypeError(f"task must be one id or name, got {task!r}")
+        self.stash.swap_in(self.weight, merged_weight(self.weight, [self], resolved))
+        self.merged_task = resolved
+
+    def unmerge(self) -> None:
+        """Restore the original ``weight`` bit for bit; does nothing where nothing is merged."""
+        if self.merged:
+            self.stash.swap_out(self.weight)
+            self.merged_task = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A merged layer saves its original weight: the update is in the adapter's parameters already."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[f"{prefix}weight"] = self.stash.original
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Loading replaces what is merged, so it is taken out first."""
+        self.unmerge()
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

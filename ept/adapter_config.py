@@ -1,0 +1,92 @@
+"""``AdapterConfig``: the hyperparameters that every method of this package has."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ``ValueError(message)`` unless ``condition``."""
+    if not condition:
+        raise ValueError(message)
+
+
+def is_int(value: object) -> bool:
+    """Whether ``value`` is an integer, and not a truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite number, and not a truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Rank, scale, tasks, dropout and targets of an adapter; a method's own config adds the rest.
+
+    Args:
+        r: rank of the update's factors.
+        lora_alpha: the update is scaled by ``lora_alpha / r``.
+        num_tasks: how many tasks there are. Taken from ``task_names`` where that is given.
+        task_names: optional names, in the order of the ids; then ``task_ids`` may be given by name.
+        lora_dropout: dropout on the adapter's input, in [0, 1).
+        target_modules: names or a regular expression of the modules to adapt, or "all-linear". None: PEFT's default for
+            the architecture.
+        exclude_modules: names or a regular expression of modules never to adapt.
+        layers_to_transform, layers_pattern: restrict to these layer indices, as in ``LoraConfig``.
+        modules_to_save: other modules to train and to save with the adapter, such as a classification head.
+
+    Raises:
+        ValueError: a value out of its range; the message names the argument, the value and what is allowed.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the update's factors."})
+    lora_alpha: float = field(default=32, metadata={"help": "The update is scaled by lora_alpha / r."})
+    num_tasks: int = field(default=8, metadata={"help": "How many tasks there are."})
+    task_names: list[str] | None = field(default=None, metadata={"help": "Names of the tasks, by id."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules never to adapt."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(is_int(self.r) and self.r >= 1, f"r must be an integer >= 1, got {self.r!r}")
+        check(
+            is_number(self.lora_alpha) and self.lora_alpha > 0,
+            f"lora_alpha must be a number > 0, got {self.lora_alpha!r}",
+        )
+        self._check_tasks()
+        check(
+            is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,
+            f"lora_dropout must be a number in [0, 1), got {self.lora_dropout!r}",
+        )
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+
+    def _check_tasks(self) -> None:
+        if self.task_names is not None:
+            names = [self.task_names] if isinstance(self.task_names, str) else list(self.task_names)
+            check(
+                bool(names) and all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names),
+                f"task_names must be distinct, non-empty strings, got {self.task_names!r}",
+            )
+            self.task_names = names
+            default = type(self).__dataclass_fields__["num_tasks"].default
+            check(
+                self.num_tasks in (default, len(names)),
+                f"num_tasks={self.num_tasks!r} contradicts the {len(names)} task_names; leave one of them out",
+            )
+            self.num_tasks = len(names)
+        check(
+            is_int(self.num_tasks) and self.num_tasks >= 1,
+            f"num_tasks must be an integer >= 1, got {self.num_tasks!r}",
+        )

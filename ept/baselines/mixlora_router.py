@@ -1,0 +1,120 @@
+"""MixLoRA's routers: one for each feed-forward network, deciding for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ept_kernels import without_autocast
+
+from ..context import TaskContext, current
+from ..tasks import TaskNames
+from .ffn_blocks import Place
+
+_STD = 0.02  # of the routers at the start
+
+
+class TokenRoute(NamedTuple):
+    """What a router decided for x ``[..., d]``: ``experts [..., k]`` int64 and ``weights [..., k]``, which sum to 1."""
+
+    experts: Tensor
+    weights: Tensor
+
+
+class TokenRouters(TaskNames):
+    """All routers of an adapter, and which linear is where.
+
+    Attributes:
+        routers: ``[E, d]`` for each network, N(0, 0.02^2).
+        places: place of every routed linear, by name.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        names: Sequence[str] | None,
+        places: Mapping[str, Place],
+        widths: Mapping[str, int],
+        num_experts: int,
+        top_k: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_tasks, names, device=device)
+        self.places, self.num_experts, self.top_k = dict(places), num_experts, top_k
+        self.routers = nn.ParameterDict(
+            {
+                _key(block): nn.Parameter(torch.empty(num_experts, width, device=device, dtype=dtype))
+                for block, width in widths.items()
+            }
+        )
+        self._outside: dict[Any, tuple[Tensor, TokenRoute]] = {}  # routes of layers called outside a model's forward
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for router in self.routers.values():
+            nn.init.normal_(router, std=_STD)
+
+    def route(self, block: str, x: Tensor) -> TokenRoute:
+        """The route of x ``[..., d]``; linears that read the same x one after the other get the same one."""
+        context = current()
+        store, key = self._store(context), (id(self), block)
+        known = store.get(key)
+        if known is None or known[0] is not x:
+            known = store[key] = (x, self._decide(block, x, context))
+        return known[1]
+
+    def last_route(self, block: str) -> TokenRoute:
+        """The route that the network's entry has used, for its exit.
+
+        Raises:
+            ValueError: the entry has not been called.
+        """
+        known = self._store(current()).pop((id(self), block), None)
+        if known is None:
+            raise ValueError(f"the exit of the feed-forward network {block!r} was called before its entry")
+        return known[1]
+
+    def _store(self, context: TaskContext | None) -> dict[Any, Any]:
+        return self._outside if context is None else context.shared
+
+    def _decide(self, block: str, x: Tensor, context: TaskContext | None) -> TokenRoute:
+        router = self.routers[_key(block)]
+        dtype = torch.promote_types(router.dtype, torch.float32)
+        with without_autocast(x.device):
+            probabilities = (x.to(dtype) @ router.to(dtype).T).softmax(-1)
+            best, experts = probabilities.topk(self.top_k, dim=-1)
+            if context is not None and context.terms is not None:
+                context.terms.append(load_balance(probabilities, experts[..., 0], context.attention_mask))
+            return TokenRoute(experts, best / best.sum(-1, keepdim=True))
+
+    def part_sizes(self) -> dict[str, int]:
+        return {"routers": sum(router.numel() for router in self.routers.values())}
+
+
+def load_balance(probabilities: Tensor, best: Tensor, mask: Tensor | None) -> Tensor:
+    """``E sum_e f_e P_e``: 1 where experts share the tokens evenly, E where one has them all.
+
+    f_e is the share of tokens whose best expert is e (no gradient), P_e the mean probability of e.
+
+    Args:
+        probabilities: ``[..., E]``. best: ``[...]``.
+        mask: ``[...]``, 0 for padding, which does not count; None, or one of another shape, counts all.
+    """
+    weights = torch.ones_like(best, dtype=probabilities.dtype)
+    if mask is not None and mask.shape == best.shape:
+        weights = mask.to(probabilities)
+    weights = (weights / weights.sum().clamp_min(1)).flatten()
+    chosen = nn.functional.one_hot(best.flatten(), probabilities.shape[-1]).to(probabilities)
+    share, mean = weights @ chosen, weights @ probabilities.flatten(0, -2)
+    return probabilities.shape[-1] * (share * mean).sum()
+
+
+def _key(block: str) -> str:
+    """A name for a block that may name a parameter."""
+    return block.replace(".", "/") or "linear"

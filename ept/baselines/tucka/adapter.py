@@ -1,0 +1,181 @@
+"""TuckA's trainable part of one layer: cores, basis and expert factors, and the update that a route makes of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ept.layer_adapter import LayerAdapter
+from ept.tasks import TaskIds
+from ept_kernels import PyramidGeometry, pyramid_delta, pyramid_linear, pyramid_weight, without_autocast
+from ept_kernels.autocast import autocast_dtype
+
+from .config import TuckAConfig
+from .route import Route
+from .shared import SharedRouter, routing_layer
+
+UNMERGEABLE = (
+    "TuckA picks a group and weights for every batch, so no task has a weight of its own to merge; fix one route "
+    "first: ept.fix_route(model, group, weights)"
+)
+
+
+class TuckerAdapter(LayerAdapter):
+    """The multiplicative update of one linear map's input, without the map: ``x -> x + alpha x U M U^T``.
+
+    ``M = sum_i w_i sum_p C[i, p] G[g, p]`` for the route ``(g, w)`` of the batch; the chosen group's G, U and C are
+    each divided by their Frobenius norm. M is one dense ``[r, r]`` matrix for the batch, so the update is the pyramid
+    op of scale 1 with ``A = alpha (U M)^T``, ``B = U`` and the folded kernel 1: every backend serves it. Routes, norms
+    and cores, their gradients included, are ordinary autograd on tensors no larger than ``[in, r]``.
+
+    At the start the update is small, not zero: the norms of its factors are one, whatever their scale. "kaiming" is the
+    method as published. "centred" draws the same values and takes from each row of C its mean: the slices of a core
+    being equal at first, M is then zero for every route (exactly for p = 2, to rounding for more), while C and G get
+    gradients from the first step and U from the second. It needs p >= 2.
+
+    Args:
+        in_features, out_features: sizes of the map.
+        config: the adapter's hyperparameters.
+        shared: the router. Referenced, not registered: its owner saves it.
+        name: the map's name in its model.
+
+    Attributes:
+        G: ``[K, p, r, r]``, one slice copied to all at the start. U: ``[in, r]``. C: ``[t, p]``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: TuckAConfig,
+        shared: SharedRouter,
+        *,
+        name: str = "",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, config, shared, name=name)
+        self.geometry = PyramidGeometry(in_features, out_features, config.r, (1,))
+        self.input_geometry = PyramidGeometry(in_features, in_features, config.r, (1,))
+        self.alpha, self.init = config.lora_alpha, config.init
+        factory = {"device": device, "dtype": dtype}
+        self.G = nn.Parameter(torch.empty(config.num_groups, config.core_rank, config.r, config.r, **factory))
+        self.U = nn.Parameter(torch.empty(in_features, config.r, **factory))
+        self.C = nn.Parameter(torch.empty(config.group_size, config.core_rank, **factory))
+        self.reset_adapter_parameters()
+
+    @classmethod
+    def make_shared(
+        cls,
+        config: TuckAConfig,
+        features: Mapping[str, tuple[int, int]],
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> SharedRouter:
+        layer = routing_layer(list(features), config.router_module)
+        return SharedRouter(config, features[layer][0], layer, device=device, dtype=dtype)
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Why there is nothing to merge, until the route is fixed."""
+        return UNMERGEABLE if self.shared.fixed is None else None
+
+    @torch.no_grad()
+    def reset_adapter_parameters(self) -> None:
+        """Kaiming-uniform values, all slices of all cores alike; the norms that they are divided by keep their scale
+        out of the update, but not out of an optimizer's step relative to them."""
+        nn.init.kaiming_uniform_(self.G[0, 0], a=math.sqrt(5))
+        self.G.copy_(self.G[0, 0].clone().expand_as(self.G))
+        nn.init.kaiming_uniform_(self.U, a=math.sqrt(5), mode="fan_out")
+        nn.init.kaiming_uniform_(self.C, a=math.sqrt(5), mode="fan_out")
+        if self.init == "centred":
+            self.C -= self.C.mean(1, keepdim=True)
+
+    def factors(self, route: Route) -> tuple[Tensor, Tensor]:
+        """``A [r, in]``, ``B [in, r]`` with ``x A^T B^T`` the update of a route; all norms are in A, so that B is U.
+
+        Differentiable in G, U, C and the route's weights.
+        """
+        with without_autocast(self.U.device):
+            slices = self.G.index_select(0, route.group)[0]
+            shares = route.weights.to(self.C.dtype) @ self.C
+            shares = shares * (self.alpha / (slices.norm() * self.C.norm() * self.U.square().sum()))
+            core = (shares @ slices.flatten(1)).view_as(slices[0])
+            return core.T @ self.U.T, self.U
+
+    def update(self, x: Tensor, route: Route) -> Tensor:
+        """``alpha x U M U^T``: what goes to the input of any layer. x ``[..., in]`` -> the same shape.
+
+        Raises:
+            ValueError: x of another width.
+        """
+        A, B = self.factors(route)
+        return pyramid_delta(x, A, B, A.new_ones(1, 1), None, self.input_geometry, dropout_p=self.dropout_p)
+
+    def around(self, base: Callable[[Tensor], Tensor], x: Tensor, task_ids: TaskIds | None = None) -> Tensor:
+        """The adapted map, for any ``base``: its input is changed. Without a route it is the base."""
+        route = self.shared.route(x, self.layer_name)
+        return base(x if route is None else x + self.update(x, route))
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, task_ids: TaskIds | None = None) -> Tensor:
+        """The adapted linear, x ``[..., in]`` -> ``[..., out]``; weight ``[out, in]``, bias ``[out]`` or None.
+
+        In half precision the update goes through the weight: ``x W^T + x A^T (W U)^T``, one op that rounds the sum
+        once. Added to x it would mostly be lost: an update of 3e-4 of x, the usual size at the start, is less than the
+        distance of two bfloat16 numbers, and a fifth of it survives.
+
+        Raises:
+            ValueError: x of another width, or a weight or bias of another shape or dtype.
+        """
+        route = self.shared.route(x, self.layer_name)
+        if route is None:
+            return F.linear(x, weight, bias)
+        if (autocast_dtype(x) or x.dtype).itemsize >= 4:
+            return F.linear(x + self.update(x, route), weight, bias)
+        A, B = self.factors(route)
+        through = self._through(weight, B)
+        return pyramid_linear(
+            x, weight, bias, A, through, A.new_ones(1, 1), None, self.geometry, dropout_p=self.dropout_p
+        )
+
+    def weight_update(self, weight: Tensor, route: Route) -> Tensor:
+        """What a fixed route adds to a weight: ``W (I + alpha U M U^T)^T - W = alpha (W U) M^T U^T``.
+
+        weight ``[out, in]`` -> ``[out, in]`` in the adapter's dtype; differentiable.
+        """
+        A, B = self.factors(route)
+        return pyramid_weight(A, self._through(weight.to(A.dtype), B), A.new_ones(1, 1), self.geometry)[0]
+
+    @staticmethod
+    def _through(weight: Tensor, B: Tensor) -> Tensor:
+        """``W U``: the basis as the outputs see it, ``[out, r]`` in the dtype of B."""
+        with without_autocast(weight.device):
+            return (weight @ B.to(weight.dtype)).to(B.dtype)
+
+    def delta_weight(self, task: int | str | None = None) -> Tensor:
+        """Always refused: the update multiplies the weight, see ``weight_update``.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("TuckA's update depends on the weight that it multiplies; use weight_update(weight, route)")
+
+    def merge_into(self, weight: Tensor, task: int) -> Tensor:
+        """``weight [out, in]`` under the fixed route, added in at least fp32 and rounded once; ``task`` is any.
+
+        Raises:
+            ValueError: the route is not fixed.
+        """
+        if self.unmergeable is not None:
+            raise ValueError(self.unmergeable)
+        delta = self.weight_update(weight, self.shared.fixed)
+        wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), delta.dtype)
+        return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+
+    def part_sizes(self) -> dict[str, int]:
+        return {"cores": self.G.numel(), "bases": self.U.numel(), "expert factors": self.C.numel()}

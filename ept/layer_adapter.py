@@ -1,0 +1,175 @@
+"""``LayerAdapter``: what a method adds to one linear map, and all that layers, tuner and trainer ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapter_config import AdapterConfig
+from .context import TaskContext, current
+from .tasks import TaskIds, TaskNames, TaskSet
+
+#: A method's additional losses by name, each with the weight that it has in the total: ``{name: (weight, value)}``.
+WeightedLosses = dict[str, tuple[float, Tensor]]
+
+
+class LayerAdapter(nn.Module):
+    """The trainable part of one adapted linear map, without the map.
+
+    A subclass sets every parameter and buffer it has in ``reset_adapter_parameters``, and gives ``delta`` (an update
+    that is added to the map's output) or ``around`` (any other), ``delta_weight`` if it merges, and ``linear`` where
+    one op can serve map and update together.
+
+    Args:
+        in_features, out_features: sizes of the map.
+        config: the method's hyperparameters.
+        shared: the adapter's tasks and what all its layers share. Referenced, not registered: its owner saves it.
+        name: the map's name in its model, by which ``shared`` may tell layers apart.
+
+    Attributes:
+        unmergeable: why no task's update can be put into the weight, or None where it can.
+        stacks: whether several adapters of the method may be active at once.
+        expert_labels: what each expert of ``route`` is, for reports: kernel sizes, ranks or numbers; None without one.
+        expert_kind: what these labels are.
+    """
+
+    unmergeable: str | None = None
+    stacks: ClassVar[bool] = True
+    expert_labels: tuple[int, ...] | None = None
+    expert_kind: ClassVar[str] = "expert"
+
+    def __init__(
+        self, in_features: int, out_features: int, config: AdapterConfig, shared: TaskSet, *, name: str = ""
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.layer_name = in_features, out_features, name
+        self.dropout = nn.Dropout(config.lora_dropout)
+        self._shared = (shared,)
+
+    @property
+    def shared(self) -> TaskSet:
+        return self._shared[0]
+
+    @classmethod
+    def make_shared(
+        cls,
+        config: AdapterConfig,
+        features: Mapping[str, tuple[int, int]],
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> TaskSet:
+        """The tasks, and what all layers of an adapter share.
+
+        Args:
+            features: ``(in_features, out_features)`` of every layer that will be adapted, by name.
+
+        Raises:
+            ValueError: layers that the method cannot adapt together.
+        """
+        return TaskNames(config.num_tasks, config.task_names, device=device)
+
+    @classmethod
+    def check_features(cls, config: AdapterConfig, in_features: int, out_features: int) -> None:
+        """Raise ValueError if ``config`` does not fit a map of these sizes."""
+
+    @property
+    def dropout_p(self) -> float:
+        """Probability with which this call drops an entry of the adapter's input: 0 outside training."""
+        return self.dropout.p if self.training else 0.0
+
+    def reset_adapter_parameters(self) -> None:
+        """Fresh initial values of everything here."""
+        raise NotImplementedError
+
+    def delta(self, x: Tensor, task_ids: TaskIds | None = None) -> Tensor:
+        """What is added to the map's output for x ``[..., in]``: ``[..., out]`` in the dtype of x."""
+        raise NotImplementedError
+
+    def around(self, base: Callable[[Tensor], Tensor], x: Tensor, task_ids: TaskIds | None = None) -> Tensor:
+        """The adapted map, for any ``base`` that maps ``[..., in]`` to ``[..., out]``."""
+        output = base(x)
+        return output + self.delta(x.to(output.dtype), task_ids)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, task_ids: TaskIds | None = None) -> Tensor:
+        """The adapted map, for a dense frozen ``weight [out, in]`` and ``bias [out]`` or None."""
+        return self.around(lambda rows: F.linear(rows, weight, bias), x, task_ids)
+
+    def delta_weight(self, task: int | str | None = None) -> Tensor:
+        """The dense update of one task, ``[out, in]`` in the adapter's dtype; differentiable.
+
+        Raises:
+            ValueError, TypeError: unknown task, or none where there are several; a method that does not merge.
+        """
+        raise ValueError(self.unmergeable)
+
+    def merge_into(self, weight: Tensor, task: int) -> Tensor:
+        """``weight [out, in]`` with one task's update, added in at least fp32 and rounded once; ``weight`` is kept."""
+        delta = self.delta_weight(task)
+        wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), delta.dtype)
+        return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+
+    def resolve_one(self, task: int | str | None) -> int | Tensor:
+        """The id of one task.
+
+        Raises:
+            ValueError, TypeError: an unknown task, or several.
+        """
+        if task is not None and not isinstance(task, (int, str)):
+            raise TypeError(f"task must be an id or a name, got {type(task).__name__}")
+        return self.shared.resolve(task)
+
+    def tasks_for(self, x: Tensor, task_ids: TaskIds | None) -> int | Tensor:
+        """Resolved tasks of a call: the argument, else the current context's, checked against the batch of x.
+
+        Raises:
+            ValueError, TypeError: as ``TaskSet.resolve``, or a number of ids that does not fit the batch.
+        """
+        explicit, shared, resolved = task_ids is not None, self.shared, False
+        if not explicit and shared.num_tasks > 1:
+            context = current()
+            if context is not None:
+                self.collect(context, x)
+                task_ids = context.task_ids
+                resolved = any(other is shared for other in context.tables)
+        tasks = task_ids if resolved else shared.resolve(task_ids)
+        if isinstance(tasks, Tensor) and tasks.dim():
+            batch = x.shape[0] if x.dim() > 1 else 1
+            # Inside a model a layer may see beams, windows or flattened tokens: whole multiples, sample by sample.
+            several = not explicit and len(tasks) > 0 and batch % len(tasks) == 0
+            if not (several or batch == len(tasks)):
+                raise ValueError(
+                    f"task_ids must hold one id for each of the {batch} samples of x {list(x.shape)}, got {len(tasks)}"
+                )
+        return tasks
+
+    def collect(self, context: TaskContext, x: Tensor) -> None:
+        """Leave in ``context`` what the method's loss needs to know of an input."""
+
+    @classmethod
+    def collects(cls, config: AdapterConfig) -> tuple[bool, bool]:
+        """Whether a training forward pass collects ``context.pooled`` and ``context.terms``."""
+        return False, False
+
+    @classmethod
+    def losses(
+        cls,
+        config: AdapterConfig,
+        shared: TaskSet,
+        adapters: Mapping[str, LayerAdapter],
+        context: TaskContext | None,
+    ) -> WeightedLosses:
+        """The method's own losses after a training forward pass, which ``context`` holds; see ``ept.auxiliary_loss``.
+
+        Raises:
+            ValueError: there has been no such pass, and the loss needs one.
+        """
+        return {}
+
+    def part_sizes(self) -> dict[str, int]:
+        """How many trained numbers there are, by what they are."""
+        raise NotImplementedError

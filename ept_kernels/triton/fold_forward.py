@@ -1,0 +1,141 @@
+"""From task embeddings to folded kernels in one launch, a program a group.
+
+logits[g, e] = sum_d gate[e, d] table[task_g, d]        gates[g] = softmax of the top_k logits, 0 for the other experts
+Kbar[g, f] = sum_e gates[g, e] factor[e] K_e[f]         A group whose task does not exist gets NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import fold_config
+from .fold_layout import Layout, task_of
+from .launch import FROM_BATCH, launch
+from .target import on_its_device
+
+
+@triton.jit(do_not_specialize=FROM_BATCH)
+def fold_kernel(
+    gate_ptr,  # [E, width]
+    table_ptr,  # [T, width]
+    tasks_ptr,  # [G] int64, or None: first_task and those after it
+    packed_ptr,  # [P]
+    source_ptr,  # [E, entries]
+    scale_ptr,  # [E]
+    factor_ptr,  # [E]
+    folded_ptr,  # [G, entries]
+    active_ptr,  # [G, scales] bool
+    gates_ptr,  # [G, E], -1 where not selected; or None
+    probability_ptr,  # [G, E], the softmax over all experts; or None
+    first_task,
+    num_tasks,
+    experts,
+    width,
+    entries,
+    scales,
+    top_k,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    group = tl.program_id(0)
+    task = task_of(tasks_ptr, first_task, group, True)
+    known = (task >= 0) & (task < num_tasks)
+    line = table_ptr + tl.where(known, task, 0) * width
+    e = tl.arange(0, BLOCK_E)
+    exists = e < experts
+
+    products = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        gate = tl.load(
+            gate_ptr + e[:, None] * width + d[None, :], mask=exists[:, None] & (d < width)[None, :], other=0.0
+        )
+        products += gate * tl.load(line + d, mask=d < width, other=0.0)[None, :]
+    logits = tl.where(known, tl.sum(products, 1), float("nan"))
+
+    # How many experts come before: NaN ranks above every number, so that it shows; ties go to the first expert.
+    key = tl.where(logits != logits, float("inf"), logits)
+    key = tl.where(exists, key, float("-inf"))
+    before = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & (e[None, :] < e[:, None]))
+    selected = exists & (tl.sum(before.to(tl.int32), 1) < top_k)
+
+    highest = tl.max(tl.where(exists, logits, float("-inf")), 0)
+    powers = tl.where(exists, tl.exp(logits - highest), 0.0)
+    chosen = tl.where(selected, powers, 0.0)
+    gates = chosen / tl.sum(chosen, 0)
+    place = group.to(tl.int64) * experts + e
+    if gates_ptr is not None:
+        tl.store(gates_ptr + place, tl.where(selected, gates, -1.0), mask=exists)
+    if probability_ptr is not None:
+        tl.store(probability_ptr + place, powers / tl.sum(powers, 0), mask=exists)
+
+    s = tl.arange(0, BLOCK_S)
+    scale = tl.load(scale_ptr + e, mask=exists, other=-1)
+    uses = (scale[:, None] == s[None, :]) & selected[:, None]
+    tl.store(active_ptr + group.to(tl.int64) * scales + s, tl.max(uses.to(tl.int32), 0) != 0, mask=s < scales)
+
+    weight = gates * tl.load(factor_ptr + e, mask=exists, other=0.0)
+    for start in range(0, entries, BLOCK_F):
+        f = start + tl.arange(0, BLOCK_F)
+        wanted = selected[:, None] & (f < entries)[None, :]
+        source = tl.load(source_ptr + e[:, None] * entries + f[None, :], mask=wanted, other=-1)
+        kernels = tl.load(packed_ptr + source, mask=source >= 0, other=0.0)
+        total = tl.sum(tl.where(source >= 0, weight[:, None] * kernels, 0.0), 0)
+        tl.store(folded_ptr + group.to(tl.int64) * entries + f, total, mask=f < entries)
+
+
+@on_its_device
+def fold_forward(
+    gate: Tensor,
+    table: Tensor,
+    tasks: Tensor | None,
+    first_task: int,
+    groups: int,
+    packed: Tensor,
+    layout: Layout,
+    scales: int,
+    top_k: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """``(folded [G, folded_size], active [G, S] bool, gates [G, E], probability [G, E])``.
+
+    Args:
+        tasks: ``[G]`` int64; or None: ``first_task`` and the tasks after it.
+        packed: ``[P]``, the kernels one after the other.
+        keep: whether the last two results, which the backward reads, are wanted; ``probability`` only where
+            ``top_k = 1``. Gates are -1 where an expert is not selected.
+    """
+    (experts, width), entries = gate.shape, layout.source.shape[1]
+    folded = gate.new_empty(groups, entries)
+    active = gate.new_empty((groups, scales), dtype=torch.bool)
+    gates = gate.new_empty(groups, experts) if keep else None
+    probability = gate.new_empty(groups, experts) if keep and top_k == 1 else None
+    launch(
+        fold_kernel,
+        (groups,),
+        gate,
+        table,
+        tasks,
+        packed,
+        layout.source,
+        layout.scale,
+        layout.factor,
+        folded,
+        active,
+        gates,
+        probability,
+        first_task,
+        len(table),
+        experts,
+        width,
+        entries,
+        scales,
+        top_k,
+        config=fold_config(experts, width, entries, scales),
+    )
+    return folded, active, gates, probability

@@ -1,0 +1,179 @@
+"""The quality benchmark: what it runs, that it goes on where it was, and that its report says what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import quality
+from quality_plan import ABLATIONS, METHODS, Bench, Run, best_rate, candidates, finals
+from quality_report import Results, mean_and_error, verdicts, write_report
+from quality_run import RunLog, hold_out
+from rich.console import Console
+
+from ept.data import TaskData
+from ept.training.systems import SYSTEMS
+
+BENCH = Bench(
+    suite="embedded",
+    data="nowhere",
+    tasks=None,
+    model="tiny",
+    methods=("lora", "ept"),
+    ablations=False,
+    steps=2,
+    selection_steps=1,
+    seeds=2,
+    rates=(1.0, 2.0),
+    batch_size=4,
+    max_length=16,
+    bf16=False,
+    eval_limit=8,
+)
+
+
+def record(mean: float, parameters: int = 100) -> dict:
+    return {
+        "scores": {"a": mean, "b": mean},
+        "metrics": {"a": "accuracy", "b": "pearson"},
+        "test": {},
+        "baseline": {"a": 0.5, "b": 0.0},
+        "mean": mean,
+        "rows": {"a": [10, 5], "b": [10, 5]},
+        "parameters": {"adapter": parameters, "other": 7},
+        "expert_use": {"a": {"2": 0.25, "4": 0.75}, "b": {"2": 1.0, "4": 0.0}},
+        "seconds": 1.0,
+        "device": "cpu",
+        "versions": {"torch": "2"},
+    }
+
+
+def finished(tmp_path: Path, bench: Bench = BENCH) -> RunLog:
+    """A log in which the second rate is the best one, EPT is 0.1 ahead, and every seed adds 0.02."""
+    log = RunLog(tmp_path / "runs.jsonl", bench)
+    for method in bench.methods:
+        for place, run in enumerate(candidates(bench, method)):
+            log.add(run, record(0.3 + 0.1 * place))
+    rates = {method: best_rate(bench, method, log) for method in bench.methods}
+    for seed in range(bench.seeds):
+        for run in finals(bench, rates, seed):
+            log.add(run, record(0.5 + 0.02 * seed + 0.1 * (run.method == "ept"), 50 if run.method == "ept" else 100))
+    return log
+
+
+def test_every_system_is_in_the_comparison() -> None:
+    assert set(METHODS) == set(SYSTEMS)
+
+
+def test_the_plan_selects_a_rate_and_then_runs_every_seed(tmp_path: Path) -> None:
+    log = finished(tmp_path)
+    default = SYSTEMS["ept"].learning_rate
+    assert [run.lr for run in candidates(BENCH, "ept")] == [default, 2 * default]
+    assert best_rate(BENCH, "ept", log) == 2 * default
+    with_ablations = replace(BENCH, ablations=True)
+    runs = finals(with_ablations, {"lora": 1.0, "ept": 2.0}, seed=1)
+    assert [run.ablation for run in runs] == [None, None, *ABLATIONS]
+    assert {run.lr for run in runs if run.method == "ept"} == {2.0}
+
+
+def test_equal_rates_give_the_lower_one(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "runs.jsonl", BENCH)
+    for run in candidates(BENCH, "lora"):
+        log.add(run, record(0.4))
+    assert best_rate(BENCH, "lora", log) == SYSTEMS["lora"].learning_rate
+
+
+def test_the_log_survives_a_crash_and_knows_its_settings(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    log = finished(tmp_path)
+    first, second = candidates(BENCH, "lora")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:2]) + "\n" + lines[2][:40])  # killed while it wrote the third
+    log = RunLog(path, BENCH)
+    assert first in log
+    assert second in log
+    assert candidates(BENCH, "ept")[0] not in log
+    log.add(candidates(BENCH, "ept")[0], record(0.9))
+    assert RunLog(path, BENCH)[candidates(BENCH, "ept")[0]]["mean"] == 0.9
+    assert first not in RunLog(path, replace(BENCH, batch_size=8))
+    assert first in RunLog(path, replace(BENCH, data="moved", seeds=5))
+
+
+def test_held_out_rows_come_from_training_and_leave_it(tasks: list[TaskData]) -> None:
+    task = tasks[1]
+    held = hold_out(task)
+    assert held.test is None
+    assert len(held.validation) == len(task.train) // 10
+    assert len(held.train) + len(held.validation) == len(task.train)
+    assert sorted([*held.train["text"], *held.validation["text"]]) == sorted(task.train["text"])
+    assert hold_out(task).validation["text"] == held.validation["text"]
+
+
+def test_the_report_shows_means_errors_and_the_comparison(tmp_path: Path) -> None:
+    log = finished(tmp_path)
+    paths = write_report(tmp_path / "out", BENCH, log, "python benchmarks/quality.py")
+    assert {path.name for path in paths} == {"report.md", "summary.json", "parameters.png", "experts.png"}
+    text = (tmp_path / "out" / "report.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| EPT |"))
+    assert row.split(" | ")[1:] == ["0.003", "25", "0.610 ± 0.010", "0.610 ± 0.010", "0.610 ± 0.010", "2 |"]
+    assert verdicts(Results(BENCH, log)) == ["- LoRA: EPT +0.100 (± 0.000 over 2 seeds) at 0.50 times its parameters."]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["methods"]["lora"]["mean"] == pytest.approx(0.51)
+    assert summary["methods"]["lora"]["standard_error"] == pytest.approx(0.01)
+
+
+def test_an_unfinished_benchmark_reports_what_is_there(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "runs.jsonl", BENCH)
+    assert write_report(tmp_path / "out", BENCH, log, "") == []
+    assert not (tmp_path / "out").exists()
+    for run in candidates(BENCH, "lora"):
+        log.add(run, record(0.4))
+    log.add(Run("final", "lora", SYSTEMS["lora"].learning_rate, 0, BENCH.steps), record(0.4))
+    write_report(tmp_path / "out", BENCH, log, "")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| LoRA |" in text
+    assert "| EPT |" not in text
+
+
+def test_one_value_has_no_error() -> None:
+    mean, error = mean_and_error([0.5])
+    assert mean == 0.5
+    assert error != error
+
+
+def test_it_trains_scores_and_goes_on_where_it_was(
+    tmp_path: Path, tasks: list[TaskData], toys: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    toys.make_base("encoder").save_pretrained(model)
+    toys.make_tokenizer("encoder").save_pretrained(model)
+    bench = replace(BENCH, model=str(model), seeds=1, ablations=True)
+    log = RunLog(tmp_path / "runs.jsonl", bench)
+    quality.run_all(bench, tasks[:2], log, Console(quiet=True))
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * (2 + 1) + len(ABLATIONS)
+    found = json.loads(lines[-1])["record"]
+    assert found["rows"] == {"polarity": [60, 20], "topic": [200, 20]}
+    assert set(found["scores"]) == {"polarity", "topic"}
+    monkeypatch.setattr(quality, "execute", lambda *_: pytest.fail("a finished run ran again"))
+    quality.run_all(bench, tasks[:2], RunLog(tmp_path / "runs.jsonl", bench), Console(quiet=True))
+    assert write_report(tmp_path / "out", bench, log, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "glue"], "--data is missing: the suite 'glue' has no data of its own"),
+        (["--suite", "embedded", "--methods", "ept,magic"], "--methods: unknown magic; allowed: lora"),
+        (["--suite", "embedded", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser: argparse.ArgumentParser = quality.build_parser()
+    with pytest.raises(SystemExit):
+        quality.bench_of(parser, parser.parse_args(arguments))
+    assert message in capsys.readouterr().err

@@ -1,0 +1,239 @@
+"""The fused router and fold in the interpreter against plain float64 operations: values, gradients, launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from fold_testing import (
+    FoldCase,
+    assert_matches_definition,
+    assert_nan_shows,
+    assert_only_what_is_asked_for,
+    assert_ties_go_to_the_first,
+    by_definition,
+)
+from interpreter_trace import traced
+from pyramid_testing import Recorder, assert_matches, assert_same_bits, poisoned_memory
+
+import ept.adapter
+import ept_kernels
+from ept import EPTConfig, EPTLinear
+from ept_kernels import PyramidGeometry, eager, task_folding
+from ept_kernels.triton import launch
+from ept_kernels.triton.fold import MOST_EXPERTS, fold_tasks
+
+# --- values and gradients ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_it_matches_the_definition(seed: int) -> None:
+    with traced():
+        assert_matches_definition(FoldCase(seed), fold_tasks)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_expert_passes_its_gradient_straight_through(seed: int) -> None:
+    with traced():
+        assert_matches_definition(FoldCase(seed, top_k=1), fold_tasks)
+
+
+def test_the_cases_cover_what_they_should() -> None:
+    cases = [FoldCase(seed) for seed in range(24)]
+    kinds = {type(case.tasks) for case in cases}
+    assert kinds == {int, torch.Tensor, type(None)}
+    assert any(isinstance(case.tasks, torch.Tensor) and not len(case.tasks) for case in cases), "no task at all"
+    assert {1, 9} <= {case.geometry.num_experts for case in cases}
+    assert any(list(case.geometry.kernel_sizes) != sorted(case.geometry.kernel_sizes) for case in cases)
+
+
+class Large(FoldCase):
+    """Sizes beyond one tile: channels, entries, experts, groups."""
+
+    def __init__(self, top_k: int) -> None:
+        torch.manual_seed(top_k)
+        sizes = (8, 9, 10, 11, 12) * 7
+        self.geometry, self.top_k = PyramidGeometry(40, 40, 2, sizes), top_k
+        self.parameters = (torch.randn(35, 150), torch.randn(5, 150), *(torch.randn(k, k) for k in sizes))
+        self.tasks = torch.tensor([4, 0, 0, 2, 4, 1] * 3)
+        self.cotangent = torch.randn(18, self.geometry.folded_size)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 35])
+def test_sizes_beyond_one_tile(top_k: int) -> None:
+    assert_matches_definition(Large(top_k), fold_tasks)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_saturated_router_keeps_its_gradient(top_k: int) -> None:
+    """One gate rounds to 1; the others, and what pulls at them, do not round to 0."""
+    case = FoldCase(0)
+    case.geometry, case.top_k, case.tasks = PyramidGeometry(16, 16, 2, (2, 2, 2)), top_k, 0
+    case.parameters = (torch.tensor([[20.0], [2.0], [1.0]]), torch.ones(1, 1), *(torch.randn(2, 2) for _ in range(3)))
+    case.cotangent = torch.randn(1, 4)
+    exact, results = case.results(by_definition, torch.float64), case.results(fold_tasks)
+    for name in ("gate", "table", "kernel 0", "kernel 1"):
+        assert exact[name].any() or (name, top_k) == ("kernel 1", 1)
+        assert_matches(results[name], exact[name], 1e-5, name)
+
+
+def test_without_gradients_the_values_are_the_same() -> None:
+    case = FoldCase(3)
+    with torch.no_grad(), poisoned_memory():
+        folded, active = case.fold(fold_tasks)
+    expected = case.results(fold_tasks)
+    assert_same_bits(folded, expected["folded"])
+    assert_same_bits(active, expected["active"])
+    assert not folded.requires_grad
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2], ids=["gate", "table", "kernel"])
+def test_only_the_gradients_asked_for(wanted: int) -> None:
+    assert_only_what_is_asked_for(FoldCase(5), fold_tasks, wanted)
+
+
+def test_repeats_are_equal_to_the_bit() -> None:
+    first, second = (Large(2).results(fold_tasks) for _ in range(2))
+    for name, value in first.items():
+        assert_same_bits(value, second[name], name)
+
+
+def test_a_gradient_that_is_no_contiguous_tensor() -> None:
+    case = FoldCase(5)
+    leaves = [p.clone().requires_grad_() for p in case.parameters]
+    folded, _ = case.fold(fold_tasks, leaves)
+    gradients = torch.autograd.grad(folded.sum(), leaves)  # expanded from one number
+    case.cotangent = torch.ones_like(case.cotangent)
+    for gradient, expected in zip(gradients, list(case.results(fold_tasks).values())[2:], strict=True):
+        assert_same_bits(gradient, expected)
+
+
+# --- edges ------------------------------------------------------------------------------------------------------------
+
+
+def test_ties_go_to_the_first_expert() -> None:
+    assert_ties_go_to_the_first(fold_tasks)
+
+
+@pytest.mark.parametrize("seed", [7, 11])
+@pytest.mark.parametrize("top_k", [1, None])
+def test_nan_shows(seed: int, top_k: int | None) -> None:
+    assert_nan_shows(FoldCase(seed, top_k), fold_tasks)
+
+
+def test_an_expert_that_is_not_selected_is_not_read() -> None:
+    """Not even NaN in its kernel, or in the gradients of tasks that do not use it, reaches anything."""
+    geometry = PyramidGeometry(16, 16, 2, (2, 2))
+    gate, table = torch.tensor([[1.0], [-1.0]]), torch.tensor([[1.0], [-1.0]])
+    kernels = [torch.ones(2, 2).requires_grad_(), torch.full((2, 2), torch.nan).requires_grad_()]
+    folded, _ = fold_tasks(gate, table, None, kernels, 1, 1.0, geometry)
+    assert torch.equal(folded[0], torch.ones(4))
+    grads = torch.autograd.grad(folded, kernels, torch.tensor([[2.0], [torch.nan]]).expand(2, 4))
+    assert torch.equal(grads[0], torch.full((2, 2), 2.0))
+    assert grads[1].isnan().all()
+
+
+@pytest.mark.parametrize("task", [-1, 3])
+def test_a_task_that_the_table_lacks(task: int) -> None:
+    """Refused where it is an int; a tensor gives NaN, since its values are not read here. No load is out of bounds."""
+    geometry = PyramidGeometry(16, 16, 2, (2,))
+    parameters = torch.ones(1, 5).requires_grad_(), torch.ones(3, 5).requires_grad_()
+    with pytest.raises(IndexError, match=rf"task_ids holds {task}; allowed: 0 to 2"):
+        fold_tasks(*parameters, task, [torch.ones(2, 2)], 1, 1.0, geometry)
+    with traced():
+        folded, _ = fold_tasks(*parameters, torch.tensor([0, task]), [torch.ones(2, 2)], 1, 1.0, geometry)
+        assert folded.isnan().any(1).tolist() == [False, True]
+        folded.sum().backward()
+    assert parameters[0].grad.isnan().all()
+    assert parameters[1].grad.isfinite().all()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    case = FoldCase(5)
+    leaves = [p.clone().requires_grad_() for p in case.parameters]
+    folded, _ = case.fold(fold_tasks, leaves)
+    (gradient,) = torch.autograd.grad(folded.square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+# --- who is asked -----------------------------------------------------------------------------------------------------
+
+
+def test_the_chooser_takes_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the number of experts that fit a program; not where another backend is forced or a mode watches."""
+    case = FoldCase(3)
+    assert_same_bits(case.fold(ept_kernels.fold_tasks)[0], case.fold(fold_tasks)[0])
+    for experts in (MOST_EXPERTS, MOST_EXPERTS + 1):
+        geometry = PyramidGeometry(4, 4, 1, (1,) * experts)
+        kernels, gate = [torch.ones(1, 1)] * experts, torch.ones(experts, 2)
+        answer = ept_kernels.fold_tasks(gate, torch.ones(1, 2), 0, kernels, 1, 1.0, geometry)
+        assert (answer is None) == (experts > MOST_EXPERTS)
+    with Recorder():
+        assert case.fold(ept_kernels.fold_tasks) is None
+    monkeypatch.setenv("EPT_BACKEND", "torch")
+    assert case.fold(ept_kernels.fold_tasks) is None
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+#: Operations that only describe memory or take it.
+FREE = {"view", "reshape", "detach", "empty", "empty_like", "new_empty", "as_strided", "alias", "slice", "split", "t"}
+FREE |= {"expand", "_unsafe_view", "narrow", "unsqueeze", "split_with_sizes", "numpy_T", "promote_types"}
+
+
+@pytest.fixture
+def launches_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], list[str]]:
+    """What a call would launch on a GPU, by name, as eager code: the counter does not count as a watcher."""
+    for module in (task_folding, eager):
+        monkeypatch.setattr(module, "is_eager", lambda *tensors: True)
+
+    def count(call: Callable[[], object]) -> list[str]:
+        launched = []
+        with monkeypatch.context() as patch, Recorder() as recorder:
+            patch.setattr(launch, "runner", lambda kernel, *_: launched.append(kernel.__name__))
+            call()
+        return launched + [name for name in recorder.names() if name not in FREE]
+
+    return count
+
+
+@pytest.mark.parametrize("tasks", [1, torch.tensor([0, 1, 1]), None], ids=["int", "tensor", "all"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_two_launches_each_way(top_k: int, tasks: object, launches_of) -> None:
+    case = FoldCase(3, top_k)
+    case.tasks = tasks
+    leaves = [p.clone().requires_grad_() for p in case.parameters]
+    case.fold(fold_tasks, leaves)  # the first call for a geometry makes its tables
+    outputs = []
+    assert launches_of(lambda: outputs.append(case.fold(fold_tasks, leaves)[0])) == ["fold_kernel", "cat"]
+    cotangent = torch.ones_like(outputs[0])
+    backward = launches_of(lambda: torch.autograd.grad(outputs[0], leaves, cotangent))
+    assert backward == ["logits_grad_kernel", "fold_grad_kernel"]
+    only_kernels = [*case.parameters[:2], *leaves[2:]]
+    folded, _ = case.fold(fold_tasks, only_kernels)
+    assert launches_of(lambda: torch.autograd.grad(folded, leaves[2:], cotangent)) == ["fold_grad_kernel"]
+
+
+@pytest.mark.parametrize("task", [1, torch.tensor([0, 2, 1])], ids=["int", "tensor"])
+def test_an_eager_layer(task: object, launches_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of a layer with the default pyramid: what the composition launches, what is left of it."""
+    layer = EPTLinear(64, 48, config=EPTConfig(num_tasks=3, top_k=2))
+    x = torch.randn(3, 5, 64)
+    layer(x, task)
+
+    def step() -> tuple[list[str], list[str]]:
+        outputs = []
+        forward = launches_of(lambda: outputs.append(layer(x, task)))
+        cotangent = torch.ones_like(outputs[0])
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        return forward, launches_of(lambda: torch.autograd.grad(outputs[0], trained, cotangent))
+
+    fused = step()
+    monkeypatch.setattr(ept.adapter, "fold_tasks", lambda *_: None)
+    composed = step()
+    print({"fused": fused, "composed": composed})
+    saved = [len(before) - len(after) for before, after in zip(composed, fused, strict=True)]
+    assert saved[0] >= 12
+    assert saved[1] >= 20
