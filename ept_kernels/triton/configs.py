@@ -111,6 +111,8 @@ def factor_grad_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]
     channels = 64 if plan.block_columns <= 192 else 32
     if itemsize > 2:
         channels //= 2
+    if family() != "cdna" and itemsize > 2:  # a product in three TF32 parts: 32 rows spill, wider tiles far more
+        return [Config.of(BLOCK_T=16, BLOCK_C=channels, num_warps=8, num_stages=2)]
     small = Config.of(BLOCK_T=_fitting(32, rows), BLOCK_C=channels, num_warps=4, num_stages=2)
     if family() == "cdna":
         return [small]

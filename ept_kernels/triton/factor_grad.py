@@ -72,9 +72,9 @@ def span_sums(
         for t0 in range(start, end, BITS):
             t = t0 + tl.arange(0, BITS)
             seen |= tl.load(active_ptr + rank_block.to(tl.int64) * rows_total + t, mask=t < end, other=0)
-        used = ()
+        used = 0
         for s in tl.static_range(len(SCALES)):
-            used = used + (tl.max((seen >> s) & 1, 0) > 0,)
+            used += tl.max((seen >> s) & 1, 0) << s
         for t0 in range(start, end, BLOCK_T):
             lines = t0 + tl.arange(0, BLOCK_T)
             line_exists = lines < end
@@ -91,7 +91,7 @@ def span_sums(
                 columns, exists = block_columns(p0, rank, SCALES[s], SLOTS[s], RANKS[s], RANK_BLOCK)
                 core = tl.load(
                     core_ptr + lines[None, :] * WIDTH + COLUMNS[s] + columns[:, None],
-                    mask=line_exists[None, :] & exists[:, None] & used[s],
+                    mask=line_exists[None, :] & exists[:, None] & ((used >> s) & 1 > 0),
                     other=0.0,
                 )
                 updated = updated + (tl.dot(core, x, accumulators[s], input_precision=PRECISION),)

@@ -30,7 +30,8 @@ def run(script: Path, cache: Path, *words: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.parametrize(
-    ("target", "dtype"), [("sm_80", "bf16"), ("sm_90", "fp16"), ("sm_100", "bf16"), ("gfx942", "fp32")]
+    ("target", "dtype"),
+    [("sm_80", "bf16"), ("sm_86", "fp32"), ("sm_90", "fp16"), ("sm_100", "bf16"), ("gfx942", "fp32")],
 )
 def test_a_sample_of_what_ships_passes(target: str, dtype: str, tmp_path: Path) -> None:
     report = tmp_path / "report.csv"
