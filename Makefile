@@ -31,7 +31,7 @@ test: setup
 memcheck: setup
 	for tool in memcheck racecheck initcheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 99 \
-	    $(BIN)/python -m pytest tests/gpu/test_accuracy.py -k "small or determinism" -p no:cacheprovider || exit 1; \
+	    $(BIN)/python -m pytest tests/gpu/test_accuracy.py tests/gpu/test_fold.py -k "small or determinism" -p no:cacheprovider || exit 1; \
 	done
 
 static: setup

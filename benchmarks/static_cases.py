@@ -13,7 +13,11 @@ from dataclasses import dataclass
 import torch
 from static_record import Call
 
+from ept_kernels import PyramidGeometry
 from ept_kernels.triton import backend
+from ept_kernels.triton.fold_backward import fold_backward
+from ept_kernels.triton.fold_forward import fold_forward
+from ept_kernels.triton.fold_layout import layout_for
 from ept_kernels.triton.target import is_amd
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -118,6 +122,23 @@ def calls(case: Case, dtype: str) -> dict[Call, Callable[[], object]]:
             tensor(3, outside, inside, dtype=of_parameters), A, B, folded, scales, (True, True, True)
         )
 
+    def fold(top_k: int, tasks: torch.Tensor | None, copies: int = 2) -> None:
+        """Route and fold as an eager layer does, with ``copies`` experts of each scale; 64 are the most."""
+        geometry, width = PyramidGeometry(inside, outside, rank, scales * copies), 768 if case.wide else 50
+        layout = layout_for(geometry, 1.0, x.device)
+        gate, table, packed = tensor(len(scales) * copies, width), tensor(9, width), tensor(len(layout.expert))
+        routed = (gate, table, tasks, 0)
+        for keep in (False, True):
+            folded, _, *kept = fold_forward(*routed, 3, packed, layout, len(scales), top_k, keep)
+        for needs in ((True, True, True), (False, False, True)):
+            fold_backward(folded, *routed, packed, *kept, layout, needs)
+
+    def folds() -> None:
+        for tasks in (None, tensor(3, dtype=torch.int64)):
+            fold(2, tasks)
+        fold(1, None, copies=1)
+        fold(2, None, copies=64 // len(scales))
+
     def single_launch() -> None:
         if not is_amd():  # refused there
             linear(base="single", bias=bias, needs=everything)
@@ -139,4 +160,6 @@ def calls(case: Case, dtype: str) -> dict[Call, Callable[[], object]]:
         }
     if case.segments is None:
         work["weight"] = update
+        if dtype == "fp32":  # parameters are, whatever the rows
+            work["route and fold"] = folds
     return {Call(f"{name}; {case.name}", case.wide): start for name, start in work.items()}

@@ -51,6 +51,9 @@ EXPECTATIONS = {
     "weight_kernel": Expectation(matrix=_always, streams=_never),
     "weight_grad_kernel": Expectation(matrix=_always, streams=_never),
     "reduce_kernel": Expectation(matrix=_never, streams=_never),
+    "fold_kernel": Expectation(matrix=_never, streams=_never),
+    "logits_grad_kernel": Expectation(matrix=_never, streams=_never),
+    "fold_grad_kernel": Expectation(matrix=_never, streams=_never),
 }
 
 

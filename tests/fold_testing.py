@@ -46,6 +46,31 @@ class FoldCase:
         return {"folded": folded.detach(), "active": active, **dict(zip(names, gradients, strict=True))}
 
 
+class LargeFoldCase(FoldCase):
+    """Sizes beyond one tile of a fused kernel: channels, entries, experts, groups."""
+
+    def __init__(self, top_k: int, device: str = "cpu") -> None:
+        torch.manual_seed(top_k)
+        sizes = (8, 9, 10, 11, 12) * 7
+        self.geometry, self.top_k = PyramidGeometry(40, 40, 2, sizes), top_k
+        parameters = (torch.randn(35, 150), torch.randn(5, 150), *(torch.randn(k, k) for k in sizes))
+        self.parameters = tuple(parameter.to(device) for parameter in parameters)
+        self.tasks = torch.tensor([4, 0, 0, 2, 4, 1] * 3, device=device)
+        self.cotangent = torch.randn(18, self.geometry.folded_size).to(device)
+
+
+class SaturatedFoldCase(FoldCase):
+    """One gate rounds to 1 in fp32: the others, and what pulls at them, must not round to 0."""
+
+    def __init__(self, top_k: int, device: str = "cpu") -> None:
+        torch.manual_seed(top_k)
+        self.geometry, self.top_k, self.tasks = PyramidGeometry(16, 16, 2, (2, 2, 2)), top_k, 0
+        gate = torch.tensor([[20.0, -1.0], [2.0, 1.0], [1.0, 0.5]], device=device)
+        table = torch.tensor([[1.0, 0.0]], device=device)
+        self.parameters = (gate, table, *(torch.randn(2, 2).to(device) for _ in range(3)))
+        self.cotangent = torch.randn(1, 4).to(device)
+
+
 def by_definition(
     gate: Tensor,
     table: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
@@ -24,3 +25,13 @@ def like_a_layer(problem: Problem) -> Problem:
     g = problem.geometry
     factors = {"weight": g.in_features**-0.5, "A": g.seed_width**-0.5, "B": g.rank**-0.5}
     return replace(problem, **{name: getattr(problem, name) * factor for name, factor in factors.items()})
+
+
+def launched(step: Callable[[], object]) -> list[str]:
+    """The kernels that ``step`` starts, as the profiler sees them on the device."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [event.name for event in events if not event.name.startswith(("Memset", "Memcpy"))]

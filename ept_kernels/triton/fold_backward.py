@@ -277,9 +277,9 @@ def fold_backward(
     grad_table = torch.empty_like(table) if need_table else None
     grad_kernels = torch.empty_like(packed) if need_kernels else None
     config = fold_grad_config(experts)
-    blocks = triton.cdiv(width, config["BLOCK_W"])
+    blocks = -(-width // config["BLOCK_W"])
     programs = (
-        triton.cdiv(len(packed), config["BLOCK_P"]) * need_kernels,
+        -(-len(packed) // config["BLOCK_P"]) * need_kernels,
         experts * blocks * need_gate,
         len(table) * blocks * need_table,
     )

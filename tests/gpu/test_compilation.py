@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_testing import PAPER, PLANS, like_a_layer, on_gpu
+from gpu_testing import PAPER, PLANS, launched, like_a_layer, on_gpu
 from pyramid_testing import Case, Problem, assert_matches, assert_same_bits
 
 import ept_kernels
@@ -73,17 +73,9 @@ def test_launches(problem: Problem, plan: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("EPT_TRITON_BASE", plan)
     leaves = leaves_of(problem)
 
-    def kernels(step) -> list[str]:
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            step()
-            torch.cuda.synchronize()
-        events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        return [event.name for event in events if not event.name.startswith(("Memset", "Memcpy"))]
-
     outputs = []
     for _ in range(2):  # the first call compiles
-        forward = kernels(lambda: outputs.append(problem.call(ept_kernels, "pyramid_linear", **leaves)))
-        backward = kernels(lambda: torch.autograd.grad(outputs[-1], list(leaves.values()), problem.cotangent))
+        forward = launched(lambda: outputs.append(problem.call(ept_kernels, "pyramid_linear", **leaves)))
+        backward = launched(lambda: torch.autograd.grad(outputs[-1], list(leaves.values()), problem.cotangent))
     assert len(forward) <= (3 if plan == "split" else 2), forward
     assert len(backward) <= (6 if plan == "split" else 5), backward

@@ -71,5 +71,6 @@ A, B, folded, x = torch.ones(2, 3), torch.ones(3, 2), torch.ones(1, 13), torch.o
 torch.testing.assert_close(
     ept_kernels.pyramid_delta(x, A, B, folded, None, g), reference.pyramid_delta(x, A, B, folded, None, g)
 )
+ept_kernels.fold_tasks(torch.ones(2, 4), torch.ones(1, 4), 0, [torch.ones(2, 2), torch.ones(3, 3)], 1, 1.0, g)
 """
     subprocess.run([sys.executable, "-c", program], check=True)

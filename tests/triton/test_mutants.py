@@ -112,6 +112,33 @@ MUTANTS = {
     ),
     "the flag is set without release": ("single.py", 'sem="release"', 'sem="relaxed"'),
     "the flag is polled without acquire": ("single.py", 'sem="acquire"', 'sem="relaxed"'),
+    "ties go to the last expert": ("fold_forward.py", "(e[None, :] < e[:, None])", "(e[None, :] > e[:, None])"),
+    "NaN ranks below every number": (
+        "fold_forward.py",
+        'key = tl.where(logits != logits, float("inf"), logits)',
+        'key = tl.where(logits != logits, float("-inf"), logits)',
+    ),
+    "a task that does not exist is read": ("fold_forward.py", "tl.where(known, task, 0) * width", "task * width"),
+    "an expert that is not selected counts": (
+        "fold_forward.py",
+        "wanted = selected[:, None] & ",
+        "wanted = exists[:, None] & ",
+    ),
+    "a saturated router's gradient is rounded": (
+        "fold_backward.py",
+        "others = tl.sum(tl.where(selected, 0.0, probability), 0)",
+        "others = 1 - share",
+    ),
+    "embeddings of other tasks get the gradient": (
+        "fold_backward.py",
+        "g, g < num_groups) == task)",
+        "g, g < num_groups) >= task)",
+    ),
+    "groups after the first block are dropped": (
+        "fold_backward.py",
+        "range(0, num_groups, BLOCK_G)",
+        "range(0, tl.minimum(num_groups, BLOCK_G), BLOCK_G)",
+    ),
 }
 
 

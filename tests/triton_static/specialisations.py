@@ -19,7 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from static_record import Call, record
 from static_targets import TARGETS
 
+from ept_kernels import PyramidGeometry
 from ept_kernels.triton import backend
+from ept_kernels.triton.fold_backward import fold_backward
+from ept_kernels.triton.fold_forward import fold_forward
+from ept_kernels.triton.fold_layout import layout_for
 
 SCALES = (2, 4, 6, 8)
 #: One row, primes, powers of two and their neighbours, multiples of 16 and others.
@@ -49,6 +53,26 @@ def layer(samples: int, length: int, by_row: bool, backward: bool) -> Callable[[
     return start
 
 
+def fold(tasks: int, several: bool, backward: bool) -> Callable[[], None]:
+    """A pass of the router and the fold: ``tasks`` of them in a tensor, or the one of that number, of as many + 1."""
+    geometry = PyramidGeometry(768, 768, 8, SCALES + SCALES)
+    layout = layout_for(geometry, 4.0, torch.device("meta"))
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def start() -> None:
+        count, ids = (tasks, meta(tasks, dtype=torch.int64)) if several else (1, None)
+        routed = (meta(8, 768), meta(tasks + 1, 768), ids, 0 if several else tasks)
+        packed, gates, entries = meta(len(layout.expert)), meta(count, 8), geometry.folded_size
+        if backward:
+            fold_backward(meta(count, entries), *routed, packed, gates, None, layout, (True, True, True))
+        else:
+            fold_forward(*routed, count, packed, layout, len(SCALES), 2, True)
+
+    return start
+
+
 def main() -> None:
     os.environ["EPT_TRITON_BASE"] = sys.argv[1]
     compiled, needed = defaultdict(int), defaultdict(set)
@@ -60,6 +84,11 @@ def main() -> None:
             for samples in SAMPLES
             for length in LENGTHS
             for by_row in (False, True)
+        }
+        calls |= {
+            Call(f"{'tasks' if several else 'task'} {tasks}", True): fold(tasks, several, backward)
+            for tasks in range(1, 50)
+            for several in (False, True)
         }
         for launch in record(TARGETS["sm_90"], "bf16", calls):
             which = f"{launch.kernel}, {'backward' if backward else 'forward'}"

@@ -95,6 +95,7 @@ def test_batches_share_compiled_kernels(base: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
     assert {"shrink_kernel, backward", "factor_grad_kernel, backward", "reduce_kernel, backward"} <= set(counts)
+    assert {"fold_kernel, forward", "logits_grad_kernel, backward", "fold_grad_kernel, backward"} <= set(counts)
     for which, (compiled, needed) in counts.items():
         assert compiled == needed <= 12, which
 

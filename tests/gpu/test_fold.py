@@ -1,0 +1,88 @@
+"""The fused router and fold on a GPU: values against float64, the same bits twice, launches, CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fold_testing import (
+    FoldCase,
+    LargeFoldCase,
+    SaturatedFoldCase,
+    assert_matches_definition,
+    assert_nan_shows,
+    assert_ties_go_to_the_first,
+)
+from gpu_testing import launched
+from pyramid_testing import assert_same_bits
+
+import ept_kernels
+from ept import EPTConfig, EPTLinear
+from ept_kernels.triton.fold import fold_tasks
+
+SMALL = {f"seed {seed}": lambda seed=seed: FoldCase(seed, device="cuda") for seed in range(8)}
+SMALL |= {f"one expert, seed {seed}": lambda seed=seed: FoldCase(seed, 1, device="cuda") for seed in range(4)}
+SMALL |= {f"large, top {top_k}": lambda top_k=top_k: LargeFoldCase(top_k, "cuda") for top_k in (1, 3, 35)}
+SMALL |= {f"saturated, top {top_k}": lambda top_k=top_k: SaturatedFoldCase(top_k, "cuda") for top_k in (1, 2)}
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+def test_small_cases_match_the_definition(make) -> None:
+    assert_matches_definition(make(), fold_tasks)
+
+
+def test_ties_and_nan() -> None:
+    assert_ties_go_to_the_first(fold_tasks, "cuda")
+    for top_k in (1, 3):
+        assert_nan_shows(FoldCase(7, top_k, device="cuda"), fold_tasks)
+
+
+def test_determinism() -> None:
+    case = LargeFoldCase(3, "cuda")
+    first = case.results(fold_tasks)
+    for _ in range(5):
+        for name, value in case.results(fold_tasks).items():
+            assert_same_bits(value.cpu(), first[name].cpu(), name)
+
+
+def test_captures_in_a_cuda_graph() -> None:
+    """Forward and backward replayed on other embeddings and tasks; a read of a value would end the capture."""
+    case = LargeFoldCase(2, "cuda")
+    leaves = [parameter.clone().requires_grad_() for parameter in case.parameters]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        folded, active = case.fold(ept_kernels.fold_tasks, leaves)
+        return (folded.detach(), active, *torch.autograd.grad(folded, leaves, case.cotangent))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves[1].copy_(torch.randn_like(leaves[1]))
+        case.tasks.copy_(case.tasks.flip(0))
+    graph.replay()
+    for value, expected in zip(captured, step(), strict=True):
+        assert_same_bits(value.cpu(), expected.cpu())
+
+
+def test_launches_of_an_eager_layer() -> None:
+    """Parameters packed, routed and folded, shrunk, multiplied and expanded; two launches more than the ops' back."""
+    layer = EPTLinear(768, 768, config=EPTConfig(num_tasks=4), device="cuda")
+    x = torch.randn(4, 96, 768, device="cuda")
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    outputs = []
+    for _ in range(2):  # the first call compiles
+        forward = launched(lambda: outputs.append(layer(x, 2)))
+        backward = launched(lambda: torch.autograd.grad(outputs[-1].sum(), trained))
+    assert len(forward) <= 6, forward  # torch's product may take two
+    assert len(backward) <= 9, backward  # and so the sum and its gradient
