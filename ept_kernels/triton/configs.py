@@ -51,11 +51,12 @@ def shrink_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list
     """Tiles of the shrink kernel, the default first."""
     block = _spreading(_shrink_rows(plan), rows, plan.rank_blocks)
     # Many scales, each with addresses of its own, leave fewer registers; dropout's mask is better off with more lanes.
-    crowded = plan.block_columns > 192 and not drops
+    crowded = plan.block_columns > 192 and not drops and family() != "cdna"
     channels = 64 if itemsize <= 2 and not crowded else 32
 
     def config(rows: int) -> Config:
-        warps = {16: 2 if crowded and itemsize <= 2 else 4, 32: 4, 64: 8}[rows]
+        few = family() == "cdna" or (crowded and itemsize <= 2)  # a lane then loads 16 bytes of 16 rows
+        warps = {16: 2 if few else 4, 32: 4, 64: 8}[rows]
         return Config.of(BLOCK_T=rows, BLOCK_C=channels, num_warps=warps, num_stages=1)
 
     return [config(block)] + ([config(block // 2)] if block > 16 else [])
@@ -63,7 +64,7 @@ def shrink_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list
 
 def expand_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     """Tiles of the expand kernel, the default first."""
-    channels = 128 if itemsize <= 2 else 64
+    channels = 128 if itemsize <= 2 and rows > 16 else 64
     return [
         Config.of(BLOCK_T=_fitting(32, rows), BLOCK_C=channels, num_warps=4, num_stages=1),
         Config.of(BLOCK_T=_fitting(64, rows), BLOCK_C=channels, num_warps=8, num_stages=1),
