@@ -6,6 +6,7 @@ Rows keep their dtype, A, B and the folded kernels are read as fp32, sums are fp
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,23 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.cuda.get_device_capability(device) < CAPABILITY:
         return "its kernels need a GPU of compute capability 7.5 or newer"
     return _load(LIBRARY)
+
+
+def build_info(library: Path = LIBRARY) -> dict[str, str | list[str]]:
+    """What the library is: ``architectures`` that it was compiled for, such as "8.0", and ``compiler``.
+
+    Raises:
+        RuntimeError: there is no library, or it does not load; the message says why.
+    """
+    if (reason := _load(library)) is not None:
+        raise RuntimeError(reason)
+    text = ctypes.CDLL(str(library)).ept_cuda_build_info
+    text.restype = ctypes.c_char_p
+    compiled, compiler = text().decode().split(";")
+    return {
+        "architectures": [f"{int(a) // 100}.{int(a) % 100 // 10}" for a in compiled.split(",") if a],
+        "compiler": compiler,
+    }
 
 
 def _fp32(tensor: Tensor) -> Tensor:

@@ -268,3 +268,15 @@ STABLE_TORCH_LIBRARY_IMPL(ept_cuda, CompositeExplicitAutograd, library) {
   library.impl("weight", TORCH_BOX(&ept::cuda::weight));
   library.impl("weight_backward", TORCH_BOX(&ept::cuda::weight_backward_));
 }
+
+#define EPT_TEXT_OF(...) #__VA_ARGS__
+#define EPT_TEXT(...) EPT_TEXT_OF(__VA_ARGS__)
+
+// What was compiled, by what: virtual architectures as nvcc counts them (800 is sm_80), then the compiler.
+extern "C" const char* ept_cuda_build_info() {
+#if defined(__CUDA_ARCH_LIST__)
+  return EPT_TEXT(__CUDA_ARCH_LIST__) ";nvcc " EPT_TEXT(__CUDACC_VER_MAJOR__) "." EPT_TEXT(__CUDACC_VER_MINOR__);
+#else
+  return ";no nvcc";
+#endif
+}

@@ -67,15 +67,16 @@ def threads(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 @pytest.fixture(scope="session")
 def library(
     build: Callable[[str], Build], shared_folder: Path, once: Callable[[str, Callable[[], object]], None]
-) -> None:
-    """``torch.ops.ept_cuda``, on CPU tensors."""
+) -> Path:
+    """``torch.ops.ept_cuda``, on CPU tensors; the library that holds them."""
     plain, target = build("plain"), shared_folder / "ept_cuda_on_cpu.so"
     once("library", lambda: plain.library(target))
     torch.ops.load_library(target)
+    return target
 
 
 @pytest.fixture(params=["simt", "tensor cores"])
-def cuda(request: pytest.FixtureRequest, library: None, monkeypatch: pytest.MonkeyPatch) -> str:
+def cuda(request: pytest.FixtureRequest, library: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Backend ``cuda`` serves CPU tensors, with each family of kernels in turn."""
     monkeypatch.setattr(cuda_backend, "unsupported", lambda device, dtype: None)
     monkeypatch.setattr(dispatch, "_chosen", {})  # what is chosen now must be forgotten afterwards

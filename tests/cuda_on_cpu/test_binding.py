@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from pyramid_testing import Case
 
-from ept_kernels import PyramidGeometry
+from ept_kernels import PyramidGeometry, cuda_backend
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -86,3 +88,13 @@ def test_an_output_may_be_a_part_of_a_wider_tensor() -> None:
     torch.ops.ept_cuda.delta_(**arguments())
     assert torch.equal(wide[:, 1:10], Y)
     assert wide[:, [0, 10]].isnan().all()
+
+
+def test_the_library_says_what_it_was_compiled_for(library: Path) -> None:
+    """The one at hand for no GPU at all; ``test_nvcc`` reads what nvcc made."""
+    assert cuda_backend.build_info(library) == {"architectures": [], "compiler": "no nvcc"}
+
+
+def test_a_library_that_is_not_there_has_no_build_info(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"missing\.so has not been built"):
+        cuda_backend.build_info(tmp_path / "missing.so")

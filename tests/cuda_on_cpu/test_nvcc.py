@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -89,3 +90,12 @@ def test_the_library_loads_without_a_gpu_and_says_what_it_wants(compiled: Path) 
         "A must be [2, 3], got [2, 2] of float32 on another type of device",
         "A must be on a CUDA device, got [2, 3] of float32 on another type of device",
     ]
+
+
+def test_the_library_says_what_it_was_compiled_for(compiled: Path) -> None:
+    """``nvcc.py`` compiles the binding, which holds no kernel, for the last of its architectures alone."""
+    program = "import sys; from pathlib import Path; from ept_kernels import cuda_backend as c; "
+    program += "print(c.build_info(Path(sys.argv[1])))"
+    result = subprocess.run([sys.executable, "-c", program, compiled / "_cuda.so"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r"\{'architectures': \['9\.0'\], 'compiler': 'nvcc \d+\.\d+'\}", result.stdout.strip())
