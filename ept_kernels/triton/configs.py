@@ -71,8 +71,14 @@ def expand_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     ]
 
 
-def linear_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list[Config]:
-    """Tiles of the fused base product, the default first. ``drops``: the mask of dropout needs registers as well."""
+def linear_candidates(plan: Plan, itemsize: int, rows: int, drops: bool, narrow: bool) -> list[Config]:
+    """Tiles of the fused base product, the default first.
+
+    Args:
+        drops: the mask of dropout needs registers as well.
+        narrow: lines of x, W or y do not start on 16 bytes each, so that their elements are loaded one by one, each
+            with an address of its own.
+    """
     deep = 2 if family() == "cdna" else 3  # AMD prefetches into registers, so that a stage less is in its 64 KiB
     if itemsize > 2:
         # A product in three TF32 parts holds its operands twice: more than 16 x 8 outputs a warp spilled on sm_80.
@@ -91,7 +97,7 @@ def linear_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list
             Config.of(BLOCK_T=block, BLOCK_C=64, BLOCK_I=64, GROUP_T=8, num_warps=4, num_stages=deep + 1),
             Config.of(BLOCK_T=block, BLOCK_C=128, BLOCK_I=64, GROUP_T=8, num_warps=4, num_stages=deep),
         ]
-    channels = 64 if drops else 128
+    channels = 64 if drops or narrow else 128
     return [
         Config.of(BLOCK_T=128, BLOCK_C=channels, BLOCK_I=64, GROUP_T=8, num_warps=8, num_stages=deep),
         Config.of(BLOCK_T=128, BLOCK_C=channels, BLOCK_I=32, GROUP_T=8, num_warps=8, num_stages=deep + 1),

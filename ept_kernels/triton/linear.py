@@ -204,4 +204,6 @@ def linear(
     def key() -> tuple:
         return "linear", inner, features, plan, x.dtype, row_bucket(total), weight.stride(), layout(x), drops
 
-    return start(choose(key, linear_candidates(plan, x.dtype.itemsize, total, drops), x.device, start))
+    narrow = inner % 16 != 0 or features % 16 != 0
+    candidates = linear_candidates(plan, x.dtype.itemsize, total, drops, narrow)
+    return start(choose(key, candidates, x.device, start))
