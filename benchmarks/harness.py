@@ -194,6 +194,12 @@ def ratio_spread(samples: Sequence[float], baseline: Sequence[float]) -> Spread:
     return spread([mine / theirs for mine, theirs in zip(samples, baseline, strict=True)])
 
 
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; NaN where one value has none."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.mean(values), error
+
+
 # --- where a number comes from ----------------------------------------------------------------------------------------
 
 

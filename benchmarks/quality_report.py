@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness import mean_and_error
 from matplotlib.figure import Figure
 from quality_plan import ABLATIONS, Bench, Run, best_rate, candidates
 from quality_run import Record, RunLog
@@ -23,12 +24,6 @@ TITLES = {
     "tucka": "TuckA",
     "ept": "EPT",
 }
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; NaN where one value has none."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.mean(values), error
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import mean_and_error
 from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
@@ -169,9 +170,8 @@ def show() -> None:
         _print_row(*key, str(record["seed"]), *(_shown(f"{score:.3f}") for score in scores))
     for (key, _), runs in alike.items():
         if len(runs) > 1:
-            means = [statistics.mean(column) for column in zip(*runs, strict=True)]
-            errors = [statistics.stdev(column) / len(runs) ** 0.5 for column in zip(*runs, strict=True)]
-            cells = [_shown(f"{mean:.3f} ± {error:.3f}") for mean, error in zip(means, errors, strict=True)]
+            columns = [mean_and_error(column) for column in zip(*runs, strict=True)]
+            cells = [_shown(f"{mean:.3f} ± {error:.3f}") for mean, error in columns]
             _print_row(*key, f"mean of {len(runs)}", *cells)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from harness import Timed, alternate, load, pick_device, provenance, ratio_spread, spread
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -28,19 +28,16 @@ from torch import nn
 
 import ept
 from ept import models
+from ept.training.systems import SYSTEMS
 
-RANK, ALPHA = 8, 32
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 METHODS = ("lora", "ept")
 
 
 def adapted(method: str, base: nn.Module, tasks: int) -> PeftModel:
     """A copy of the base with an adapter of ``method`` on every linear layer of its blocks."""
-    targets = models.target_modules(base)
-    if method == "lora":
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
-    else:
-        config = ept.EPTConfig(r=RANK, lora_alpha=ALPHA, num_tasks=tasks, target_modules=targets)
+    names = [f"task {task}" for task in range(tasks)]
+    config = SYSTEMS[method].make_config(names, target_modules=models.target_modules(base))
     return get_peft_model(copy.deepcopy(base), config).train()
 
 
@@ -65,7 +62,7 @@ def stepper(
             else:
                 loss = output.last_hidden_state.float().mean(1).square().mean()
         if method == "ept":
-            loss = loss + model.peft_config["default"].contrastive_weight * ept.contrastive_loss(model)
+            loss = loss + ept.auxiliary_loss(model)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,20 @@ from torch import Tensor
 from .geometry import PyramidGeometry
 
 
+def _by_scale(geometry: PyramidGeometry) -> list[int]:
+    """The experts, those of the smallest scale first."""
+    return sorted(range(geometry.num_experts), key=geometry.kernel_sizes.__getitem__)
+
+
+def _split(gates: Tensor, geometry: PyramidGeometry) -> Sequence[Tensor]:
+    """The columns of ``gates [G, E]``, scale by scale."""
+    by_scale = _by_scale(geometry)
+    if by_scale != list(range(len(by_scale))):
+        columns = gates.unbind(1)
+        gates = torch.stack([columns[expert] for expert in by_scale], dim=1)
+    return gates.split([geometry.kernel_sizes.count(k) for k in geometry.scales], 1)
+
+
 def fold_kernels(kernels: Sequence[Tensor], gates: Tensor, scaling: float, geometry: PyramidGeometry) -> Tensor:
     """``Kbar_k[g] = scaling * s_k * sum_{e: k_e = k} gates[g, e] K_e``, packed scale after scale (spec identity 2).
 
@@ -35,16 +49,12 @@ def fold_kernels(kernels: Sequence[Tensor], gates: Tensor, scaling: float, geome
         raise ValueError(f"kernels must be square, one [k, k] per expert, got the shapes {shapes}")
     if gates.dim() != 2 or gates.shape[1] != geometry.num_experts:
         raise ValueError(f"gates must be [groups, {geometry.num_experts} experts], got {list(gates.shape)}")
-    by_scale = sorted(range(len(sizes)), key=sizes.__getitem__)
-    if by_scale != list(range(len(sizes))):
-        columns = gates.unbind(1)
-        gates = torch.stack([columns[expert] for expert in by_scale], dim=1)
     counts = [sizes.count(k) for k in geometry.scales]
-    entries = torch.cat([kernels[expert].reshape(-1) for expert in by_scale]).to(gates.dtype)
+    entries = torch.cat([kernels[expert].reshape(-1) for expert in _by_scale(geometry)]).to(gates.dtype)
     tables = entries.split([count * k * k for count, k in zip(counts, geometry.scales, strict=True)])
     blocks = [
         (gate * (scaling * alp)) @ table.view(count, -1)
-        for gate, table, count, alp in zip(gates.split(counts, 1), tables, counts, geometry.alp_factors, strict=True)
+        for gate, table, count, alp in zip(_split(gates, geometry), tables, counts, geometry.alp_factors, strict=True)
     ]
     return torch.cat(blocks, dim=1)
 
@@ -54,11 +64,4 @@ def active_scales(gates: Tensor, geometry: PyramidGeometry) -> Tensor:
 
     The kernel that ``fold_kernels`` makes for a scale without one is zero and gets no gradient: the ops skip it.
     """
-    selected = gates != 0
-    experts = [[e for e, k in enumerate(geometry.kernel_sizes) if k == scale] for scale in geometry.scales]
-    if experts == [list(range(own[0], own[-1] + 1)) for own in experts]:
-        parts = [selected[:, own[0] : own[-1] + 1] for own in experts]
-    else:
-        columns = selected.unbind(1)
-        parts = [torch.stack([columns[e] for e in own], dim=1) for own in experts]
-    return torch.stack([part.any(1) for part in parts], dim=1)
+    return torch.stack([own.any(1) for own in _split(gates != 0, geometry)], dim=1)

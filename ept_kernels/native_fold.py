@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import native
 from .geometry import PyramidGeometry
-from .tracing import is_eager
+from .tracing import refuse_batched
 
 
 @lru_cache(maxsize=1024)
@@ -93,11 +93,7 @@ class _FoldTasks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if not is_eager(grad):
-            raise RuntimeError(
-                "the gradient of folded kernels cannot be batched (is_grads_batched, torch.func.vmap): native code "
-                "computes it; EPT_BACKEND=torch computes it by tensor operations"
-            )
+        refuse_batched(grad)
         tasks, index, gates, *parameters = ctx.saved_tensors
         gate, table, *kernels = parameters
         needs = ctx.needs_input_grad[4:]

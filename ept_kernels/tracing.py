@@ -27,3 +27,12 @@ def is_eager(*tensors: Tensor | None) -> bool:
         if tensor is not None and (type(tensor) not in _PLAIN or torch._C._functorch.is_legacy_batchedtensor(tensor)):
             return False
     return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def refuse_batched(grad: Tensor) -> None:
+    """Raise RuntimeError unless native code may read the gradient of folded kernels."""
+    if not is_eager(grad):
+        raise RuntimeError(
+            "the gradient of folded kernels cannot be batched (is_grads_batched, torch.func.vmap): native code "
+            "computes it; EPT_BACKEND=torch computes it by tensor operations"
+        )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from ..geometry import PyramidGeometry
+from ..tracing import refuse_batched
 from .fold_backward import fold_backward
 from .fold_forward import fold_forward
 from .fold_layout import layout_for
@@ -54,6 +55,7 @@ class _FoldTasks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
+        refuse_batched(grad)
         gate, table, tasks, packed, gates, probability, *kernels = ctx.saved_tensors
         need_gate, need_table, *need_kernels = ctx.needs_input_grad[4:]
         grad_gate, grad_table, grad_packed = fold_backward(

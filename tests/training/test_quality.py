@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import quality
+from harness import mean_and_error
 from quality_plan import ABLATIONS, METHODS, Bench, Run, best_rate, candidates, finals
-from quality_report import Results, mean_and_error, verdicts, write_report
+from quality_report import Results, verdicts, write_report
 from quality_run import RunLog, hold_out
 from rich.console import Console
 

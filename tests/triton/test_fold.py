@@ -225,3 +225,11 @@ def test_an_eager_layer(task: object, ids: list[str], launches_of, monkeypatch: 
     print(f"composed: {len(composed_forward)} forward, {len(composed_backward)} backward")
     assert len(composed_forward) - len(forward) >= 18
     assert len(composed_backward) - len(backward) >= 18
+
+
+def test_batched_gradients_are_refused_by_name() -> None:
+    case = FoldCase(3)
+    leaves = [p.clone().requires_grad_() for p in case.parameters]
+    folded, _ = case.fold(fold_tasks, leaves)
+    with pytest.raises(RuntimeError, match="cannot be batched"):
+        torch.autograd.grad(folded, leaves[0], torch.stack([case.cotangent] * 2), is_grads_batched=True)
