@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from harness import mean_and_error
 from matplotlib.figure import Figure
 from quality_plan import ABLATIONS, Bench, Run, best_rate, candidates
 from quality_run import Record, RunLog
+
+from ept.training.plots import heat_map
 
 #: Names in print, the order of the table's rows.
 TITLES = {
@@ -136,14 +139,9 @@ def _plot_experts(use: Mapping[str, Mapping[str, float]], path: Path) -> Path:
     axes = figure.subplots()
     scales = list(next(iter(use.values())))
     values = [[weights[scale] for scale in scales] for weights in use.values()]
-    image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    image = heat_map(axes, np.array(values), highest=1.0)
     axes.set_xticks(range(len(scales)), [f"scale {scale}" for scale in scales])
     axes.set_yticks(range(len(use)), list(use))
-    for row, weights in enumerate(values):
-        for column, weight in enumerate(weights):
-            axes.text(
-                column, row, f"{weight:.2f}", ha="center", va="center", color="white" if weight < 0.6 else "black"
-            )
     figure.colorbar(image, label="mean gate over the layers")
     figure.savefig(path, dpi=120)
     return path

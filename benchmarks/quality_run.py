@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from quality_plan import Bench, Run
 
@@ -19,6 +20,7 @@ from ept.training import EPTTrainer
 from ept.training.evaluate import baselines, evaluate_tasks, mean_headline
 from ept.training.inspection import trained_parameters
 from ept.training.options import RunSettings
+from ept.training.plots import gate_shares
 from ept.training.report import device_name, versions
 from ept.training.run import make_adapted, training_arguments
 
@@ -82,14 +84,10 @@ def execute(run: Run, bench: Bench, tasks: list[TaskData]) -> Record:
 def expert_use(model: torch.nn.Module) -> dict[str, dict[str, float]]:
     """Mean weight over the layers that each task gives to the experts of each scale."""
     sizes = model.peft_config["default"].kernel_sizes
-    names = ept.task_names(model)
-    use = {name: dict.fromkeys(map(str, sorted(set(sizes))), 0.0) for name in names}
-    routing = ept.routing(model)
-    for index, gates in routing.values():
-        for name, experts, weights in zip(names, index.tolist(), gates.tolist(), strict=True):
-            for expert, weight in zip(experts, weights, strict=True):
-                use[name][str(sizes[expert])] += weight / len(routing)
-    return use
+    shares = np.mean(list(gate_shares(ept.routing(model), sizes).values()), axis=0)
+    scales = [str(k) for k in sorted(set(sizes))]
+    rows = zip(ept.task_names(model), shares.tolist(), strict=True)
+    return {name: dict(zip(scales, row, strict=True)) for name, row in rows}
 
 
 class RunLog:

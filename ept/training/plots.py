@@ -12,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 from ept.training.files import write_atomically
@@ -80,10 +81,7 @@ def expert_use(
             panel.set_axis_off()
             continue
         name, share = list(groups.items())[place]
-        image = panel.imshow(share, cmap=COLOURS, vmin=0.0, vmax=highest, aspect="auto")
-        for (row, column), value in np.ndenumerate(share):
-            ink = "black" if value > 0.6 * highest else "white"
-            panel.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
+        image = heat_map(panel, share, highest)
         panel.set_title(name, fontsize=9)
         panel.set_xticks(range(len(distinct)), [str(label) for label in distinct], fontsize=8)
         panel.set_yticks(range(len(task_names)), task_names if place % columns == 0 else [], fontsize=8)
@@ -119,17 +117,34 @@ def task_map(embeddings: Tensor, task_names: Sequence[str], path: str | Path) ->
     return _save(figure, path)
 
 
-def _layer_groups(routing: Mapping[str, tuple[Tensor, Tensor]], labels: Sequence[int]) -> dict[str, np.ndarray]:
-    """Group name -> share of gate weight ``[T, distinct labels]``, the mean over the group's layers."""
+def heat_map(panel: Axes, share: np.ndarray, highest: float) -> AxesImage:
+    """Draw numbers from 0 to ``highest``, each in its cell."""
+    image = panel.imshow(share, cmap=COLOURS, vmin=0.0, vmax=highest, aspect="auto")
+    for (row, column), value in np.ndenumerate(share):
+        ink = "black" if value > 0.6 * highest else "white"
+        panel.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
+    return image
+
+
+def gate_shares(routing: Mapping[str, tuple[Tensor, Tensor]], labels: Sequence[int]) -> dict[str, np.ndarray]:
+    """Layer -> share of gate weight ``[T, distinct labels]`` that each task gives the experts of a label, ascending."""
     distinct = sorted(set(labels))
     place_of_expert = np.array([distinct.index(label) for label in labels])
-    shares: dict[str, list[np.ndarray]] = {}
+    shares = {}
     for layer, (experts, gates) in routing.items():
         experts, gates = experts.cpu().numpy(), gates.detach().float().cpu().numpy()
         share = np.zeros((len(experts), len(distinct)))
         np.add.at(share, (np.arange(len(experts))[:, None], place_of_expert[experts]), gates)
-        shares.setdefault(_group_name(layer), []).append(share)
-    return {name: np.mean(values, axis=0) for name, values in shares.items()}
+        shares[layer] = share
+    return shares
+
+
+def _layer_groups(routing: Mapping[str, tuple[Tensor, Tensor]], labels: Sequence[int]) -> dict[str, np.ndarray]:
+    """Group name -> share of gate weight ``[T, distinct labels]``, the mean over the group's layers."""
+    groups: dict[str, list[np.ndarray]] = {}
+    for layer, share in gate_shares(routing, labels).items():
+        groups.setdefault(_group_name(layer), []).append(share)
+    return {name: np.mean(values, axis=0) for name, values in groups.items()}
 
 
 def _group_name(layer: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_testing import PAPER, PLANS, launched, like_a_layer, on_gpu
+from gpu_testing import PAPER, PLANS, capture, launched, like_a_layer, on_gpu
 from pyramid_testing import Case, Problem, assert_matches, assert_same_bits
 
 import ept_kernels
@@ -50,15 +50,7 @@ def test_captures_in_a_cuda_graph(problem: Problem, plan: str, monkeypatch: pyte
         output = problem.call(ept_kernels, "pyramid_linear", **leaves)
         return (output.detach(), *torch.autograd.grad(output, list(leaves.values()), problem.cotangent))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         leaves["x"].copy_(torch.randn_like(leaves["x"]))
         problem.groups.copy_(problem.groups.flip(0))

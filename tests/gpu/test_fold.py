@@ -12,7 +12,7 @@ from fold_testing import (
     assert_nan_shows,
     assert_ties_go_to_the_first,
 )
-from gpu_testing import launched
+from gpu_testing import capture, launched
 from pyramid_testing import assert_same_bits
 
 import ept_kernels
@@ -58,15 +58,7 @@ def test_captures_in_a_cuda_graph() -> None:
         folded, active = case.fold(ept_kernels.fold_tasks, leaves)
         return (folded.detach(), active, *torch.autograd.grad(folded, leaves, case.cotangent))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         leaves[1].copy_(torch.randn_like(leaves[1]))
         case.tasks.copy_(case.tasks.flip(0))
