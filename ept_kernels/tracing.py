@@ -30,8 +30,9 @@ def is_eager(*tensors: Tensor | None) -> bool:
 
 
 def refuse_batched(grad: Tensor) -> None:
-    """Raise RuntimeError unless native code may read the gradient of folded kernels."""
-    if not is_eager(grad):
+    """Raise RuntimeError for a gradient of folded kernels that native code cannot read. One that is merely watched it can."""
+    functorch = torch._C._functorch
+    if functorch.is_legacy_batchedtensor(grad) or functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
             "the gradient of folded kernels cannot be batched (is_grads_batched, torch.func.vmap): native code "
             "computes it; EPT_BACKEND=torch computes it by tensor operations"
