@@ -30,7 +30,7 @@ def is_eager(*tensors: Tensor | None) -> bool:
 
 
 def refuse_batched(grad: Tensor) -> None:
-    """Raise RuntimeError for a gradient of folded kernels that native code cannot read. One that is merely watched it can."""
+    """Raise RuntimeError for a batched gradient of folded kernels; one that is merely watched may pass."""
     functorch = torch._C._functorch
     if functorch.is_legacy_batchedtensor(grad) or functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
