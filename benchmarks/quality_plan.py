@@ -29,8 +29,8 @@ class Suite:
 
 
 SUITES = {
-    "glue": Suite("minilm", ("cola", "mrpc", "rte", "stsb", "sst2")),
-    "commonsense": Suite("smollm2", ("boolq", "obqa", "arc_easy", "arc_challenge")),
+    "glue": Suite("minilm", ("cola", "mrpc", "rte", "stsb", "sst2", "mnli")),
+    "commonsense": Suite("smollm2", ("boolq", "openbookqa", "arc_e", "arc_c")),
     "embedded": Suite("minilm", None, data="sentiment"),
 }
 

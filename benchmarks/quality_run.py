@@ -57,7 +57,9 @@ def execute(run: Run, bench: Bench, tasks: list[TaskData]) -> Record:
             quiet=True,
         )
         model, tokenizer = make_adapted(settings, tasks)
-        arguments = dataclasses.replace(training_arguments(settings), bf16=bench.bf16)
+        # Without a GPU, bf16 is the trainer's to take only if it is told that the CPU is meant.
+        devices = {"use_cpu": not torch.cuda.is_available(), "bf16": bench.bf16}
+        arguments = dataclasses.replace(training_arguments(settings), **devices)
         trainer = EPTTrainer(model, arguments, tasks=tasks, processing_class=tokenizer)
         trainer.train()
         scores = trainer.evaluate_by_task()

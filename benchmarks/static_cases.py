@@ -162,4 +162,4 @@ def calls(case: Case, dtype: str) -> dict[Call, Callable[[], object]]:
         work["weight"] = update
         if dtype == "fp32":  # parameters are, whatever the rows
             work["route and fold"] = folds
-    return {Call(f"{name}; {case.name}", case.wide): start for name, start in work.items()}
+    return {Call(f"{name}; {case.name}", case.wide, case.pyramid): start for name, start in work.items()}

@@ -67,6 +67,7 @@ class Call:
 
     name: str
     wide: bool
+    pyramid: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Static check of the Triton kernels: compile every shipped configuration for every target, without a GPU.
 
     python benchmarks/static_report.py                               everything; hours on a core, see --jobs
+    python benchmarks/static_report.py --cover configurations        each kernel with each of its tiles once
     python benchmarks/static_report.py --target sm_90 --dtype bf16 --kernel linear_kernel
     python benchmarks/static_report.py --sample 40 --seed 1          a random subset, the same for the same seed
     python benchmarks/static_report.py --output static.csv           one row for each compiled kernel (.md: the table)
@@ -10,6 +11,10 @@ Calls of the ops on meta tensors, over the pyramids, layers and batches of ``sta
 launched with which specialisation; each distinct one is compiled with each of its candidate tiles. The table shows, for
 every kernel, tiles, target and dtype, the worst over the variants. Exits with 1 if one breaks a rule
 (``static_rules.py``). Occupancy is the resident share of a processor's warps that registers and shared memory allow.
+
+Launches are compiled in the order of ``--cover``, so that a run that is cut off has covered as much as it could: first
+one of each configuration (a kernel, its tiles, a target, a dtype), then one of each variant and of each pyramid in it,
+then what differs by sizes alone.
 """
 
 from __future__ import annotations
@@ -36,6 +41,8 @@ from static_rules import EXPECTATIONS, violations
 from static_targets import TARGETS
 
 HEADINGS = ("kernel", "tiles", "target", "dtype", "compiled", "registers", "stack", "shared", "occupancy")
+#: How much to compile, each with all before it.
+COVERS = ("configurations", "variants", "all")
 COUNTS = ("matrix instructions", "asynchronous", "16-byte", "loads", "local", "wrong")
 
 
@@ -47,6 +54,26 @@ def shipped(targets: Iterable[str], dtypes: Iterable[str]) -> list[Launch]:
             work = {call: start for case in CASES for call, start in calls(case, dtype).items()}
             launches += record(TARGETS[target], dtype, work)
     return launches
+
+
+def by_coverage(launches: Iterable[Launch]) -> dict[str, list[Launch]]:
+    """The launches by the first of ``COVERS`` that asks for them, each part in its order.
+
+    A launch stands for its configuration if it is the first of it; for its variant, or its pyramid, if it is the first
+    with that in its configuration.
+    """
+    parts: dict[str, list[Launch]] = {cover: [] for cover in COVERS}
+    seen: set[tuple[object, ...]] = set()
+    for launch in launches:
+        configuration = (launch.kernel, launch.config, launch.target, launch.dtype)
+        variant, pyramid = (*configuration, launch.variant), (*configuration, launch.call.pyramid, "pyramid")
+        if configuration not in seen:
+            cover = "configurations"
+        else:
+            cover = "all" if variant in seen and pyramid in seen else "variants"
+        parts[cover].append(launch)
+        seen |= {configuration, variant, pyramid}
+    return parts
 
 
 def compile_all(launches: Sequence[Launch], jobs: int) -> Iterator[Compiled]:
@@ -112,6 +139,12 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only rows of this dtype (repeatable)")
     parser.add_argument("--kernel", action="append", choices=list(EXPECTATIONS), help="only this kernel (repeatable)")
     parser.add_argument("--case", help="only launches whose call contains this text, such as 'T=8192' or 'default r=8'")
+    parser.add_argument(
+        "--cover",
+        choices=COVERS,
+        default="all",
+        help="one launch of each configuration, or of each of its variants and pyramids too, or all (default)",
+    )
     parser.add_argument("--sample", type=int, help="compile only as many, drawn at random (at least 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
@@ -140,6 +173,8 @@ def main(words: Sequence[str] | None = None) -> int:
         if (given.kernel is None or launch.kernel in given.kernel)
         and (given.case is None or given.case in launch.call.name)
     ]
+    parts = by_coverage(launches)
+    launches = [launch for cover in COVERS[: COVERS.index(given.cover) + 1] for launch in parts[cover]]
     found = len(launches)
     if given.sample is not None and given.sample < found:
         launches = random.Random(given.seed).sample(launches, given.sample)
