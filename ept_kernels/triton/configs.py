@@ -135,12 +135,13 @@ def factor_grad_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]
             channels = 16
         lanes = block * channels * itemsize // 16  # each loads 16 bytes
         return [Config.of(BLOCK_T=block, BLOCK_C=channels, AT_ONCE=scales, num_warps=lanes // 64, num_stages=2)]
-    if crowded:  # with 4 warps, loading ahead takes the registers that are left
-        return [
-            Config.of(BLOCK_T=block, BLOCK_C=channels, AT_ONCE=scales, num_warps=warps, num_stages=stages)
-            for warps, stages in ((8, 2), (4, 1))
-        ]
     small = Config.of(BLOCK_T=block, BLOCK_C=channels, AT_ONCE=scales, num_warps=4, num_stages=2)
+    if crowded:
+        if block == 16:  # more lanes than loads of 16 bytes otherwise
+            return [small]
+        # With 4 warps, loading ahead takes the registers that are left.
+        tiles = {"BLOCK_T": block, "BLOCK_C": channels, "AT_ONCE": scales}
+        return [Config.of(**tiles, num_warps=8, num_stages=2), Config.of(**tiles, num_warps=4, num_stages=1)]
     if family() == "safe":  # wider tiles need fewer registers there: more of the operands are shared
         channels *= 2
     large = {"BLOCK_T": _fitting(64, rows), "BLOCK_C": channels, "AT_ONCE": scales}
