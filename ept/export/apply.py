@@ -72,7 +72,10 @@ class TaskDeltas:
         raise ValueError(f"task must be one of {self.tasks} or 0 to {len(self.tasks) - 1}, got {task!r}")
 
     def _load_task(self, index: int) -> dict[str, Tensor]:
-        tensors = load_file(self.path / task_file(index))
+        try:
+            tensors = load_file(self.path / task_file(index))
+        except SafetensorError as error:
+            raise ValueError(f"the deltas are damaged: {task_file(index)}: {error}") from error
         for name, layer in self.layers.items():
             _check_shape(tensors, name, [layer.geometry.folded_size])
         return tensors
