@@ -19,6 +19,7 @@ from ..merging import check_merged_task
 from ..methods import method_of
 from ..tasks import TaskIds, TaskSet
 from .checkpoint import check_adapter_state
+from .dense import watch_4bit_layers
 from .forward import TaskGenerate, batch_size, takes_task_ids
 from .layer import EPTLinearLayer
 from .targets import target_features
@@ -50,6 +51,7 @@ class EPTModel(BaseTuner):
         self._hooks = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
+            *watch_4bit_layers(model),
         ]
         if hasattr(model, "generate"):
             model.generate = TaskGenerate(model, self)
