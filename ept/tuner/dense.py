@@ -55,7 +55,12 @@ def _unpacked(weight: Tensor) -> tuple[Tensor, Any]:
     """A 4-bit weight and its state in the layout of bitsandbytes' other functions; ``weight`` keeps its own."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as inverse
 
-    return inverse(weight.data, copy.copy(weight.quant_state))  # it changes the state that it is given
+    state = copy.copy(weight.quant_state)  # inverse changes the one that it is given
+    scales = state.absmax
+    values, state = inverse(weight.data, state)
+    if not state.nested:  # bitsandbytes 0.50 leaves the scales in the kernel's order, which is wrong for wide layers
+        state.absmax = scales.T.reshape(-1).float()
+    return values, state
 
 
 @torch.no_grad()
@@ -72,6 +77,9 @@ def dequantised(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         from bitsandbytes.functional import dequantize_4bit
 
         values = dequantize_4bit(*_unpacked(module.weight))
+    elif type(module.weight).__name__ == "Int8Params":  # PEFT's function would replace the weight of the layer
+        scales = module.weight.SCB if module.state.SCB is None else module.state.SCB
+        values = module.weight.data * (scales[:, None] / 127)
     else:
         values = dequantize_module_weight(module)
     weight = nn.Parameter(values.detach().to(dtype), requires_grad=False)
