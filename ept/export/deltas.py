@@ -106,7 +106,7 @@ def export_deltas(
     manifest = {
         "format": FORMAT,
         "method": str(tuner.peft_config[name].peft_type),
-        "base_model": tuner.peft_config[name].base_model_name_or_path,
+        "base_model": part.name(tuner.peft_config[name]),
         "tasks": [names[task] for task in ids],
         "heads": [parts[task].description for task in ids],
         "layers": {part.inside(layer, "layer"): asdict(entry) for layer, entry in entries.items()},

@@ -151,7 +151,7 @@ def _config(parts: Parts, layers: dict[str, LoraLayer], adapted: AdapterConfig) 
         fan_in_fan_out=all(isinstance(parts.model.get_submodule(name), Conv1D) for name in layers),
         modules_to_save=list(parts.saved) or None,
         task_type=TaskType.FEATURE_EXTRACTION if parts.prefix else adapted.task_type,
-        base_model_name_or_path=adapted.base_model_name_or_path,
+        base_model_name_or_path=parts.name(adapted),
         revision=adapted.revision,
         inference_mode=True,
     )

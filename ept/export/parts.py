@@ -10,6 +10,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..adapter_config import AdapterConfig
 from ..files import write_json
 from ..layer_adapter import LayerAdapter
 from ..tuner.model import EPTModel
@@ -34,6 +35,10 @@ class Parts:
     saved: dict[str, nn.Module]
     head: dict[str, Tensor] | None = None
     description: dict[str, Any] = field(default_factory=dict)
+
+    def name(self, config: AdapterConfig) -> str | None:
+        """What to load for ``model``: the base that the adapter's config names, else where ``model`` came from."""
+        return config.base_model_name_or_path or getattr(self.model, "name_or_path", None) or None
 
     def inside(self, path: str, what: str) -> str:
         """A path in the base as one in ``model``.
