@@ -16,11 +16,11 @@ import ept
 from ept import models
 from ept.contrastive_config import ContrastiveConfig
 from ept.data import TaskData
+from ept.files import write_atomically, write_json
 from ept.training import plots
 from ept.training.arguments import EPTTrainingArguments
 from ept.training.checkpoints import newest_checkpoint
 from ept.training.evaluate import baselines
-from ept.training.files import write_atomically, write_json
 from ept.training.inspection import adapter_config, trained_parameters
 from ept.training.options import RunSettings
 from ept.training.report import device_name, results_table, versions, write_metrics

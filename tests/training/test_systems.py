@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import ept
 from ept import models, train
 from ept.data import TaskData, load_tasks
+from ept.files import read_json
 from ept.training import EPTTrainer, EPTTrainingArguments, evaluate_tasks, load_trained
 from ept.training.ablations import ABLATIONS
-from ept.training.files import read_json
 from ept.training.options import RunSettings, build_parser, parse
 from ept.training.systems import SYSTEMS
 
