@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ept_kernels import (
+    Kept,
     PyramidGeometry,
     active_scales,
+    fold_kept,
     fold_kernels,
     fold_tasks,
     pyramid_delta,
@@ -67,6 +69,7 @@ class PyramidAdapter(TaskRoutedAdapter):
         self.B = nn.Parameter(torch.empty(self.geometry.seed_height, config.r, **factory))
         self.kernels = nn.ParameterList(nn.Parameter(torch.empty(k, k, **factory)) for k in config.kernel_sizes)
         self.gate = nn.Parameter(torch.empty(self.geometry.num_experts, shared.dim, **factory))
+        self.kept = Kept()
         self.reset_adapter_parameters()
 
     @classmethod
@@ -102,16 +105,22 @@ class PyramidAdapter(TaskRoutedAdapter):
     def fold(self, tasks: int | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Folded kernels ``[G, folded_size]`` of resolved tasks, ``groups`` and ``active`` as the ops take them.
 
-        A batch with more samples than tasks routes every task once; a smaller one routes its samples.
+        A batch with more samples than tasks routes every task once; a smaller one routes its samples. In inference
+        (evaluation mode, no gradients) all tasks are folded once and kept until a parameter changes (``fold_kept``).
         """
         table, groups, routed = self.task_table, None, tasks
+        kernels = self._kernels()
+        plan = (kernels, self.top_k, self.scaling, self.geometry)
+        if not self.training:
+            kept = fold_kept(self.kept, table.kept, self.gate, table.weight, tasks, *plan)
+            if kept is not None:
+                return kept
         if isinstance(tasks, Tensor) and tasks.dim():
             if len(tasks) > table.num_tasks:
                 groups, routed = tasks, None
             elif len(tasks) != 1:
                 groups = torch.arange(len(tasks), device=table.weight.device)
-        kernels = self._kernels()
-        fused = fold_tasks(self.gate, table.weight, routed, kernels, self.top_k, self.scaling, self.geometry)
+        fused = fold_tasks(self.gate, table.weight, routed, *plan)
         if fused is not None:
             return fused[0], groups, fused[1]
         embeddings = table.weight if routed is None else table.embed(routed)
