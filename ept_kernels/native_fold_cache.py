@@ -1,15 +1,14 @@
 """Folded kernels of all tasks of a layer on a CPU, kept between calls that train nothing.
 
-What is kept serves as long as every parameter it was made from holds the same bits, which one native call compares:
-gate, kernels and the embeddings of the tasks asked for, some tens of kilobytes. So nothing has to be cleared, and no way
-of changing a parameter passes it by: an optimizer's, a loaded checkpoint's, ``parameter.data``, another process in
-shared memory. (A version counter, PyTorch's own mark of a change, does not see the last two.) Comparing reads what
-folding would read, and does nothing else with it.
+What is kept serves as long as every parameter it was made from holds the same bits, which native code compares: gate,
+kernels and the embeddings of the tasks asked for, some tens of kilobytes. So nothing has to be cleared, and no way of
+changing a parameter passes it by: an optimizer's, a loaded checkpoint's, ``parameter.data``, another process in shared
+memory. (A version counter, PyTorch's own mark of a change, does not see the last two.) Comparing reads what folding
+would read, and does nothing else with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -54,7 +53,12 @@ def _table_snapshot(kept: Kept, table: Tensor) -> Any:
 
 
 def unchanged(
-    kept: Kept, tasks: int | Tensor | None, parameters: tuple[Tensor, ...], top_k: int, scaling: float, geometry: Any
+    kept: Kept,
+    tasks: int | Tensor | None,
+    parameters: tuple[Tensor, ...],
+    top_k: int,
+    scaling: float,
+    geometry: PyramidGeometry,
 ) -> _Fold | None:
     """What is kept, if it is of the same parameters with the same values; see ``task_folding.fold_kept``."""
     fold: _Fold | None = kept.value

@@ -21,7 +21,7 @@ from .tracing import is_eager
 #: Modules with ``fold_tasks`` and, where there is a limit, ``MOST_EXPERTS``; by the name of their backend.
 _MODULES = {"cpu": ".native_fold", "triton": ".triton.fold"}
 
-#: Modules that keep folded kernels between calls. On a GPU, to know whether parameters have changed, one must wait for it.
+#: Modules that keep folded kernels between calls. On a GPU one would have to wait to know whether parameters changed.
 _CACHES = {"cpu": ".native_fold_cache"}
 
 _loaded: dict[str, ModuleType] = {}
@@ -113,9 +113,9 @@ def fold_kept(
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """``(folded [G, folded_size], groups [N] or None, active [G, S])`` for the ops, from ``kept`` where it still holds.
 
-    None where nothing is kept: gradients are on, something traces or transforms the call (``is_eager``), ``fold_tasks``
-    would give None, the backend is not "cpu", or there are very many tasks. The tensors serve later calls, too: they are
-    to be read only.
+    None where nothing is kept: gradients are on, something traces or transforms the call (``is_eager``), the backend is
+    not "cpu" or ``fold_tasks`` would give None, or there are very many tasks. The tensors serve later calls, too: they
+    are to be read only.
 
     Args:
         kept: this layer's. kept_table: the table's, for all layers that share it.
