@@ -138,6 +138,7 @@ def fold_kept(
         if len(table) > cache.MOST_TASKS or _server(gate, table, kernels) is None:
             return None
         fold = cache.renew(kept, kept_table, parameters, top_k, scaling, geometry)
+        cache.unchanged(kept, tasks, parameters, top_k, scaling, geometry)  # refuses a task that the table lacks
     if not isinstance(tasks, int):
         return fold.folded, None if tasks is None else tasks.reshape(-1), fold.active
     row = fold.rows.get(tasks)
