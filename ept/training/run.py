@@ -161,7 +161,7 @@ def draw(folder: Path, model: PeftModel, history: Sequence[Mapping[str, float]])
         if adapter.expert_labels is not None:
             use = (ept.routing(model), adapter.expert_labels, names, new / "expert_use.png")
             plots.expert_use(*use, kind=adapter.expert_kind)
-        if len(names) > 1 and isinstance(config, ContrastiveConfig):
+        if len(names) > 1 and isinstance(config, ContrastiveConfig) and adapter.shared.routes:
             plots.task_map(ept.task_embeddings(model), names, new / "task_embeddings.png")
 
     return write_atomically(folder, write)
