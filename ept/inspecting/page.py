@@ -155,7 +155,7 @@ def _gates(inspection: Inspection) -> str:
     choices = _choices("task", "Task", inspection.tasks)
     return (
         f"<p>Weight that the task gives each expert (columns: {escape(inspection.label_kind)}). Point at a cell, or move "
-        f'with the arrow keys, to read it; a dotted cell is an expert that no task uses.</p>{choices}{_grid("gate-grid")}'
+        f"with the arrow keys, to read it; a dotted cell is an expert that no task uses.</p>{choices}{_grid('gate-grid')}"
     )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from ept.inspecting.folder import (
     read_adapter,
 )
 from ept.inspecting.pyramid import SavedPyramid, saved_pyramid
+from ept.pyramids import shared_and_pattern
 from ept.training.files import read_json, write_atomically, write_json
 from ept_kernels import PyramidGeometry
 
@@ -134,10 +133,6 @@ def _rest(saved: SavedAdapter) -> dict[str, Tensor]:
 
 def _config(saved: SavedAdapter, sizes: dict[str, tuple[int, ...]]) -> dict[str, object]:
     """The saved config with the commonest pyramid for all layers, and a pattern for each that differs."""
-    ((commonest, _),) = Counter(sizes.values()).most_common(1)
     content = read_json(saved.folder / CONFIG_FILE)
-    content["kernel_sizes"] = list(commonest)
-    # Anchored, or a layer "block.0.q" would speak for another's "decoder.block.0.q".
-    different = {f"^{re.escape(name)}": list(own) for name, own in sizes.items() if own != commonest}
-    content["kernel_pattern"] = different or None
+    content["kernel_sizes"], content["kernel_pattern"] = shared_and_pattern(sizes)
     return content
