@@ -25,14 +25,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of ``ept-inspect``."""
     parser = argparse.ArgumentParser(
         prog="ept-inspect",
-        description="What is in a saved adapter: pyramid, parameters, effective ranks, gates, dead experts, likeness of "
-        "tasks. Reads adapter_config.json and adapter_model.safetensors; the base model is not needed.",
+        description="What is in a saved adapter: pyramid, parameters, effective ranks, gates, dead experts, likeness "
+        "of tasks. Reads adapter_config.json and adapter_model.safetensors; the base model is not needed.",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder that save_pretrained or ept-train wrote")
     parser.add_argument("--task", metavar="NAME", help="only this task")
-    parser.add_argument(
-        "--layers", metavar="PATTERN", help="only layers in whose names this regular expression is found"
-    )
+    parser.add_argument("--layers", metavar="PATTERN", help="only layers whose names match this regular expression")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write everything as JSON")
     parser.add_argument("--output", metavar="DIR", type=Path, help="write heat maps (PNG) into this folder")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write one self-contained page to browse")

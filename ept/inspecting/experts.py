@@ -91,6 +91,7 @@ def _routed(saved: SavedAdapter, name: str, top_k: int) -> Gates:
             f"{str(saved.folder)!r}: {len(embeddings)} task embeddings for {saved.config.num_tasks} tasks of the config"
         )
     index, weights = route(gate, embeddings, top_k)
+    weights = weights.clamp_min(torch.finfo(weights.dtype).tiny)  # 0 would say that the expert is not chosen
     return _tuples(torch.zeros(len(embeddings), len(gate), dtype=weights.dtype).scatter(1, index, weights))
 
 

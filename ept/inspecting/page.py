@@ -58,7 +58,7 @@ def page(inspection: Inspection) -> str:
 <header><h1>{escape(inspection.method)} adapter</h1><p class="path">{escape(inspection.folder)}</p>
 <nav aria-label="Sections">{links}</nav></header>
 <main>{body}{notes}
-<noscript><p class="note">Heat maps, sorting and the filter need JavaScript; ept-inspect --json has the numbers.</p></noscript>
+<noscript><p class="note">Heat maps, sorting and the filter need JavaScript; --json has the numbers.</p></noscript>
 </main>
 <script type="application/json" id="data">{_json(inspection)}</script>
 <script>{script}</script>
@@ -103,10 +103,8 @@ def _overview(inspection: Inspection) -> str:
         for part, count in inspection.parameters.items()
     ]
     dead_text = f"<p>{escape(dead_sentence(inspection).capitalize())}.</p>" if has_experts else ""
-    return (
-        f'<dl class="cards">{shown}</dl>{dead_text}<div class="columns">'
-        f"{_table('Parameters', ['part', 'numbers', 'share'], parts)}{_table('Settings', ['name', 'value'], rows)}</div>"
-    )
+    tables = _table("Parameters", ["part", "numbers", "share"], parts) + _table("Settings", ["name", "value"], rows)
+    return f'<dl class="cards">{shown}</dl>{dead_text}<div class="columns">{tables}</div>'
 
 
 def _bar(value: float, whole: float, text: str) -> str:
@@ -140,12 +138,13 @@ def _layer_row(layer: Layer, pyramid: bool) -> list[str]:
     if not pyramid:
         return row
     experts = " ".join(
-        f'<span class="{"dead" if place in layer.dead else "expert"}">{expert.kernel_size}:{expert.effective_rank}</span>'
+        f'<span class="{"dead" if place in layer.dead else "expert"}">'
+        f"{expert.kernel_size}:{expert.effective_rank}</span>"
         for place, expert in enumerate(layer.experts)
     )
     highest = max((ranks.rank for ranks in layer.updates), default=0)
     entropy = sum(ranks.entropy for ranks in layer.updates) / max(len(layer.updates), 1)
-    size = f"{layer.out_features} x {layer.in_features}"
+    size = f"{layer.out_features}\u00a0x\u00a0{layer.in_features}"
     return [*row, size, experts, str(len(layer.dead)), str(highest), f"{entropy:.1f}"]
 
 
@@ -154,8 +153,9 @@ def _gates(inspection: Inspection) -> str:
         return ""
     choices = _choices("task", "Task", inspection.tasks)
     return (
-        f"<p>Weight that the task gives each expert (columns: {escape(inspection.label_kind)}). Point at a cell, or move "
-        f"with the arrow keys, to read it; a dotted cell is an expert that no task uses.</p>{choices}{_grid('gate-grid')}"
+        f"<p>Weight that the task gives each expert (columns: {escape(inspection.label_kind)}). Point at a cell, or "
+        "move with the arrow keys, to read it; a dotted cell is an expert that no task uses.</p>"
+        f"{choices}{_grid('gate-grid')}"
     )
 
 
@@ -164,7 +164,8 @@ def _ranks(inspection: Inspection) -> str:
         return ""
     measures = ("entropy rank", "stable rank", "rank", "norm")
     return (
-        f"<p>Of each task's whole update in a layer. An expert's own is r * rank(K), r = {inspection.settings['r']}.</p>"
+        "<p>Of each task's whole update in a layer. An expert's own rank is r * rank(K), "
+        f"r = {inspection.settings['r']}.</p>"
         f"{_choices('measure', 'Measure', measures)}{_grid('rank-grid')}"
     )
 
@@ -179,7 +180,8 @@ def _choices(name: str, legend: str, values: Sequence[str]) -> str:
 
 
 def _grid(key: str) -> str:
-    return f'<output class="reading" id="{key}-reading" aria-live="polite">&nbsp;</output><div class="scroll" id="{key}"></div>'
+    reading = f'<output class="reading" id="{key}-reading" aria-live="polite">&nbsp;</output>'
+    return f'{reading}<div class="scroll" id="{key}"></div>'
 
 
 def _similarity(inspection: Inspection) -> str:

@@ -68,7 +68,8 @@ def expert_use(
     Args:
         routing: layer name -> (expert index ``[T, top_k]``, gates ``[T, top_k]``), as from ``ept.routing``. Layers that
             differ only in their block's number form a group.
-        labels: label of every expert, for EPT its kernel size; or these by layer, where layers differ. task_names: T names.
+        labels: label of every expert, for EPT its kernel size; or these by layer, where layers differ.
+        task_names: T names.
         kind: what a label is.
     """
     groups = _layer_groups(routing, labels)
