@@ -27,7 +27,6 @@ function drawGrid(key, caption, rows, columns, cell) {
       const made = element("td", one ? one.text : "", { tabIndex: -1, className: "heat" });
       if (one) made.title = one.reading;
       made.classList.toggle("none", share === 0);
-      made.classList.toggle("strong", share >= 0.5);
       made.classList.toggle("unused", Boolean(one && one.unused));
       made.style.setProperty("--v", share.toFixed(3));
       made.dataset.row = r;

@@ -190,10 +190,7 @@ def _similarity(inspection: Inspection) -> str:
     head = "".join(f'<th scope="col">{escape(task)}</th>' for task in inspection.tasks)
     rows = "".join(
         f'<tr><th scope="row">{escape(task)}</th>'
-        + "".join(
-            f'<td class="heat{" strong" if abs(value) >= 0.5 else ""}" style="--v:{abs(value):.3f}">{value:.3f}</td>'
-            for value in row
-        )
+        + "".join(f'<td class="heat" style="--v:{abs(value):.3f}">{value:.3f}</td>' for value in row)
         + "</tr>"
         for task, row in zip(inspection.tasks, inspection.similarity, strict=True)
     )

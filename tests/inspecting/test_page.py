@@ -56,7 +56,8 @@ def test_page_fits_its_window_and_can_be_read(browser: Browser, file: Path, widt
             .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
           const behind = (node) => {
             const layers = [];
-            for (let at = node; at; at = at.parentElement) layers.unshift(numbers(getComputedStyle(at).backgroundColor));
+            for (let at = node; at; at = at.parentElement)
+              layers.unshift(numbers(getComputedStyle(at).backgroundColor));
             return layers.reduce((under, over) => {
               const alpha = over.length > 3 ? over[3] : 1;
               return under.map((c, i) => c * (1 - alpha) + over[i] * alpha);
