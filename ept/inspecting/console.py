@@ -15,7 +15,7 @@ from ept.inspecting.summary import Inspection, Layer
 def print_inspection(inspection: Inspection, console: Console) -> None:
     """Print everything that applies to the method, and a sentence for what does not."""
     console.print(f"[bold]{escape(inspection.method)}[/] adapter {escape(inspection.folder)}", highlight=False)
-    settings = ", ".join(f"{name} {_plain(value)}" for name, value in inspection.settings.items() if value is not None)
+    settings = ", ".join(f"{name} {plain(value)}" for name, value in inspection.settings.items() if value is not None)
     console.print(f"base model: {escape(inspection.base_model or 'not recorded')}; {escape(settings)}", highlight=False)
     console.print(f"tasks: {escape(', '.join(inspection.tasks) or 'not recorded')}", highlight=False)
     console.print(_parameters(inspection))
@@ -49,7 +49,8 @@ def chosen(layer: Layer, task: int) -> Iterator[tuple[int, float]]:
             yield place, weights[place]
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
+    """A setting in a few words."""
     if isinstance(value, dict):
         return f"for {len(value)} layers or patterns"
     return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

@@ -10,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from ept.inspecting.console import dead_sentence
+from ept.inspecting.console import dead_sentence, plain
 from ept.inspecting.summary import Inspection, Layer
 from ept.training.files import write_atomically
 
@@ -96,7 +96,7 @@ def _overview(inspection: Inspection) -> str:
         cards.append(("dead experts", f"{dead} of {experts}"))
     shown = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in cards)
     settings = [("base model", inspection.base_model or "not recorded"), ("tasks", ", ".join(inspection.tasks))]
-    settings += [(name, _plain(value)) for name, value in inspection.settings.items() if value is not None]
+    settings += [(name, plain(value)) for name, value in inspection.settings.items() if value is not None]
     rows = [[escape(name), escape(str(value))] for name, value in settings]
     parts = [
         [escape(part), _bar(count, inspection.total, f"{count:,}"), f"{count / inspection.total:.1%}"]
@@ -109,12 +109,6 @@ def _overview(inspection: Inspection) -> str:
 
 def _bar(value: float, whole: float, text: str) -> str:
     return f'<span class="bar" style="--share:{value / whole:.4f}">{text}</span>'
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{pattern}: {_plain(sizes)}" for pattern, sizes in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _layers(inspection: Inspection) -> str:
