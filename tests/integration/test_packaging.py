@@ -56,6 +56,8 @@ def test_wheel_holds_the_two_packages_and_the_command(wheel: Path) -> None:
     sources = {str(p.relative_to(REPOSITORY)) for top in tops for p in (REPOSITORY / top).rglob("*.py")}
     assert sources == {name for name in names if name.endswith(".py")}
     assert "ept-train = ept.train:main" in entry_points
+    assert "ept-inspect = ept.inspecting.cli:main" in entry_points
+    assert {"ept/inspecting/page.css", "ept/inspecting/page.js"} <= set(names)
 
 
 def test_wheel_imports_by_itself_without_cuda_or_triton(wheel: Path, tmp_path: Path) -> None:
