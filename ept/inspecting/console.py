@@ -23,7 +23,7 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
         console.print(_ranks(inspection))
     if any(layer.labels for layer in inspection.layers):
         console.print(_gates(inspection))
-    if any(layer.experts for layer in inspection.layers):
+    if any(layer.experts and layer.labels for layer in inspection.layers):
         console.print(dead_sentence(inspection), highlight=False)
     if inspection.similarity:
         console.print(_similarity(inspection))

@@ -71,6 +71,8 @@ def task_gates(saved: SavedAdapter) -> tuple[dict[str, Gates], tuple[str, ...]]:
         AdapterError: a gate or task table that does not fit the config.
     """
     config = saved.config
+    if getattr(config, "routing", "task") == "token":
+        return {}, ("Experts are chosen by every token, not by task: no gates, no dead experts, no update of a task.",)
     try:
         if isinstance(config, (EPTConfig, MoREConfig)):
             top_k = config.top_k if isinstance(config, EPTConfig) else 1

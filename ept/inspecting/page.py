@@ -91,7 +91,7 @@ def _overview(inspection: Inspection) -> str:
     dead, experts, _ = inspection.dead
     cards = [("trained numbers", f"{inspection.total:,}"), ("layers", str(len(inspection.layers)))]
     cards.append(("tasks", str(len(inspection.tasks))))
-    has_experts = any(layer.experts for layer in inspection.layers)
+    has_experts = any(layer.experts and layer.labels for layer in inspection.layers)
     if has_experts:
         cards.append(("dead experts", f"{dead} of {experts}"))
     shown = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in cards)

@@ -176,7 +176,7 @@ def _layer(
         parameters=count,
         in_features=pyramid.geometry.in_features,
         out_features=pyramid.geometry.out_features,
-        labels=pyramid.geometry.kernel_sizes,
+        labels=pyramid.geometry.kernel_sizes if gates else (),
         gates=gates,
         experts=experts,
         updates=tuple(pyramid.update_ranks(weights) for weights in gates),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import ept
 from ept.inspecting.cli import main
+from ept.inspecting.console import print_inspection
 from ept.inspecting.folder import AdapterError, read_adapter
+from ept.inspecting.page import write_page
+from ept.inspecting.pictures import draw_inspection
 from ept.inspecting.ranks import ranks_of
 from ept.inspecting.summary import inspect_adapter, select
 from ept_kernels import reference
@@ -138,6 +143,20 @@ def test_other_methods_show_what_applies(
         (layer,) = (layer for layer in found.layers if layer.name == name)
         dense = torch.zeros(3, len(layer.labels)).scatter(1, index, gates)
         torch.testing.assert_close(torch.tensor(layer.gates), dense)
+
+
+def test_experts_chosen_by_token_have_no_gates_of_tasks(adapter: SimpleNamespace, tmp_path: Path) -> None:
+    saved = read_adapter(adapter.folder)
+    saved.config.routing = "token"
+    found = inspect_adapter(replace(saved, shared={}))
+    assert not any(layer.gates or layer.updates or layer.dead for layer in found.layers)
+    assert found.layers[0].experts[3].effective_rank == 3 * 4
+    assert "chosen by every token" in found.notes[0]
+    write_page(tmp_path / "a.html", found)
+    with (tmp_path / "a.txt").open("w") as file:
+        print_inspection(found, Console(file=file))
+    assert "Effective ranks" in (tmp_path / "a.txt").read_text()
+    assert draw_inspection(tmp_path, found, saved) == []
 
 
 def _no_config(folder: Path) -> None:
