@@ -85,9 +85,9 @@ def execute(run: Run, bench: Bench, tasks: list[TaskData]) -> Record:
 @torch.no_grad()
 def expert_use(model: torch.nn.Module) -> dict[str, dict[str, float]]:
     """Mean weight over the layers that each task gives to the experts of each scale."""
-    sizes = model.peft_config["default"].kernel_sizes
+    sizes = {layer: adapter.expert_labels for layer, adapter in ept.adapters(model).items()}
     shares = np.mean(list(gate_shares(ept.routing(model), sizes).values()), axis=0)
-    scales = [str(k) for k in sorted(set(sizes))]
+    scales = [str(k) for k in sorted({size for own in sizes.values() for size in own})]
     rows = zip(ept.task_names(model), shares.tolist(), strict=True)
     return {name: dict(zip(scales, row, strict=True)) for name, row in rows}
 

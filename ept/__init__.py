@@ -22,6 +22,7 @@ from .introspection import (
 from .linear import EPTLinear
 from .losses import contrastive_loss
 from .optim import parameter_groups
+from .suggest import SuggestedPyramid, suggest_pyramid
 from .tasks import TaskTable
 from .tuner import EPTModel
 from .tuner.register import register as _register
@@ -39,6 +40,7 @@ __all__ = [
     "MixLoRALinear",
     "MoREConfig",
     "MoRELinear",
+    "SuggestedPyramid",
     "TaskTable",
     "TuckAConfig",
     "TuckALinear",
@@ -60,6 +62,7 @@ __all__ = [
     "parameter_groups",
     "print_parameter_breakdown",
     "routing",
+    "suggest_pyramid",
     "task_embeddings",
     "task_names",
     "use_tasks",

@@ -72,6 +72,10 @@ class AdapterConfig(PeftConfig):
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
 
+    def for_layer(self, name: str) -> AdapterConfig:
+        """The config of the layer ``name`` of a model: this one, unless a method lets layers differ."""
+        return self
+
     def _check_tasks(self) -> None:
         if self.task_names is not None:
             names = [self.task_names] if isinstance(self.task_names, str) else list(self.task_names)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from dataclasses import dataclass, field
+
+from peft.utils.other import get_pattern_key
 
 from ept_kernels.geometry import check_kernel_sizes
 
@@ -19,6 +23,9 @@ class EPTConfig(ContrastiveConfig):
         r: rank of the shared seed ``Z = B @ A``.
         lora_alpha: the update is scaled by ``lora_alpha / r``.
         kernel_sizes: the pyramid: one entry per expert, its deconvolution kernel's size.
+        kernel_pattern: other kernel sizes for some layers of a model: ``{pattern: kernel_sizes}``, where a pattern is a
+            regular expression for the end of a layer's name, as in ``LoraConfig.rank_pattern``; the first that matches
+            counts. A layer without a model, such as an ``EPTLinear``, takes ``kernel_sizes``.
         top_k: experts that the router mixes for a task.
         num_tasks: rows of the task-embedding table. Taken from ``task_names`` where that is given.
         task_names: optional names, in the order of the ids; then ``task_ids`` may be given by name.
@@ -47,6 +54,9 @@ class EPTConfig(ContrastiveConfig):
     kernel_sizes: tuple[int, ...] = field(
         default=(2, 2, 4, 4, 6, 6, 8, 8), metadata={"help": "Deconvolution kernel size of every expert."}
     )
+    kernel_pattern: dict[str, tuple[int, ...]] | None = field(
+        default=None, metadata={"help": "Kernel sizes of the layers whose names match a pattern."}
+    )
     top_k: int = field(default=2, metadata={"help": "Experts mixed for a task."})
     alp_scaling: bool = field(default=True, metadata={"help": "Dimension-aware scaling of the Adaptive LoRA Pruner."})
     init_seed: str = field(default="gaussian", metadata={"help": "'gaussian' or 'zero'."})
@@ -56,10 +66,11 @@ class EPTConfig(ContrastiveConfig):
         self.kernel_sizes = check_kernel_sizes(self.kernel_sizes)
         super().__post_init__()
         self.peft_type = EPT
-        experts = len(self.kernel_sizes)
+        self._check_pattern()
+        experts = min(map(len, (self.kernel_sizes, *(self.kernel_pattern or {}).values())))
         check(
             is_int(self.top_k) and 1 <= self.top_k <= experts,
-            f"top_k must be an integer from 1 to {experts} (the number of experts in kernel_sizes), got {self.top_k!r}",
+            f"top_k must be an integer from 1 to {experts} (the fewest experts of a layer), got {self.top_k!r}",
         )
         check(isinstance(self.alp_scaling, bool), f"alp_scaling must be True or False, got {self.alp_scaling!r}")
         check(self.init_seed in ("gaussian", "zero"), f"init_seed must be 'gaussian' or 'zero', got {self.init_seed!r}")
@@ -72,3 +83,26 @@ class EPTConfig(ContrastiveConfig):
                 f"got {self.contrastive_weight!r}",
             )
             self.contrastive_weight = 0.0
+
+    def _check_pattern(self) -> None:
+        pattern = self.kernel_pattern
+        if pattern is None:
+            return
+        check(isinstance(pattern, dict), f"kernel_pattern must be None or {{pattern: kernel sizes}}, got {pattern!r}")
+        sizes = {}
+        for key, value in pattern.items():
+            try:
+                re.compile(key)
+                sizes[key] = check_kernel_sizes(value)
+            except (re.error, TypeError, ValueError) as error:
+                raise ValueError(f"kernel_pattern[{key!r}]={value!r}: {error}") from None
+        self.kernel_pattern = sizes or None
+
+    def for_layer(self, name: str) -> EPTConfig:
+        """This config with the kernel sizes that ``kernel_pattern`` gives the layer ``name``."""
+        key = get_pattern_key(self.kernel_pattern or (), name)
+        if self.kernel_pattern is None or key not in self.kernel_pattern:
+            return self
+        config = copy.copy(self)
+        config.kernel_sizes = self.kernel_pattern[key]
+        return config

@@ -21,6 +21,9 @@ COLOURS = "viridis"
 _DPI = 200
 _PANELS_A_ROW = 4
 
+#: What every expert is, in all layers alike or by the layer's name.
+Labels = Sequence[int] | Mapping[str, Sequence[int]]
+
 
 def loss_curves(history: Sequence[Mapping[str, float]], path: str | Path) -> Path:
     """Draw the losses, and ``eval_mean`` where it was measured, over the steps of a trainer's log history.
@@ -44,7 +47,7 @@ def loss_curves(history: Sequence[Mapping[str, float]], path: str | Path) -> Pat
     if scores:
         _curve(panels[1], scores, colours[0], None)
         _finish(panels[1], "Validation, mean over tasks", "headline metric")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _loss_label(name: str) -> str:
@@ -54,7 +57,7 @@ def _loss_label(name: str) -> str:
 
 def expert_use(
     routing: Mapping[str, tuple[Tensor, Tensor]],
-    labels: Sequence[int],
+    labels: Labels,
     task_names: Sequence[str],
     path: str | Path,
     *,
@@ -65,11 +68,12 @@ def expert_use(
     Args:
         routing: layer name -> (expert index ``[T, top_k]``, gates ``[T, top_k]``), as from ``ept.routing``. Layers that
             differ only in their block's number form a group.
-        labels: label of every expert, for EPT its kernel size. task_names: T names.
+        labels: label of every expert, for EPT its kernel size; or these by layer, where layers differ.
+        task_names: T names.
         kind: what a label is.
     """
     groups = _layer_groups(routing, labels)
-    distinct = sorted(set(labels))
+    distinct = _distinct(labels)
     rows = math.ceil(len(groups) / _PANELS_A_ROW)
     columns = math.ceil(len(groups) / rows)
     highest = max(share.max() for share in groups.values())
@@ -91,7 +95,7 @@ def expert_use(
     bar = figure.colorbar(image, ax=panels, shrink=0.9, aspect=25)
     bar.set_label("share of gate weight, mean over layers", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def task_map(embeddings: Tensor, task_names: Sequence[str], path: str | Path) -> Path:
@@ -114,24 +118,28 @@ def task_map(embeddings: Tensor, task_names: Sequence[str], path: str | Path) ->
     for set_label, axis, share in ((panel.set_xlabel, 1, shares[0]), (panel.set_ylabel, 2, shares[1])):
         set_label(f"component {axis} ({share:.0%} of variance)")
     panel.set_title("Task embeddings")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def heat_map(panel: Axes, share: np.ndarray, highest: float) -> AxesImage:
-    """Draw numbers from 0 to ``highest``, each in its cell."""
+def heat_map(panel: Axes, share: np.ndarray, highest: float, *, digits: int = 2) -> AxesImage:
+    """Draw numbers from 0 to ``highest``, each in its cell with so many ``digits`` after the point."""
     image = panel.imshow(share, cmap=COLOURS, vmin=0.0, vmax=highest, aspect="auto")
     for (row, column), value in np.ndenumerate(share):
         ink = "black" if value > 0.6 * highest else "white"
-        panel.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
+        panel.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=7, color=ink)
     return image
 
 
-def gate_shares(routing: Mapping[str, tuple[Tensor, Tensor]], labels: Sequence[int]) -> dict[str, np.ndarray]:
-    """Layer -> share of gate weight ``[T, distinct labels]`` that each task gives the experts of a label, ascending."""
-    distinct = sorted(set(labels))
-    place_of_expert = np.array([distinct.index(label) for label in labels])
+def gate_shares(routing: Mapping[str, tuple[Tensor, Tensor]], labels: Labels) -> dict[str, np.ndarray]:
+    """Layer -> share of gate weight ``[T, distinct labels]`` that each task gives the experts of a label, ascending.
+
+    ``labels``: label of every expert, or these by layer.
+    """
+    distinct = _distinct(labels)
     shares = {}
     for layer, (experts, gates) in routing.items():
+        own = labels[layer] if isinstance(labels, Mapping) else labels
+        place_of_expert = np.array([distinct.index(label) for label in own])
         experts, gates = experts.cpu().numpy(), gates.detach().float().cpu().numpy()
         share = np.zeros((len(experts), len(distinct)))
         np.add.at(share, (np.arange(len(experts))[:, None], place_of_expert[experts]), gates)
@@ -139,7 +147,11 @@ def gate_shares(routing: Mapping[str, tuple[Tensor, Tensor]], labels: Sequence[i
     return shares
 
 
-def _layer_groups(routing: Mapping[str, tuple[Tensor, Tensor]], labels: Sequence[int]) -> dict[str, np.ndarray]:
+def _distinct(labels: Labels) -> list[int]:
+    return sorted({label for own in labels.values() for label in own} if isinstance(labels, Mapping) else set(labels))
+
+
+def _layer_groups(routing: Mapping[str, tuple[Tensor, Tensor]], labels: Labels) -> dict[str, np.ndarray]:
     """Group name -> share of gate weight ``[T, distinct labels]``, the mean over the group's layers."""
     groups: dict[str, list[np.ndarray]] = {}
     for layer, share in gate_shares(routing, labels).items():
@@ -213,6 +225,7 @@ def _finish(panel: Axes, title: str, y_label: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as a picture."""
     FigureCanvasAgg(figure)
     return write_atomically(path, lambda file: figure.savefig(file, dpi=_DPI))

@@ -157,9 +157,11 @@ def draw(folder: Path, model: PeftModel, history: Sequence[Mapping[str, float]])
         plots.loss_curves(history, new / "loss.png")
         if config is None:
             return
-        names, adapter = ept.task_names(model), next(iter(ept.adapters(model).values()))
+        names, adapters = ept.task_names(model), ept.adapters(model)
+        adapter = next(iter(adapters.values()))
         if adapter.expert_labels is not None:
-            use = (ept.routing(model), adapter.expert_labels, names, new / "expert_use.png")
+            labels = {layer: part.expert_labels for layer, part in adapters.items()}
+            use = (ept.routing(model), labels, names, new / "expert_use.png")
             plots.expert_use(*use, kind=adapter.expert_kind)
         if len(names) > 1 and isinstance(config, ContrastiveConfig) and adapter.shared.routes:
             plots.task_map(ept.task_embeddings(model), names, new / "task_embeddings.png")

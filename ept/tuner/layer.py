@@ -72,7 +72,7 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         adapter = method_of(config).adapter(
             self.in_features,
             self.out_features,
-            config,
+            config.for_layer(layer_name),
             shared,
             name=layer_name,
             dtype=torch.float32 if half else dtype,

@@ -45,7 +45,7 @@ def target_features(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[
             )
         try:
             features[name] = base_features(base)
-            method_of(config).adapter.check_features(config, *features[name])
+            method_of(config).adapter.check_features(config.for_layer(name), *features[name])
         except (TypeError, ValueError) as error:
             raise type(error)(f"target module {name!r}: {error}") from None
     return features

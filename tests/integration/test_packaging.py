@@ -55,8 +55,9 @@ def test_wheel_holds_the_two_packages_and_the_commands(wheel: Path) -> None:
     assert wheel.name.endswith("-none-any.whl"), "without native code it fits every platform"
     sources = {str(p.relative_to(REPOSITORY)) for top in tops for p in (REPOSITORY / top).rglob("*.py")}
     assert sources == {name for name in names if name.endswith(".py")}
-    for command in ("ept-train = ept.train:main", "ept-export = ept.export.cli:main"):
-        assert command in entry_points
+    for command in ("train = ept.train:main", "export = ept.export.cli:main", "inspect = ept.inspecting.cli:main"):
+        assert f"ept-{command}" in entry_points
+    assert {"ept/inspecting/page.css", "ept/inspecting/page.js"} <= set(names)
 
 
 def test_wheel_imports_by_itself_without_cuda_or_triton(wheel: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""``ept-inspect``: what is in a saved adapter, read from its two files without the base model."""
