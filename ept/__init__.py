@@ -20,6 +20,7 @@ from .introspection import (
 )
 from .linear import EPTLinear
 from .losses import contrastive_loss
+from .mixture import TaskMixture
 from .optim import parameter_groups
 from .tasks import TaskTable
 from .tuner import EPTModel
@@ -38,6 +39,7 @@ __all__ = [
     "MixLoRALinear",
     "MoREConfig",
     "MoRELinear",
+    "TaskMixture",
     "TaskTable",
     "TuckAConfig",
     "TuckALinear",

@@ -20,9 +20,10 @@ from ept_kernels import (
 )
 
 from .config import EPTConfig
+from .mixture import TaskMixture
 from .router import route
 from .task_routed import TaskRoutedAdapter
-from .tasks import TaskIds, TaskTable
+from .tasks import ResolvedTasks, TaskIds, TaskTable
 
 
 class PyramidAdapter(TaskRoutedAdapter):
@@ -99,11 +100,16 @@ class PyramidAdapter(TaskRoutedAdapter):
         own = self.kernels._parameters  # a ParameterList looks every item up by name, which a small layer would notice
         return tuple(own.values()) if len(own) == self.geometry.num_experts else tuple(self.kernels)
 
-    def fold(self, tasks: int | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def fold(self, tasks: ResolvedTasks) -> tuple[Tensor, Tensor | None, Tensor]:
         """Folded kernels ``[G, folded_size]`` of resolved tasks, ``groups`` and ``active`` as the ops take them.
 
-        A batch with more samples than tasks routes every task once; a smaller one routes its samples.
+        A batch with more samples than tasks routes every task once; a smaller one routes its samples. A mixture routes
+        every task once and mixes what comes of it.
         """
+        if isinstance(tasks, TaskMixture):
+            folded, _, active = self.fold(tasks.every_task())
+            groups = torch.arange(len(tasks), device=folded.device)
+            return tasks.mix(folded), groups, tasks.mix_any(active)
         table, groups, routed = self.task_table, None, tasks
         if isinstance(tasks, Tensor) and tasks.dim():
             if len(tasks) > table.num_tasks:

@@ -30,6 +30,8 @@ class EPTConfig(ContrastiveConfig):
             the same experts.
         temperature: of the contrastive loss's cosine similarities.
         contrastive_weight: weight of the contrastive loss in the total; 0 switches it off.
+        auto_routing: keep statistics of each task's token embeddings during training, so that ``task_ids="auto"`` can
+            find out the task of an unlabelled sample afterwards (``docs/tasks.md``).
         init_seed: "gaussian" (the method) or "zero" (the paper's ablation: ``B`` starts at zero).
         target_modules: names or a regular expression of the modules to adapt, or "all-linear". None: PEFT's default for
             the architecture.
@@ -46,6 +48,7 @@ class EPTConfig(ContrastiveConfig):
     )
     top_k: int = field(default=2, metadata={"help": "Experts mixed for a task."})
     alp_scaling: bool = field(default=True, metadata={"help": "Dimension-aware scaling of the Adaptive LoRA Pruner."})
+    auto_routing: bool = field(default=False, metadata={"help": "Learn to find out the task of unlabelled samples."})
     init_seed: str = field(default="gaussian", metadata={"help": "'gaussian' or 'zero'."})
 
     def __post_init__(self) -> None:
@@ -58,4 +61,5 @@ class EPTConfig(ContrastiveConfig):
             f"top_k must be an integer from 1 to {experts} (the number of experts in kernel_sizes), got {self.top_k!r}",
         )
         check(isinstance(self.alp_scaling, bool), f"alp_scaling must be True or False, got {self.alp_scaling!r}")
+        check(isinstance(self.auto_routing, bool), f"auto_routing must be True or False, got {self.auto_routing!r}")
         check(self.init_seed in ("gaussian", "zero"), f"init_seed must be 'gaussian' or 'zero', got {self.init_seed!r}")

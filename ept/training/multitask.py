@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ept.data import TaskSpec
+from ept.mixture import TaskMixture
 
 # Regression heads learn labels mapped linearly from the task's label_range onto this interval.
 REGRESSION_TARGETS = (0.0, 1.0)
@@ -83,15 +84,18 @@ class MultiTaskEncoder(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
-        task_ids: Tensor | int | None = None,
+        task_ids: Tensor | TaskMixture | int | None = None,
         labels: Tensor | None = None,
+        head_ids: Tensor | int | None = None,
         **encoder_options: object,
     ) -> SequenceClassifierOutput:
         """Logits of every sample under its task's head and, given labels, the mean of the samples' losses.
 
         Args:
             input_ids, attention_mask, token_type_ids: int64 ``[batch, length]``; the last only if the encoder has it.
-            task_ids: one id for the batch or int64 ``[batch]``; None, where there is one task.
+            task_ids: one id for the batch or int64 ``[batch]``; None, where there is one task. Of a mixture
+                (``task_ids="auto"``), the likeliest task's head answers.
+            head_ids: whose head answers and whose loss counts, where that is not to follow ``task_ids``.
             labels: ``[batch]``, class indices or regression labels in the unit of ``label_range``.
 
         Returns:
@@ -100,7 +104,7 @@ class MultiTaskEncoder(nn.Module):
         Raises:
             ValueError: task_ids missing with several tasks, or not one a sample.
         """
-        task_ids = self._task_ids(task_ids, input_ids)
+        task_ids = self._task_ids(task_ids if head_ids is None else head_ids, input_ids)
         if token_type_ids is not None:
             encoder_options["token_type_ids"] = token_type_ids
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_options).last_hidden_state
@@ -128,19 +132,21 @@ class MultiTaskEncoder(nn.Module):
         squared_error = (logits[:, 0] - wanted).square().where(is_regression, 0.0)
         return F.cross_entropy(logits, classes, reduction="none") + squared_error
 
-    def predict(self, logits: Tensor, task_ids: Tensor | int | None = None) -> Tensor:
+    def predict(self, logits: Tensor, task_ids: Tensor | TaskMixture | int | None = None) -> Tensor:
         """What the logits ``[batch, max_labels]`` say, fp32 ``[batch]``: class index, or label in its own unit."""
         task_ids = self._task_ids(task_ids, logits)
         low, high = REGRESSION_TARGETS
         value = (logits[:, 0].float() - low) / (high - low) * self._width[task_ids] + self._low[task_ids]
         return value.where(self._is_regression[task_ids], logits.argmax(1).float())
 
-    def _task_ids(self, task_ids: Tensor | int | None, like: Tensor) -> Tensor:
+    def _task_ids(self, task_ids: Tensor | TaskMixture | int | None, like: Tensor) -> Tensor:
         batch = like.shape[0]
         if task_ids is None and len(self.specs) > 1:
             raise ValueError(
                 f"task_ids is missing: there are {len(self.specs)} tasks; pass one id a sample, int64 [{batch}]"
             )
+        if isinstance(task_ids, TaskMixture):
+            task_ids = task_ids.most_likely().to(like.device)
         if not isinstance(task_ids, Tensor):
             return torch.full((batch,), task_ids or 0, dtype=torch.int64, device=like.device)
         if task_ids.dim() and task_ids.shape != (batch,):

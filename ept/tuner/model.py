@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,9 @@ from ..context import TaskContext, activate, checkpoint_with_tasks, current, pop
 from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..merging import check_merged_task
 from ..methods import method_of
-from ..tasks import TaskIds, TaskSet
+from ..mixture import TaskMixture
+from ..prototypes import TaskPrototypes, embedding_layer, input_representation
+from ..tasks import AUTO, ResolvedTasks, TaskIds, TaskSet, count_samples, wants_auto
 from .checkpoint import check_adapter_state
 from .forward import TaskGenerate, batch_size, takes_task_ids
 from .layer import EPTLinearLayer
@@ -28,9 +30,9 @@ class EPTModel(BaseTuner):
     """Expert Pyramid Tuning around a model; made by ``peft.get_peft_model(model, EPTConfig(...))``.
 
     ``model(**batch, task_ids=...)`` and ``model.generate(..., task_ids=...)`` take an id or a name for the whole batch,
-    or one for each sample (a list or a tensor ``[batch]``). With one task, or a method that treats all alike, they may
-    be left out. Inside the model the first dimension of an adapted layer's input must run over the samples (beams,
-    windows or tokens of a sample consecutive).
+    or one for each sample (a list or a tensor ``[batch]``); "auto" leaves it to the input (``auto_routing``). With one
+    task, or a method that treats all alike, they may be left out. Inside the model the first dimension of an adapted
+    layer's input must run over the samples (beams, windows or tokens of a sample consecutive).
 
     ``ept_task_tables`` holds, for every adapter, its tasks and whatever its layers share (a ``TaskSet``).
     """
@@ -62,6 +64,8 @@ class EPTModel(BaseTuner):
         device = weight.device if weight is not None else None
         dtype = torch.promote_types(weight.dtype, torch.float32) if weight is not None else None
         shared = method_of(peft_config).adapter.make_shared(peft_config, features, device=device, dtype=dtype)
+        if getattr(peft_config, "auto_routing", False):
+            shared.prototypes = self._new_prototypes(shared)
         self.ept_task_tables[adapter_name] = shared.requires_grad_(
             not peft_config.inference_mode and adapter_name in self.active_adapters
         )
@@ -114,7 +118,89 @@ class EPTModel(BaseTuner):
         """Whether the method treats tasks differently: all adapters are of one method."""
         return any(shared.routes for shared in self.ept_task_tables.values())
 
-    def _resolve(self, task_ids: TaskIds | None, batch: int | None) -> int | Tensor | None:
+    def _new_prototypes(self, shared: TaskSet) -> TaskPrototypes:
+        weight = embedding_layer(self.model).weight
+        return TaskPrototypes(shared.num_tasks, weight.shape[1], device=weight.device)
+
+    def find_out(self, task_ids: TaskIds | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskIds | None:
+        """``task_ids`` with every "auto" replaced by weights over the tasks, which a call's input decides.
+
+        Raises:
+            ValueError: no statistics to decide by, nothing to decide about, a merged task, or several active adapters.
+        """
+        names = self._active()
+        if not wants_auto(task_ids) or not names:
+            return task_ids
+        if self.merged_task is not None:
+            raise ValueError(
+                f"task_ids='auto' mixes tasks, but task {self.merged_task} is merged into the weights; unmerge it first"
+            )
+        if len(names) > 1:
+            raise ValueError(f"task_ids='auto' needs one active adapter, whose tasks it mixes; active are {names}")
+        config, shared = self.peft_config[names[0]], self.ept_task_tables[names[0]]
+        if shared.prototypes is None:
+            if not hasattr(config, "auto_routing"):
+                raise ValueError(f"task_ids='auto' is not supported by {config.peft_type}: give ids or names")
+            raise ValueError(
+                f"task_ids='auto': adapter {names[0]!r} was trained without auto_routing=True; "
+                "call model.learn_auto_routing(batches), or give ids or names"
+            )
+        found = shared.prototypes.mixture(input_representation(self.model, args, kwargs), config.temperature)
+        if isinstance(task_ids, str):
+            return found
+        if len(task_ids) != len(found):
+            raise ValueError(f"task_ids must hold one id for each of the {len(found)} samples, got {len(task_ids)}")
+        unknown = torch.tensor([task == AUTO for task in task_ids], device=found.weights.device)
+        given = shared.resolve([0 if task == AUTO else task for task in task_ids]).to(found.weights.device)
+        known = torch.nn.functional.one_hot(given, shared.num_tasks).to(found.weights.dtype)
+        return TaskMixture(torch.where(unknown[:, None], found.weights, known))
+
+    def infer_tasks(self, *args: Any, **kwargs: Any) -> TaskMixture:
+        """What ``task_ids="auto"`` makes of a batch: weights over the tasks, which may be given as ``task_ids``.
+
+        Args: those of the model's forward; ``input_ids`` or ``inputs_embeds``, and ``attention_mask``, are read.
+
+        Raises:
+            ValueError: as ``find_out``, or no adapter is active.
+        """
+        found = self.find_out(AUTO, args, kwargs)
+        if not isinstance(found, TaskMixture):
+            raise ValueError("model has no active adapter whose tasks could be told apart")
+        return found
+
+    def learn_auto_routing(self, batches: Iterable[Mapping[str, Any]], adapter_name: str | None = None) -> None:
+        """Learn to tell the tasks apart from labelled batches alone, for an adapter that was trained without.
+
+        One pass over the embedding layer: nothing is trained, and what was learned before is forgotten. Sets the
+        config's ``auto_routing``, so that the result is saved.
+
+        Args:
+            batches: arguments of the model's forward, with ``task_ids``.
+            adapter_name: default: the active one.
+
+        Raises:
+            ValueError: not an EPT adapter, a batch without ``task_ids``, or a model without token embeddings.
+        """
+        name = adapter_name or self.active_adapters[0]
+        config, shared = self.peft_config[name], self.ept_task_tables[name]
+        if not hasattr(config, "auto_routing"):
+            raise ValueError(f"learn_auto_routing is not supported by {config.peft_type}")
+        prototypes = self._new_prototypes(shared)
+        for batch in batches:
+            tasks = shared.resolve(batch.get("task_ids"))
+            prototypes.observe(input_representation(self.model, (), dict(batch)), tasks)
+        config.auto_routing, shared.prototypes = True, prototypes
+
+    def _observe(self, resolved: ResolvedTasks | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let the active adapters' statistics see a training batch whose tasks are known."""
+        if resolved is None or isinstance(resolved, TaskMixture):
+            return
+        for name in self._active():
+            prototypes = self.ept_task_tables[name].prototypes
+            if prototypes is not None:
+                prototypes.observe(input_representation(self.model, args, kwargs), resolved)
+
+    def _resolve(self, task_ids: TaskIds | None, batch: int | None) -> ResolvedTasks | None:
         """Resolved ids for the active adapters, or None where nothing routes and none are given.
 
         Raises:
@@ -128,8 +214,9 @@ class EPTModel(BaseTuner):
         resolved = self.ept_task_tables[names[0]].resolve(task_ids)
         for name in names[1:]:  # the other active adapters must know these ids too
             self.ept_task_tables[name].resolve(task_ids)
-        if isinstance(resolved, Tensor) and resolved.dim() and batch is not None and len(resolved) != batch:
-            raise ValueError(f"task_ids must hold one id for each of the {batch} samples, got {len(resolved)}")
+        samples = count_samples(resolved)
+        if samples is not None and batch is not None and samples != batch:
+            raise ValueError(f"task_ids must hold one id for each of the {batch} samples, got {samples}")
         return resolved
 
     def _check_same_names(self, names: list[str], task_ids: TaskIds | None) -> None:
@@ -151,6 +238,7 @@ class EPTModel(BaseTuner):
             task_ids, batch = outer.task_ids, None if outer.expands else batch
         if self.merged_task is not None and self._disabled():
             self.unmerge_adapter()
+        task_ids = self.find_out(task_ids, args, kwargs)
         merged_task = self.merged_task
         by_merge = merged_task is not None and task_ids is None and self.routes_by_task
         resolved = merged_task if by_merge else self._resolve(task_ids, batch)
@@ -171,6 +259,7 @@ class EPTModel(BaseTuner):
         )
         if self.training:
             checkpoint_with_tasks(module)
+            self._observe(resolved, args, kwargs)
         push(context)
         if takes_task_ids(module):
             kwargs["task_ids"] = resolved
