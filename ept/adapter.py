@@ -69,6 +69,14 @@ class PyramidAdapter(TaskRoutedAdapter):
         self.kernels = nn.ParameterList(nn.Parameter(torch.empty(k, k, **factory)) for k in config.kernel_sizes)
         self.gate = nn.Parameter(torch.empty(self.geometry.num_experts, shared.dim, **factory))
         self.reset_adapter_parameters()
+        if config.finished_tasks:
+            self.finish()
+
+    def finish(self) -> None:
+        """Freeze what all tasks use: a task that is added later has its embedding alone."""
+        for parameter in (self.A, self.B, self.gate, *self.kernels):
+            parameter.requires_grad_(False)
+            parameter.grad = None  # an optimizer that was made before would still apply it
 
     @classmethod
     def check_features(cls, config: EPTConfig, in_features: int, out_features: int) -> None:

@@ -32,6 +32,8 @@ class EPTConfig(ContrastiveConfig):
         contrastive_weight: weight of the contrastive loss in the total; 0 switches it off.
         auto_routing: keep statistics of each task's token embeddings during training, so that ``task_ids="auto"`` can
             find out the task of an unlabelled sample afterwards (``docs/tasks.md``).
+        finished_tasks: the first so many tasks are finished: neither their embeddings nor anything that all tasks use
+            trains. Set by ``model.add_task``.
         init_seed: "gaussian" (the method) or "zero" (the paper's ablation: ``B`` starts at zero).
         target_modules: names or a regular expression of the modules to adapt, or "all-linear". None: PEFT's default for
             the architecture.
@@ -49,6 +51,7 @@ class EPTConfig(ContrastiveConfig):
     top_k: int = field(default=2, metadata={"help": "Experts mixed for a task."})
     alp_scaling: bool = field(default=True, metadata={"help": "Dimension-aware scaling of the Adaptive LoRA Pruner."})
     auto_routing: bool = field(default=False, metadata={"help": "Learn to find out the task of unlabelled samples."})
+    finished_tasks: int = field(default=0, metadata={"help": "Tasks that must stay as they are; add_task sets it."})
     init_seed: str = field(default="gaussian", metadata={"help": "'gaussian' or 'zero'."})
 
     def __post_init__(self) -> None:
@@ -62,4 +65,8 @@ class EPTConfig(ContrastiveConfig):
         )
         check(isinstance(self.alp_scaling, bool), f"alp_scaling must be True or False, got {self.alp_scaling!r}")
         check(isinstance(self.auto_routing, bool), f"auto_routing must be True or False, got {self.auto_routing!r}")
+        check(
+            is_int(self.finished_tasks) and 0 <= self.finished_tasks <= self.num_tasks,
+            f"finished_tasks must be an integer from 0 to num_tasks={self.num_tasks}, got {self.finished_tasks!r}",
+        )
         check(self.init_seed in ("gaussian", "zero"), f"init_seed must be 'gaussian' or 'zero', got {self.init_seed!r}")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .growing import GrowingModule, growing
 from .mixture import TaskMixture
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class TaskSet(nn.Module):
         return ids.to(device=self.device, dtype=torch.long)
 
 
-class TaskTable(TaskSet):
+class TaskTable(GrowingModule, TaskSet):
     """One learned vector per task, shared by every layer of an adapter (spec section 3).
 
     Args:
@@ -156,7 +157,11 @@ class TaskTable(TaskSet):
         dim: width of an embedding.
         names: optional T distinct names.
         similarity: expected cosine of two embeddings at the start, in [0, 1).
+        finished: the first so many tasks' embeddings never train.
     """
+
+    grows = ("weight",)
+    weight = growing("weight")
 
     def __init__(
         self,
@@ -165,21 +170,37 @@ class TaskTable(TaskSet):
         names: Sequence[str] | None = None,
         *,
         similarity: float = 0.0,
+        finished: int = 0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_tasks, names)
         self.dim, self.similarity = dim, similarity
         self.weight = nn.Parameter(torch.empty(num_tasks, dim, device=device, dtype=dtype))
+        if finished:
+            self.split_rows("weight", finished)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Standard normal entries; rows share a part of variance ``similarity`` (README, "Why these defaults")."""
-        nn.init.normal_(self.weight)
+        rows = torch.randn_like(self.weight)
         if self.similarity > 0:
-            shared = torch.randn_like(self.weight[0])
-            self.weight.mul_((1 - self.similarity) ** 0.5).add_(shared, alpha=self.similarity**0.5)
+            shared = torch.randn_like(rows[0])
+            rows.mul_((1 - self.similarity) ** 0.5).add_(shared, alpha=self.similarity**0.5)
+        self.fill_rows("weight", rows)
+
+    @torch.no_grad()
+    def add_task(self, name: str | None, like: int | None = None) -> int:
+        """Append an embedding, the mean of all or that of the task ``like``, and freeze the others; gives its id."""
+        weight = self.weight.detach()
+        self.append_rows("weight", weight.mean(0, keepdim=True) if like is None else weight[like : like + 1])
+        self.num_tasks += 1
+        if self.names is not None:
+            self.names = (*self.names, name)
+        if self.prototypes is not None:
+            self.prototypes.add_task()
+        return self.num_tasks - 1
 
     @property
     def device(self) -> torch.device:

@@ -27,8 +27,26 @@ class TaskHeads(nn.Module):
     def __init__(self, hidden_size: int, specs: Sequence[TaskSpec]) -> None:
         super().__init__()
         self.by_task = nn.ModuleDict({f"head_{spec.name}": nn.Linear(hidden_size, spec.num_labels) for spec in specs})
-        widths = torch.tensor([spec.num_labels for spec in specs])
-        slots = torch.arange(int(widths.max()))
+        self._lay_out()
+
+    def add(self, spec: TaskSpec, *, trains: bool) -> None:
+        """A fresh head for one more task."""
+        like = next(iter(self.by_task.values()))
+        head = nn.Linear(like.in_features, spec.num_labels, device=like.weight.device, dtype=like.weight.dtype)
+        self.by_task[f"head_{spec.name}"] = head.requires_grad_(trains)
+        self._lay_out()
+
+    def finish(self, count: int) -> None:
+        """Freeze the heads of the first ``count`` tasks; an adapter's ``add_task`` asks for it."""
+        for head in list(self.by_task.values())[:count]:
+            for parameter in head.parameters():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def _lay_out(self) -> None:
+        device = next(self.parameters()).device
+        widths = torch.tensor([head.out_features for head in self.by_task.values()], device=device)
+        slots = torch.arange(int(widths.max()), device=device)
         starts = widths.cumsum(0) - widths
         exists = slots < widths[:, None]
         self.register_buffer("_exists", exists, persistent=False)  # [T, max_labels]
@@ -67,16 +85,33 @@ class MultiTaskEncoder(nn.Module):
 
     def __init__(self, encoder: nn.Module, specs: Sequence[TaskSpec]) -> None:
         super().__init__()
-        _check_specs(specs)
+        check_specs(specs)
         self.encoder = encoder
         self.config = encoder.config
         self.specs = tuple(specs)
         self.heads = TaskHeads(encoder.config.hidden_size, specs)
+        self._set_labels()
+
+    def add_task(self, spec: TaskSpec) -> None:
+        """A head for one more task, in every copy of the heads that an adapter trains; see ``ept.training.add_task``.
+
+        Raises:
+            ValueError: as for the constructor.
+        """
+        check_specs([*self.specs, spec])
+        self.specs = (*self.specs, spec)
+        for name, module in list(self.named_modules()):
+            if isinstance(module, TaskHeads):
+                module.add(spec, trains=not name.endswith("original_module"))  # PEFT's frozen copy
+        self._set_labels()
+
+    def _set_labels(self) -> None:
+        specs, device = self.specs, next(self.parameters()).device
         ranges = [spec.label_range if spec.kind == "regression" else REGRESSION_TARGETS for spec in specs]
-        low, high = torch.tensor(ranges, dtype=torch.float32).unbind(1)
+        low, high = torch.tensor(ranges, dtype=torch.float32, device=device).unbind(1)
         self.register_buffer("_low", low, persistent=False)  # [T]
         self.register_buffer("_width", high - low, persistent=False)  # [T]
-        is_regression = torch.tensor([spec.kind == "regression" for spec in specs])
+        is_regression = torch.tensor([spec.kind == "regression" for spec in specs], device=device)
         self.register_buffer("_is_regression", is_regression, persistent=False)  # [T]
 
     def forward(
@@ -154,7 +189,7 @@ class MultiTaskEncoder(nn.Module):
         return task_ids.expand(batch)
 
 
-def _check_specs(specs: Sequence[TaskSpec]) -> None:
+def check_specs(specs: Sequence[TaskSpec]) -> None:
     names = [spec.name for spec in specs]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"specs has the tasks {names}; at least one task is needed, each name once")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..adapter_config import AdapterConfig
@@ -259,6 +259,8 @@ class EPTModel(BaseTuner):
         )
         if self.training:
             checkpoint_with_tasks(module)
+            if not torch.compiler.is_compiling():
+                self._freeze_finished()
             self._observe(resolved, args, kwargs)
         push(context)
         if takes_task_ids(module):
@@ -305,6 +307,73 @@ class EPTModel(BaseTuner):
         config, shared = self.peft_config[name], self.ept_task_tables[name]
         return method_of(config).adapter.losses(config, shared, self.adapters(name), self._trained)
 
+    # ---- tasks added later
+
+    def add_task(
+        self, name: str | None = None, *, like: int | str | None = None, adapter_name: str | None = None
+    ) -> int:
+        """Add a task to a trained EPT adapter: its embedding alone will train, and no other task's output changes.
+
+        Seed, kernels, gates and the other tasks' embeddings are frozen, and stay so when the adapter is saved and
+        loaded (``config.finished_tasks``). Make the optimizer afterwards: an earlier one does not know the embedding.
+        So are other modules that train with the adapter (``modules_to_save``), but for a head of the new task's own
+        (``ept.training.add_task`` makes one).
+
+        Args:
+            name: of the task, where the adapter names its tasks; None where it does not.
+            like: the task whose embedding it starts from. None: the mean of all.
+            adapter_name: default: the active one.
+
+        Returns:
+            The new task's id.
+
+        Raises:
+            ValueError: not an EPT adapter, a merged one, a name that is taken, missing, "auto" or needless, or an
+                unknown task ``like``; nothing has changed then.
+        """
+        adapter_name = adapter_name or self.active_adapters[0]
+        config, shared = self.peft_config[adapter_name], self.ept_task_tables[adapter_name]
+        if not hasattr(config, "finished_tasks"):
+            raise ValueError(f"add_task is not supported by {config.peft_type}")
+        if self.merged_task is not None:
+            raise ValueError(f"add_task: task {self.merged_task} is merged into the weights; unmerge it first")
+        names = config.task_names
+        if names is None and name is not None:
+            raise ValueError(f"name must be None, since the adapter's tasks have no names, got {name!r}")
+        if names is not None and (not isinstance(name, str) or name in ("", AUTO, *names)):
+            raise ValueError(f'name must be a new name, none of "", "auto", {", ".join(names)}; got {name!r}')
+        start = None if like is None else shared.resolve(like)
+        if not (start is None or isinstance(start, int)):
+            raise ValueError(f"like must be one id or name, got {like!r}")
+        finished = shared.num_tasks
+        task = shared.add_task(name, start)
+        config.num_tasks, config.finished_tasks = finished + 1, finished
+        if names is not None:
+            config.task_names = [*names, name]
+        self._freeze_finished()
+        shared.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        return task
+
+    def _freeze_finished(self) -> None:
+        """Freeze what finished tasks use, again: PEFT makes all of an adapter trainable whenever it activates one.
+
+        A module to save that has parts of its own for every task says so by ``finish(count)``.
+        """
+        counts = {name: getattr(config, "finished_tasks", 0) for name, config in self.peft_config.items()}
+        for name, count in counts.items():
+            if not count:
+                continue
+            for adapter in self.adapters(name).values():
+                adapter.finish()
+            for wrapper in self.model.modules():
+                if not isinstance(wrapper, ModulesToSaveWrapper) or name not in wrapper.modules_to_save:
+                    continue
+                copy = wrapper.modules_to_save[name]
+                if hasattr(copy, "finish"):
+                    copy.finish(count)
+                else:
+                    copy.requires_grad_(False).zero_grad()
+
     # ---- adapters by name
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -312,6 +381,7 @@ class EPTModel(BaseTuner):
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for name, shared in self.ept_task_tables.items():
             shared.requires_grad_(name in names and not inference_mode)
+        self._freeze_finished()
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -321,6 +391,7 @@ class EPTModel(BaseTuner):
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         self._set_table_gradients()
+        self._freeze_finished()
 
     def _set_table_gradients(self) -> None:
         for name, shared in self.ept_task_tables.items():
