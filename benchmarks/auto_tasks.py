@@ -20,6 +20,7 @@ import dataclasses
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -152,9 +153,8 @@ def probe(task: TaskData, train_rows: tuple[Tensor, Tensor], test_rows: tuple[Te
 
 def leave_one_out(
     options: argparse.Namespace, full: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: list[TaskData]
-) -> Ways:
-    """``{left-out task: {routing: score}}``."""
-    results = {}
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Left-out task and ``{routing: score}``, one task after the other."""
     for left, task in enumerate(tasks):
         others = [other for other in tasks if other is not task]
         model, _ = new_model(options, others)
@@ -166,16 +166,17 @@ def leave_one_out(
             "auto over the others": (model, lambda batch: "auto"),
             "trained": (full, lambda batch, left=left: left),
         }
-        results[task.spec.name] = {
-            name: probe(
-                task,
-                features(options, adapted, tokenizer, training_rows, routing, options.probe_rows),
-                features(options, adapted, tokenizer, task, routing, options.eval_limit),
-            )
-            for name, (adapted, routing) in ways.items()
-        }
-        print(task.spec.name, results[task.spec.name], flush=True)
-    return results
+        yield (
+            task.spec.name,
+            {
+                name: probe(
+                    task,
+                    features(options, adapted, tokenizer, training_rows, routing, options.probe_rows),
+                    features(options, adapted, tokenizer, task, routing, options.eval_limit),
+                )
+                for name, (adapted, routing) in ways.items()
+            },
+        )
 
 
 def main() -> int:
@@ -195,14 +196,16 @@ def main() -> int:
         name: round(statistics.mean(found[name] for found in scores.values()), 4)
         for name in next(iter(scores.values()))
     }
-    print(scores, flush=True)
     results = {
         "scores": scores,
         "telling": telling(options, model, tokenizer, tasks),
         "milliseconds": cost(options, model, tokenizer, tasks),
-        "leave_one_out": leave_one_out(options, model, tokenizer, tasks),
+        "leave_one_out": {},
     }
     write(options, model, tasks, results)
+    for name, found in leave_one_out(options, model, tokenizer, tasks):
+        results["leave_one_out"][name] = found
+        write(options, model, tasks, results)  # what is known so far, should the rest be cut off
     return 0
 
 
