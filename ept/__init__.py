@@ -21,6 +21,7 @@ from .introspection import (
 )
 from .linear import EPTLinear
 from .losses import contrastive_loss
+from .mixture import TaskMixture
 from .optim import parameter_groups
 from .suggest import SuggestedPyramid, suggest_pyramid
 from .tasks import TaskTable
@@ -41,6 +42,7 @@ __all__ = [
     "MoREConfig",
     "MoRELinear",
     "SuggestedPyramid",
+    "TaskMixture",
     "TaskTable",
     "TuckAConfig",
     "TuckALinear",

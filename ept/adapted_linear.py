@@ -101,7 +101,9 @@ class AdaptedLinear(LayerAdapter):
             for name, parameter in list(module._parameters.items()):
                 is_base = module is self and name in ("weight", "bias")
                 if parameter is not None and parameter.is_meta and not is_base:
-                    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device))
+                    module._parameters[name] = nn.Parameter(
+                        torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad
+                    )
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None and buffer.is_meta:
                     module._buffers[name] = torch.empty_like(buffer, device=device)

@@ -21,9 +21,10 @@ from ept_kernels import (
 )
 
 from .config import EPTConfig
+from .mixture import TaskMixture
 from .router import fold_routed, route
 from .task_routed import TaskRoutedAdapter
-from .tasks import TaskIds, TaskNames, TaskSet
+from .tasks import ResolvedTasks, TaskIds, TaskNames, TaskSet
 from .token_routing import UNMERGEABLE, fold_tokens, rows_of
 
 
@@ -77,6 +78,14 @@ class PyramidAdapter(TaskRoutedAdapter):
         self.gate = nn.Parameter(torch.empty(self.geometry.num_experts, width, **factory))
         self.kept = Kept()
         self.reset_adapter_parameters()
+        if config.finished_tasks:
+            self.finish()
+
+    def finish(self) -> None:
+        """Freeze what all tasks use: a task that is added later has its embedding alone."""
+        for parameter in (self.A, self.B, self.gate, *self.kernels):
+            parameter.requires_grad_(False)
+            parameter.grad = None  # an optimizer that was made before would still apply it
 
     @classmethod
     def check_features(cls, config: EPTConfig, in_features: int, out_features: int) -> None:
@@ -127,17 +136,22 @@ class PyramidAdapter(TaskRoutedAdapter):
         own = self.kernels._parameters  # a ParameterList looks every item up by name, which a small layer would notice
         return tuple(own.values()) if len(own) == self.geometry.num_experts else tuple(self.kernels)
 
-    def fold(self, tasks: int | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def fold(self, tasks: ResolvedTasks) -> tuple[Tensor, Tensor | None, Tensor]:
         """Folded kernels ``[G, folded_size]`` of resolved tasks, ``groups`` and ``active`` as the ops take them.
 
-        A batch with more samples than tasks routes every task once; a smaller one routes its samples. In inference
-        (evaluation mode, no gradients) all tasks are folded once and kept until a parameter changes (``fold_kept``).
+        A batch with more samples than tasks routes every task once; a smaller one routes its samples. A mixture routes
+        every task once and mixes what comes of it. In inference (evaluation mode, no gradients) all tasks are folded
+        once and kept until a parameter changes (``fold_kept``).
 
         Raises:
             ValueError: ``routing="token"``.
         """
         if self.by_token:
             raise ValueError(self.unmergeable)
+        if isinstance(tasks, TaskMixture):
+            folded, _, active = self.fold(tasks.every_task())
+            groups = torch.arange(len(tasks), device=folded.device)
+            return tasks.mix(folded), groups, tasks.mix_any(active)
         table, groups, routed = self.task_table, None, tasks
         kernels = self._kernels()
         plan = (kernels, self.top_k, self.scaling, self.geometry)

@@ -83,6 +83,7 @@ class AdapterConfig(PeftConfig):
                 bool(names) and all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names),
                 f"task_names must be distinct, non-empty strings, got {self.task_names!r}",
             )
+            check("auto" not in names, 'task_names must not hold "auto", which asks for the task to be found out')
             self.task_names = names
             default = type(self).__dataclass_fields__["num_tasks"].default
             check(

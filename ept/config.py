@@ -37,6 +37,10 @@ class EPTConfig(ContrastiveConfig):
             the same experts.
         temperature: of the contrastive loss's cosine similarities.
         contrastive_weight: weight of the contrastive loss in the total; 0 switches it off.
+        auto_routing: keep statistics of each task's token embeddings during training, so that ``task_ids="auto"`` can
+            find out the task of an unlabelled sample afterwards (``docs/tasks.md``).
+        finished_tasks: the first so many tasks are finished: neither their embeddings nor anything that all tasks use
+            trains. Set by ``model.add_task``.
         init_seed: "gaussian" (the method) or "zero" (the paper's ablation: ``B`` starts at zero).
         routing: "task" (the method): a task's embedding selects its experts. "token": every token selects its own, by a
             gate ``[E, in]`` on its own input. Then there are no task embeddings, ``task_ids`` are optional and change
@@ -59,6 +63,8 @@ class EPTConfig(ContrastiveConfig):
     )
     top_k: int = field(default=2, metadata={"help": "Experts mixed for a task."})
     alp_scaling: bool = field(default=True, metadata={"help": "Dimension-aware scaling of the Adaptive LoRA Pruner."})
+    auto_routing: bool = field(default=False, metadata={"help": "Learn to find out the task of unlabelled samples."})
+    finished_tasks: int = field(default=0, metadata={"help": "Tasks that must stay as they are; add_task sets it."})
     init_seed: str = field(default="gaussian", metadata={"help": "'gaussian' or 'zero'."})
     routing: str = field(default="task", metadata={"help": "'task' or 'token': what selects experts."})
 
@@ -73,6 +79,11 @@ class EPTConfig(ContrastiveConfig):
             f"top_k must be an integer from 1 to {experts} (the fewest experts of a layer), got {self.top_k!r}",
         )
         check(isinstance(self.alp_scaling, bool), f"alp_scaling must be True or False, got {self.alp_scaling!r}")
+        check(isinstance(self.auto_routing, bool), f"auto_routing must be True or False, got {self.auto_routing!r}")
+        check(
+            is_int(self.finished_tasks) and 0 <= self.finished_tasks <= self.num_tasks,
+            f"finished_tasks must be an integer from 0 to num_tasks={self.num_tasks}, got {self.finished_tasks!r}",
+        )
         check(self.init_seed in ("gaussian", "zero"), f"init_seed must be 'gaussian' or 'zero', got {self.init_seed!r}")
         check(self.routing in ("task", "token"), f"routing must be 'task' or 'token', got {self.routing!r}")
         if self.routing == "token":

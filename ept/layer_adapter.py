@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapter_config import AdapterConfig
 from .context import TaskContext, current
-from .tasks import TaskIds, TaskNames, TaskSet
+from .tasks import ResolvedTasks, TaskIds, TaskNames, TaskSet, count_samples
 
 #: A method's additional losses by name, each with the weight that it has in the total: ``{name: (weight, value)}``.
 WeightedLosses = dict[str, tuple[float, Tensor]]
@@ -123,7 +123,7 @@ class LayerAdapter(nn.Module):
             raise TypeError(f"task must be an id or a name, got {type(task).__name__}")
         return self.shared.resolve(task)
 
-    def tasks_for(self, x: Tensor, task_ids: TaskIds | None) -> int | Tensor:
+    def tasks_for(self, x: Tensor, task_ids: TaskIds | None) -> ResolvedTasks:
         """Resolved tasks of a call: the argument, else the current context's, checked against the batch of x.
 
         Raises:
@@ -137,13 +137,14 @@ class LayerAdapter(nn.Module):
                 task_ids = context.task_ids
                 resolved = any(other is shared for other in context.tables)
         tasks = task_ids if resolved else shared.resolve(task_ids)
-        if isinstance(tasks, Tensor) and tasks.dim():
+        samples = count_samples(tasks)
+        if samples is not None:
             batch = x.shape[0] if x.dim() > 1 else 1
             # Inside a model a layer may see beams, windows or flattened tokens: whole multiples, sample by sample.
-            several = not explicit and len(tasks) > 0 and batch % len(tasks) == 0
-            if not (several or batch == len(tasks)):
+            several = not explicit and samples > 0 and batch % samples == 0
+            if not (several or batch == samples):
                 raise ValueError(
-                    f"task_ids must hold one id for each of the {batch} samples of x {list(x.shape)}, got {len(tasks)}"
+                    f"task_ids must hold one id for each of the {batch} samples of x {list(x.shape)}, got {samples}"
                 )
         return tasks
 

@@ -12,25 +12,27 @@ from ept_kernels import without_autocast
 
 from .context import TaskContext
 from .contrastive_config import ContrastiveConfig
-from .tasks import TaskTable
+from .mixture import TaskMixture
+from .tasks import ResolvedTasks, TaskTable
 
 
 def contrastive_task_loss(
-    pooled: Sequence[Tensor], tasks: int | Tensor, table: TaskTable, temperature: float
+    pooled: Sequence[Tensor], tasks: ResolvedTasks, table: TaskTable, temperature: float
 ) -> Tensor:
     """``CE(cos(z, e_.) / temperature, task)``, averaged over samples and over the layers that were pooled.
 
     Args:
         pooled: representations ``[batch, d]``, one per layer.
-        tasks: resolved ids, an int for the batch or ``[batch]``.
+        tasks: resolved ids, an int for the batch or ``[batch]``, or a mixture.
         table: embeddings ``[T, d]``.
         temperature: of the cosine similarities.
 
     Returns:
-        A scalar in at least fp32; 0, still attached to the table, where nothing was pooled or the batch is empty.
+        A scalar in at least fp32; 0, still attached to the table, where nothing was pooled, the batch is empty,
+        or the tasks are a mixture: a guess is no label.
     """
     dtype = torch.promote_types(table.weight.dtype, torch.float32)
-    if not any(len(rows) for rows in pooled):
+    if isinstance(tasks, TaskMixture) or not any(len(rows) for rows in pooled):
         return table.weight[:0].sum(dtype=dtype)
     representations = torch.cat([rows.to(dtype) for rows in pooled])  # [samples of all layers, d]
     with without_autocast(representations.device):

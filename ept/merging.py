@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .layer_adapter import LayerAdapter
+from .mixture import TaskMixture
+from .tasks import ResolvedTasks
 
 
 def merged_weight(weight: Tensor, adapters: list[LayerAdapter], task: int, *, transposed: bool = False) -> Tensor:
@@ -34,13 +36,15 @@ def merged_weight(weight: Tensor, adapters: list[LayerAdapter], task: int, *, tr
     return total
 
 
-def check_merged_task(tasks: int | Tensor, merged_task: int) -> None:
+def check_merged_task(tasks: ResolvedTasks, merged_task: int) -> None:
     """Refuse a call for another task than the one whose update is in the weight.
 
     Raises:
         ValueError: another task.
     """
     message = f"task_ids must be {merged_task}, the task that is merged into the weight; unmerge first"
+    if isinstance(tasks, TaskMixture):
+        raise ValueError(f"{message} (got a mixture of tasks)")
     if isinstance(tasks, int):
         if tasks != merged_task:
             raise ValueError(f"{message} (got {tasks})")

@@ -54,7 +54,7 @@ def parameter_groups(
             gates.setdefault(module.gate.shape[1], {})[id(module.gate)] = module.gate
             shared |= {id(factor): factor for factor in (module.A, module.B)}
         elif isinstance(module, TaskTable):
-            shared[id(module.weight)] = module.weight
+            shared |= {id(rows): rows for rows in module.row_parameters("weight")}
     adapter = {*kernels, *shared, *(key for group in gates.values() for key in group)}
     others = [parameter for parameter in model.parameters() if id(parameter) not in adapter]
     groups = [

@@ -36,6 +36,7 @@ class TaskRoutedAdapter(LayerAdapter):
             config.task_embedding_dim or commonest_width(features),
             config.task_names,
             similarity=config.task_similarity,
+            finished=getattr(config, "finished_tasks", 0),
             device=device,
             dtype=dtype,
         )

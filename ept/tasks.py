@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,8 +13,32 @@ from torch import Tensor, nn
 
 from ept_kernels import Kept
 
-#: What callers may pass: one id or name for the whole batch, one for every sample, or a tensor of ids.
-TaskIds = int | str | Sequence[int] | Sequence[str] | np.ndarray | Tensor
+from .growing import GrowingModule, growing
+from .mixture import TaskMixture
+
+if TYPE_CHECKING:
+    from .prototypes import TaskPrototypes
+
+#: What callers may pass: one id or name for the whole batch, one for every sample, a tensor of ids, or weights.
+TaskIds = int | str | Sequence[int] | Sequence[str] | np.ndarray | Tensor | TaskMixture
+
+#: What ``TaskSet.resolve`` gives: an id for the batch, ids int64 ``[N]`` (or ``[]``), or weights.
+ResolvedTasks = int | Tensor | TaskMixture
+
+#: In place of a name: a task for the model to find out from its input.
+AUTO = "auto"
+
+
+def wants_auto(task_ids: TaskIds | None) -> bool:
+    """Whether ``task_ids`` is "auto", or "auto" for some sample."""
+    if isinstance(task_ids, (list, tuple)):
+        return any(isinstance(task, str) and task == AUTO for task in task_ids)
+    return isinstance(task_ids, str) and task_ids == AUTO
+
+
+def count_samples(tasks: ResolvedTasks) -> int | None:
+    """How many samples resolved tasks are for; None for one task of a whole batch."""
+    return len(tasks) if isinstance(tasks, TaskMixture) or (isinstance(tasks, Tensor) and tasks.dim()) else None
 
 
 class TaskSet(nn.Module):
@@ -28,6 +53,7 @@ class TaskSet(nn.Module):
 
     Attributes:
         routes: whether the method treats tasks differently; where False, ``task_ids`` are optional.
+        prototypes: what ``task_ids="auto"`` decides by, or None where nobody has asked for it.
     """
 
     routes = True
@@ -36,6 +62,7 @@ class TaskSet(nn.Module):
         super().__init__()
         self.num_tasks = num_tasks
         self.names = tuple(names) if names is not None else None
+        self.prototypes: TaskPrototypes | None = None
 
     @property
     def device(self) -> torch.device:
@@ -49,13 +76,14 @@ class TaskSet(nn.Module):
         """How many trained numbers it holds, by what they are."""
         return {}
 
-    def resolve(self, task_ids: TaskIds | None) -> int | Tensor:
-        """Validate ``task_ids``: an int or scalar tensor for the whole batch, or int64 ``[N]``, on ``device``.
+    def resolve(self, task_ids: TaskIds | None) -> ResolvedTasks:
+        """Validate ``task_ids``: an int or scalar tensor for the batch, int64 ``[N]`` or a mixture, on ``device``.
 
         Ids in a tensor are checked without a host synchronisation: at once on a CPU, by a device assertion on a GPU.
 
         Raises:
-            ValueError: missing with more than one task, an id out of range, an unknown name, a tensor of another shape.
+            ValueError: missing with more than one task, an id out of range, an unknown name, a tensor of another shape,
+                "auto" (which a model's forward pass replaces by a mixture before it gets here).
             TypeError: neither an integer, a name, a sequence of these, nor an integer tensor.
         """
         if task_ids is None:
@@ -66,6 +94,8 @@ class TaskSet(nn.Module):
             task_ids = torch.from_numpy(task_ids)
         if isinstance(task_ids, Tensor):
             return self._resolve_tensor(task_ids)
+        if isinstance(task_ids, TaskMixture):
+            return self._resolve_mixture(task_ids)
         if isinstance(task_ids, (Integral, str)):
             return self._resolve_one(task_ids)
         if isinstance(task_ids, Sequence):
@@ -82,6 +112,11 @@ class TaskSet(nn.Module):
 
     def _resolve_one(self, task: object) -> int:
         if isinstance(task, str):
+            if task == AUTO:
+                raise ValueError(
+                    "task_ids='auto' is for calls of a whole adapted model (forward, generate), whose input decides; "
+                    f"here give a task ({self._allowed()})"
+                )
             if self.names is None or task not in self.names:
                 raise ValueError(f"task_ids names the unknown task {task!r}; {self._allowed()}")
             return self.names.index(task)
@@ -91,6 +126,11 @@ class TaskSet(nn.Module):
         if not 0 <= task < self.num_tasks:
             raise ValueError(f"task_ids holds {task}; {self._allowed()}")
         return task
+
+    def _resolve_mixture(self, mixture: TaskMixture) -> TaskMixture:
+        if mixture.weights.shape[1] != self.num_tasks:
+            raise ValueError(f"task_ids mixes {mixture.weights.shape[1]} tasks, but there are {self.num_tasks}")
+        return TaskMixture(mixture.weights.to(self.device))
 
     def _resolve_tensor(self, ids: Tensor) -> Tensor:
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -111,7 +151,7 @@ class TaskSet(nn.Module):
         return ids.to(device=self.device, dtype=torch.long)
 
 
-class TaskTable(TaskSet):
+class TaskTable(GrowingModule, TaskSet):
     """One learned vector per task, shared by every layer of an adapter (spec section 3).
 
     Args:
@@ -119,7 +159,11 @@ class TaskTable(TaskSet):
         dim: width of an embedding.
         names: optional T distinct names.
         similarity: expected cosine of two embeddings at the start, in [0, 1).
+        finished: the first so many tasks' embeddings never train.
     """
+
+    grows = ("weight",)
+    weight = growing("weight")
 
     def __init__(
         self,
@@ -128,6 +172,7 @@ class TaskTable(TaskSet):
         names: Sequence[str] | None = None,
         *,
         similarity: float = 0.0,
+        finished: int = 0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -135,15 +180,30 @@ class TaskTable(TaskSet):
         self.dim, self.similarity = dim, similarity
         self.weight = nn.Parameter(torch.empty(num_tasks, dim, device=device, dtype=dtype))
         self.kept = Kept()
+        if finished:
+            self.split_rows("weight", finished)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Standard normal entries; rows share a part of variance ``similarity`` (README, "Why these defaults")."""
-        nn.init.normal_(self.weight)
+        rows = torch.randn_like(self.weight)
         if self.similarity > 0:
-            shared = torch.randn_like(self.weight[0])
-            self.weight.mul_((1 - self.similarity) ** 0.5).add_(shared, alpha=self.similarity**0.5)
+            shared = torch.randn_like(rows[0])
+            rows.mul_((1 - self.similarity) ** 0.5).add_(shared, alpha=self.similarity**0.5)
+        self.fill_rows("weight", rows)
+
+    @torch.no_grad()
+    def add_task(self, name: str | None, like: int | None = None) -> int:
+        """Append an embedding, the mean of all or that of the task ``like``, and freeze the others; gives its id."""
+        weight = self.weight.detach()
+        self.append_rows("weight", weight.mean(0, keepdim=True) if like is None else weight[like : like + 1])
+        self.num_tasks += 1
+        if self.names is not None:
+            self.names = (*self.names, name)
+        if self.prototypes is not None:
+            self.prototypes.add_task()
+        return self.num_tasks - 1
 
     @property
     def device(self) -> torch.device:
@@ -152,8 +212,14 @@ class TaskTable(TaskSet):
     def extra_repr(self) -> str:
         return f"num_tasks={self.num_tasks}, dim={self.dim}, names={self.names}"
 
-    def embed(self, tasks: int | Tensor) -> Tensor:
-        """Embeddings of resolved ids: ``[1, d]`` for one id, ``[N, d]`` for ``[N]``."""
+    def embed(self, tasks: ResolvedTasks) -> Tensor:
+        """Embeddings of resolved ids: ``[1, d]`` for one id, ``[N, d]`` for ``[N]``.
+
+        Raises:
+            TypeError: a mixture: what it mixes are folded kernels, and no embedding stands for those.
+        """
+        if isinstance(tasks, TaskMixture):
+            raise TypeError("task_ids must be ids or names, got a TaskMixture, which has no embedding of its own")
         if isinstance(tasks, int):
             return self.weight[tasks : tasks + 1]
         return F.embedding(tasks.reshape(-1), self.weight)
@@ -177,6 +243,6 @@ class TaskNames(TaskSet):
     def device(self) -> torch.device:
         return self._place.device
 
-    def resolve(self, task_ids: TaskIds | None) -> int | Tensor:
+    def resolve(self, task_ids: TaskIds | None) -> ResolvedTasks:
         """As ``TaskSet.resolve``; 0 where none are given."""
         return 0 if task_ids is None else super().resolve(task_ids)

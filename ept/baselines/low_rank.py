@@ -13,7 +13,8 @@ from ept_kernels.autocast import autocast_dtype
 
 from ..adapter_config import AdapterConfig
 from ..layer_adapter import LayerAdapter
-from ..tasks import TaskIds, TaskSet
+from ..mixture import TaskMixture
+from ..tasks import ResolvedTasks, TaskIds, TaskSet
 
 
 class DiagonalAdapter(LayerAdapter):
@@ -70,8 +71,10 @@ class DiagonalAdapter(LayerAdapter):
         core = self._core(self.resolve_one(task))
         return pyramid_weight(self.A * core.T, self.B, self._scalar()[0], self.geometry)[0]
 
-    def _core(self, tasks: int | Tensor) -> Tensor:
+    def _core(self, tasks: ResolvedTasks) -> Tensor:
         with without_autocast(self.A.device):
+            if isinstance(tasks, TaskMixture):
+                return tasks.mix(self.core(tasks.every_task())).to(self.A.dtype)
             return self.core(tasks).to(self.A.dtype)
 
     def _scalar(self) -> tuple[Tensor, None]:

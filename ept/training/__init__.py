@@ -3,6 +3,7 @@
 from ept.extras import train_extra
 
 with train_extra("ept.training"):
+    from ept.training.adding import add_task
     from ept.training.arguments import EPTTrainingArguments
     from ept.training.checkpoints import newest_checkpoint
     from ept.training.collator import CausalCollator, EncoderCollator, Seq2SeqCollator, make_collator
@@ -22,6 +23,7 @@ __all__ = [
     "Seq2SeqCollator",
     "TaskBalancedSampler",
     "TaskRows",
+    "add_task",
     "baselines",
     "evaluate_tasks",
     "evaluation_rows",

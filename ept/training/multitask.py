@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ept.data import TaskSpec
+from ept.mixture import TaskMixture
 
 # Regression heads learn labels mapped linearly from the task's label_range onto this interval.
 REGRESSION_TARGETS = (0.0, 1.0)
@@ -26,8 +27,26 @@ class TaskHeads(nn.Module):
     def __init__(self, hidden_size: int, specs: Sequence[TaskSpec]) -> None:
         super().__init__()
         self.by_task = nn.ModuleDict({f"head_{spec.name}": nn.Linear(hidden_size, spec.num_labels) for spec in specs})
-        widths = torch.tensor([spec.num_labels for spec in specs])
-        slots = torch.arange(int(widths.max()))
+        self._lay_out()
+
+    def add(self, spec: TaskSpec, *, trains: bool) -> None:
+        """A fresh head for one more task."""
+        like = next(iter(self.by_task.values()))
+        head = nn.Linear(like.in_features, spec.num_labels, device=like.weight.device, dtype=like.weight.dtype)
+        self.by_task[f"head_{spec.name}"] = head.requires_grad_(trains)
+        self._lay_out()
+
+    def finish(self, count: int) -> None:
+        """Freeze the heads of the first ``count`` tasks; an adapter's ``add_task`` asks for it."""
+        for head in list(self.by_task.values())[:count]:
+            for parameter in head.parameters():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def _lay_out(self) -> None:
+        device = next(self.parameters()).device
+        widths = torch.tensor([head.out_features for head in self.by_task.values()], device=device)
+        slots = torch.arange(int(widths.max()), device=device)
         starts = widths.cumsum(0) - widths
         exists = slots < widths[:, None]
         self.register_buffer("_exists", exists, persistent=False)  # [T, max_labels]
@@ -66,16 +85,33 @@ class MultiTaskEncoder(nn.Module):
 
     def __init__(self, encoder: nn.Module, specs: Sequence[TaskSpec]) -> None:
         super().__init__()
-        _check_specs(specs)
+        check_specs(specs)
         self.encoder = encoder
         self.config = encoder.config
         self.specs = tuple(specs)
         self.heads = TaskHeads(encoder.config.hidden_size, specs)
+        self._set_labels()
+
+    def add_task(self, spec: TaskSpec) -> None:
+        """A head for one more task, in every copy of the heads that an adapter trains; see ``ept.training.add_task``.
+
+        Raises:
+            ValueError: as for the constructor.
+        """
+        check_specs([*self.specs, spec])
+        self.specs = (*self.specs, spec)
+        for name, module in list(self.named_modules()):
+            if isinstance(module, TaskHeads):
+                module.add(spec, trains=not name.endswith("original_module"))  # PEFT's frozen copy
+        self._set_labels()
+
+    def _set_labels(self) -> None:
+        specs, device = self.specs, next(self.parameters()).device
         ranges = [spec.label_range if spec.kind == "regression" else REGRESSION_TARGETS for spec in specs]
-        low, high = torch.tensor(ranges, dtype=torch.float32).unbind(1)
+        low, high = torch.tensor(ranges, dtype=torch.float32, device=device).unbind(1)
         self.register_buffer("_low", low, persistent=False)  # [T]
         self.register_buffer("_width", high - low, persistent=False)  # [T]
-        is_regression = torch.tensor([spec.kind == "regression" for spec in specs])
+        is_regression = torch.tensor([spec.kind == "regression" for spec in specs], device=device)
         self.register_buffer("_is_regression", is_regression, persistent=False)  # [T]
 
     def forward(
@@ -83,15 +119,18 @@ class MultiTaskEncoder(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
-        task_ids: Tensor | int | None = None,
+        task_ids: Tensor | TaskMixture | int | None = None,
         labels: Tensor | None = None,
+        head_ids: Tensor | int | None = None,
         **encoder_options: object,
     ) -> SequenceClassifierOutput:
         """Logits of every sample under its task's head and, given labels, the mean of the samples' losses.
 
         Args:
             input_ids, attention_mask, token_type_ids: int64 ``[batch, length]``; the last only if the encoder has it.
-            task_ids: one id for the batch or int64 ``[batch]``; None, where there is one task.
+            task_ids: one id for the batch or int64 ``[batch]``; None, where there is one task. Of a mixture
+                (``task_ids="auto"``), the likeliest task's head answers.
+            head_ids: whose head answers and whose loss counts, where that is not to follow ``task_ids``.
             labels: ``[batch]``, class indices or regression labels in the unit of ``label_range``.
 
         Returns:
@@ -100,7 +139,7 @@ class MultiTaskEncoder(nn.Module):
         Raises:
             ValueError: task_ids missing with several tasks, or not one a sample.
         """
-        task_ids = self._task_ids(task_ids, input_ids)
+        task_ids = self._task_ids(task_ids if head_ids is None else head_ids, input_ids)
         if token_type_ids is not None:
             encoder_options["token_type_ids"] = token_type_ids
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_options).last_hidden_state
@@ -142,19 +181,21 @@ class MultiTaskEncoder(nn.Module):
         squared_error = (logits[:, 0] - wanted).square().where(is_regression, 0.0)
         return F.cross_entropy(logits, classes, reduction="none") + squared_error
 
-    def predict(self, logits: Tensor, task_ids: Tensor | int | None = None) -> Tensor:
+    def predict(self, logits: Tensor, task_ids: Tensor | TaskMixture | int | None = None) -> Tensor:
         """What the logits ``[batch, max_labels]`` say, fp32 ``[batch]``: class index, or label in its own unit."""
         task_ids = self._task_ids(task_ids, logits)
         low, high = REGRESSION_TARGETS
         value = (logits[:, 0].float() - low) / (high - low) * self._width[task_ids] + self._low[task_ids]
         return value.where(self._is_regression[task_ids], logits.argmax(1).float())
 
-    def _task_ids(self, task_ids: Tensor | int | None, like: Tensor) -> Tensor:
+    def _task_ids(self, task_ids: Tensor | TaskMixture | int | None, like: Tensor) -> Tensor:
         batch = like.shape[0]
         if task_ids is None and len(self.specs) > 1:
             raise ValueError(
                 f"task_ids is missing: there are {len(self.specs)} tasks; pass one id a sample, int64 [{batch}]"
             )
+        if isinstance(task_ids, TaskMixture):
+            task_ids = task_ids.most_likely().to(like.device)
         if not isinstance(task_ids, Tensor):
             return torch.full((batch,), task_ids or 0, dtype=torch.int64, device=like.device)
         if task_ids.dim() and task_ids.shape != (batch,):
@@ -162,7 +203,7 @@ class MultiTaskEncoder(nn.Module):
         return task_ids.expand(batch)
 
 
-def _check_specs(specs: Sequence[TaskSpec]) -> None:
+def check_specs(specs: Sequence[TaskSpec]) -> None:
     names = [spec.name for spec in specs]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"specs has the tasks {names}; at least one task is needed, each name once")

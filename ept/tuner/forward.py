@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..context import current
+from ..tasks import wants_auto
+
 if TYPE_CHECKING:
     from .model import EPTModel
 
@@ -42,8 +45,12 @@ class TaskGenerate:
 
     def __call__(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
         generate = type(self.model).generate
+        outer = current()
+        if task_ids is None and outer is not None and wants_auto(outer.task_ids):
+            task_ids = outer.task_ids  # decided here by the prompt, not by every pass anew
         if task_ids is None and self.tuner.routes_by_task:  # an outer ept.use_tasks may give them; forward checks
             return generate(self.model, *args, **kwargs)
         inputs = {**kwargs, "input_ids": kwargs.get("input_ids", kwargs.get("inputs"))}
+        task_ids = self.tuner.find_out(task_ids, args, inputs)
         with self.tuner.generating(task_ids, batch_size(args, inputs), kwargs.get("attention_mask")):
             return generate(self.model, *args, **kwargs)

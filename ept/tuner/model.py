@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..adapter_config import AdapterConfig
@@ -18,7 +17,9 @@ from ..context import TaskContext, activate, checkpoint_with_tasks, current, pop
 from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..merging import check_merged_task
 from ..methods import method_of
-from ..tasks import TaskIds, TaskSet
+from ..mixture import TaskMixture
+from ..prototypes import TaskPrototypes, embedding_layer, input_representation
+from ..tasks import AUTO, ResolvedTasks, TaskIds, TaskSet, count_samples, wants_auto
 from .checkpoint import check_adapter_state
 from .dense import watch_4bit_layers
 from .forward import TaskGenerate, batch_size, takes_task_ids
@@ -30,9 +31,9 @@ class EPTModel(BaseTuner):
     """Expert Pyramid Tuning around a model; made by ``peft.get_peft_model(model, EPTConfig(...))``.
 
     ``model(**batch, task_ids=...)`` and ``model.generate(..., task_ids=...)`` take an id or a name for the whole batch,
-    or one for each sample (a list or a tensor ``[batch]``). With one task, or a method that treats all alike, they may
-    be left out. Inside the model the first dimension of an adapted layer's input must run over the samples (beams,
-    windows or tokens of a sample consecutive).
+    or one for each sample (a list or a tensor ``[batch]``); "auto" leaves it to the input (``auto_routing``). With one
+    task, or a method that treats all alike, they may be left out. Inside the model the first dimension of an adapted
+    layer's input must run over the samples (beams, windows or tokens of a sample consecutive).
 
     ``ept_task_tables`` holds, for every adapter, its tasks and whatever its layers share (a ``TaskSet``).
     """
@@ -65,6 +66,8 @@ class EPTModel(BaseTuner):
         device = weight.device if weight is not None else None
         dtype = torch.promote_types(weight.dtype, torch.float32) if weight is not None else None
         shared = method_of(peft_config).adapter.make_shared(peft_config, features, device=device, dtype=dtype)
+        if getattr(peft_config, "auto_routing", False):
+            shared.prototypes = self._new_prototypes(shared)
         self.ept_task_tables[adapter_name] = shared.requires_grad_(
             not peft_config.inference_mode and adapter_name in self.active_adapters
         )
@@ -117,7 +120,89 @@ class EPTModel(BaseTuner):
         """Whether the method treats tasks differently: all adapters are of one method."""
         return any(shared.routes for shared in self.ept_task_tables.values())
 
-    def _resolve(self, task_ids: TaskIds | None, batch: int | None) -> int | Tensor | None:
+    def _new_prototypes(self, shared: TaskSet) -> TaskPrototypes:
+        weight = embedding_layer(self.model).weight
+        return TaskPrototypes(shared.num_tasks, weight.shape[1], device=weight.device)
+
+    def find_out(self, task_ids: TaskIds | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskIds | None:
+        """``task_ids`` with every "auto" replaced by weights over the tasks, which a call's input decides.
+
+        Raises:
+            ValueError: no statistics to decide by, nothing to decide about, a merged task, or several active adapters.
+        """
+        names = self._active()
+        if not wants_auto(task_ids) or not names:
+            return task_ids
+        if self.merged_task is not None:
+            raise ValueError(
+                f"task_ids='auto' mixes tasks, but task {self.merged_task} is merged into the weights; unmerge it first"
+            )
+        if len(names) > 1:
+            raise ValueError(f"task_ids='auto' needs one active adapter, whose tasks it mixes; active are {names}")
+        config, shared = self.peft_config[names[0]], self.ept_task_tables[names[0]]
+        if shared.prototypes is None:
+            if not hasattr(config, "auto_routing"):
+                raise ValueError(f"task_ids='auto' is not supported by {config.peft_type}: give ids or names")
+            raise ValueError(
+                f"task_ids='auto': adapter {names[0]!r} was trained without auto_routing=True; "
+                "call model.learn_auto_routing(batches), or give ids or names"
+            )
+        found = shared.prototypes.mixture(input_representation(self.model, args, kwargs), config.temperature)
+        if isinstance(task_ids, str):
+            return found
+        if len(task_ids) != len(found):
+            raise ValueError(f"task_ids must hold one id for each of the {len(found)} samples, got {len(task_ids)}")
+        unknown = torch.tensor([task == AUTO for task in task_ids], device=found.weights.device)
+        given = shared.resolve([0 if task == AUTO else task for task in task_ids]).to(found.weights.device)
+        known = torch.nn.functional.one_hot(given, shared.num_tasks).to(found.weights.dtype)
+        return TaskMixture(torch.where(unknown[:, None], found.weights, known))
+
+    def infer_tasks(self, *args: Any, **kwargs: Any) -> TaskMixture:
+        """What ``task_ids="auto"`` makes of a batch: weights over the tasks, which may be given as ``task_ids``.
+
+        Args: those of the model's forward; ``input_ids`` or ``inputs_embeds``, and ``attention_mask``, are read.
+
+        Raises:
+            ValueError: as ``find_out``, or no adapter is active.
+        """
+        found = self.find_out(AUTO, args, kwargs)
+        if not isinstance(found, TaskMixture):
+            raise ValueError("model has no active adapter whose tasks could be told apart")
+        return found
+
+    def learn_auto_routing(self, batches: Iterable[Mapping[str, Any]], adapter_name: str | None = None) -> None:
+        """Learn to tell the tasks apart from labelled batches alone, for an adapter that was trained without.
+
+        One pass over the embedding layer: nothing is trained, and what was learned before is forgotten. Sets the
+        config's ``auto_routing``, so that the result is saved.
+
+        Args:
+            batches: arguments of the model's forward, with ``task_ids``.
+            adapter_name: default: the active one.
+
+        Raises:
+            ValueError: not an EPT adapter, a batch without ``task_ids``, or a model without token embeddings.
+        """
+        name = adapter_name or self.active_adapters[0]
+        config, shared = self.peft_config[name], self.ept_task_tables[name]
+        if not hasattr(config, "auto_routing"):
+            raise ValueError(f"learn_auto_routing is not supported by {config.peft_type}")
+        prototypes = self._new_prototypes(shared)
+        for batch in batches:
+            tasks = shared.resolve(batch.get("task_ids"))
+            prototypes.observe(input_representation(self.model, (), dict(batch)), tasks)
+        config.auto_routing, shared.prototypes = True, prototypes
+
+    def _observe(self, resolved: ResolvedTasks | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let the active adapters' statistics see a training batch whose tasks are known."""
+        if resolved is None or isinstance(resolved, TaskMixture):
+            return
+        for name in self._active():
+            prototypes = self.ept_task_tables[name].prototypes
+            if prototypes is not None:
+                prototypes.observe(input_representation(self.model, args, kwargs), resolved)
+
+    def _resolve(self, task_ids: TaskIds | None, batch: int | None) -> ResolvedTasks | None:
         """Resolved ids for the active adapters, or None where nothing routes and none are given.
 
         Raises:
@@ -131,8 +216,9 @@ class EPTModel(BaseTuner):
         resolved = self.ept_task_tables[names[0]].resolve(task_ids)
         for name in names[1:]:  # the other active adapters must know these ids too
             self.ept_task_tables[name].resolve(task_ids)
-        if isinstance(resolved, Tensor) and resolved.dim() and batch is not None and len(resolved) != batch:
-            raise ValueError(f"task_ids must hold one id for each of the {batch} samples, got {len(resolved)}")
+        samples = count_samples(resolved)
+        if samples is not None and batch is not None and samples != batch:
+            raise ValueError(f"task_ids must hold one id for each of the {batch} samples, got {samples}")
         return resolved
 
     def _check_same_names(self, names: list[str], task_ids: TaskIds | None) -> None:
@@ -154,6 +240,7 @@ class EPTModel(BaseTuner):
             task_ids, batch = outer.task_ids, None if outer.expands else batch
         if self.merged_task is not None and self._disabled():
             self.unmerge_adapter()
+        task_ids = self.find_out(task_ids, args, kwargs)
         merged_task = self.merged_task
         by_merge = merged_task is not None and task_ids is None and self.routes_by_task
         resolved = merged_task if by_merge else self._resolve(task_ids, batch)
@@ -174,6 +261,9 @@ class EPTModel(BaseTuner):
         )
         if self.training:
             checkpoint_with_tasks(module)
+            if not torch.compiler.is_compiling():
+                self._freeze_finished()
+            self._observe(resolved, args, kwargs)
         push(context)
         if takes_task_ids(module):
             kwargs["task_ids"] = resolved
@@ -219,6 +309,73 @@ class EPTModel(BaseTuner):
         config, shared = self.peft_config[name], self.ept_task_tables[name]
         return method_of(config).adapter.losses(config, shared, self.adapters(name), self._trained)
 
+    # ---- tasks added later
+
+    def add_task(
+        self, name: str | None = None, *, like: int | str | None = None, adapter_name: str | None = None
+    ) -> int:
+        """Add a task to a trained EPT adapter: its embedding alone will train, and no other task's output changes.
+
+        Seed, kernels, gates and the other tasks' embeddings are frozen, and stay so when the adapter is saved and
+        loaded (``config.finished_tasks``). Make the optimizer afterwards: an earlier one does not know the embedding.
+        So are other modules that train with the adapter (``modules_to_save``), but for a head of the new task's own
+        (``ept.training.add_task`` makes one).
+
+        Args:
+            name: of the task, where the adapter names its tasks; None where it does not.
+            like: the task whose embedding it starts from. None: the mean of all.
+            adapter_name: default: the active one.
+
+        Returns:
+            The new task's id.
+
+        Raises:
+            ValueError: not an EPT adapter, a merged one, a name that is taken, missing, "auto" or needless, or an
+                unknown task ``like``; nothing has changed then.
+        """
+        adapter_name = adapter_name or self.active_adapters[0]
+        config, shared = self.peft_config[adapter_name], self.ept_task_tables[adapter_name]
+        if not hasattr(config, "finished_tasks"):
+            raise ValueError(f"add_task is not supported by {config.peft_type}")
+        if self.merged_task is not None:
+            raise ValueError(f"add_task: task {self.merged_task} is merged into the weights; unmerge it first")
+        names = config.task_names
+        if names is None and name is not None:
+            raise ValueError(f"name must be None, since the adapter's tasks have no names, got {name!r}")
+        if names is not None and (not isinstance(name, str) or name in ("", AUTO, *names)):
+            raise ValueError(f'name must be a new name, none of "", "auto", {", ".join(names)}; got {name!r}')
+        start = None if like is None else shared.resolve(like)
+        if not (start is None or isinstance(start, int)):
+            raise ValueError(f"like must be one id or name, got {like!r}")
+        finished = shared.num_tasks
+        task = shared.add_task(name, start)
+        config.num_tasks, config.finished_tasks = finished + 1, finished
+        if names is not None:
+            config.task_names = [*names, name]
+        self._freeze_finished()
+        shared.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        return task
+
+    def _freeze_finished(self) -> None:
+        """Freeze what finished tasks use, again: PEFT makes all of an adapter trainable whenever it activates one.
+
+        A module to save that has parts of its own for every task says so by ``finish(count)``.
+        """
+        counts = {name: getattr(config, "finished_tasks", 0) for name, config in self.peft_config.items()}
+        for name, count in counts.items():
+            if not count:
+                continue
+            for adapter in self.adapters(name).values():
+                adapter.finish()
+            for wrapper in self.model.modules():
+                if not isinstance(wrapper, ModulesToSaveWrapper) or name not in wrapper.modules_to_save:
+                    continue
+                copy = wrapper.modules_to_save[name]
+                if hasattr(copy, "finish"):
+                    copy.finish(count)
+                else:
+                    copy.requires_grad_(False).zero_grad()
+
     # ---- adapters by name
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -226,6 +383,7 @@ class EPTModel(BaseTuner):
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for name, shared in self.ept_task_tables.items():
             shared.requires_grad_(name in names and not inference_mode)
+        self._freeze_finished()
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -235,6 +393,7 @@ class EPTModel(BaseTuner):
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         self._set_table_gradients()
+        self._freeze_finished()
 
     def _set_table_gradients(self) -> None:
         for name, shared in self.ept_task_tables.items():

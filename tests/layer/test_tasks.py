@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from ept import EPTConfig, EPTLinear, TaskTable, task_embeddings, use_tasks
+from ept import EPTConfig, EPTLinear, TaskMixture, TaskTable, task_embeddings, use_tasks
 from ept.context import TaskContext, activate, current
 
 NAMES = ("cola", "mrpc", "rte")
@@ -174,3 +174,44 @@ def test_a_context_may_be_entered_again() -> None:
         with activate(context), use_tasks(2):
             assert current().task_ids == 2
         assert current() is None
+
+
+def test_a_layer_alone_takes_a_mixture_but_not_auto() -> None:
+    torch.manual_seed(0)
+    layer = EPTLinear(13, 11, config=EPTConfig(num_tasks=3, r=2, kernel_sizes=(2, 2, 3), task_embedding_dim=5))
+    for kernel in layer.kernels:
+        nn.init.normal_(kernel)
+    x, weights = torch.randn(4, 5, 13), torch.rand(4, 3).softmax(1)
+    mixed = layer(x, TaskMixture(weights))
+    base = nn.functional.linear(x, layer.weight, layer.bias)
+    expected = base + sum(weights[:, task, None, None] * (layer(x, task) - base) for task in range(3))
+    torch.testing.assert_close(mixed, expected, atol=1e-4, rtol=1e-4)
+    mixed.sum().backward()
+    assert all(torch.isfinite(kernel.grad).all() for kernel in layer.kernels)
+    ids = torch.tensor([2, 0, 0, 1])
+    one_hot = TaskMixture(nn.functional.one_hot(ids, 3).float())
+    torch.testing.assert_close(layer(x, one_hot), layer(x, ids), atol=1e-6, rtol=1e-6)
+    with use_tasks(TaskMixture(weights)):
+        torch.testing.assert_close(layer(x), mixed)
+    with pytest.raises(ValueError, match="'auto' is for calls of a whole adapted model"):
+        layer(x, "auto")
+    with use_tasks("auto"), pytest.raises(ValueError, match="'auto' is for calls of a whole adapted model"):
+        layer(x)
+    with pytest.raises(ValueError, match="one id for each of the 4 samples of x"):
+        layer(x, TaskMixture(weights[:3]))
+    with pytest.raises(TypeError, match="TaskMixture, which has no embedding of its own"):
+        layer.route(TaskMixture(weights))
+    layer.merge(0)
+    with pytest.raises(ValueError, match="got a mixture of tasks"):
+        layer(x, TaskMixture(weights))
+
+
+@pytest.mark.parametrize("weights", [[[1.0, 0.0]], torch.ones(2, 2, dtype=torch.long), torch.ones(3)])
+def test_a_bad_mixture_is_refused(weights: object) -> None:
+    with pytest.raises((TypeError, ValueError), match="weights must be"):
+        TaskMixture(weights)
+
+
+def test_no_task_may_be_called_auto() -> None:
+    with pytest.raises(ValueError, match='task_names must not hold "auto"'):
+        EPTConfig(task_names=["auto", "cola"])

@@ -1,0 +1,33 @@
+"""A task for an adapter that has been trained on others."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+
+from ept.data import TaskSpec
+from ept.training.inspection import base_model
+from ept.training.multitask import MultiTaskEncoder, check_specs
+
+
+def add_task(model: PeftModel, spec: TaskSpec, *, like: int | str | None = None) -> int:
+    """Add a task to a trained model: an embedding to its EPT adapter and, to a ``MultiTaskEncoder``, a head.
+
+    Only these train afterwards; every other task's output stays as it is, to the bit. Make trainer and optimizer after
+    the call: ``EPTTrainer(model, arguments, tasks=[the new task's data], ...)``.
+
+    Args:
+        like: the task whose embedding it starts from. None: the mean of all.
+
+    Returns:
+        The new task's id.
+
+    Raises:
+        ValueError: as ``model.add_task`` of the adapter, or a task that a head cannot learn; nothing has changed then.
+    """
+    base = base_model(model)
+    if not isinstance(base, MultiTaskEncoder):
+        return model.base_model.add_task(spec.name, like=like)
+    check_specs([*base.specs, spec])
+    task = model.base_model.add_task(spec.name, like=like)
+    base.add_task(spec)
+    return task
