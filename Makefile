@@ -1,7 +1,7 @@
 # make demo   set up everything in .venv, then train, reload and merge on real text (under 4 minutes on 2 CPU cores)
 # make test   set up everything in .venv, then run the tests
-# make static compile every shipped Triton configuration without a GPU and check the machine code (hours on one core);
-#             STATIC="--target sm_90 --sample 100" narrows it
+# make static compile every shipped Triton configuration without a GPU and check the machine code (half an hour on one core);
+#             STATIC="--cover all" adds every variant (hours), STATIC="--target sm_90 --sample 100" narrows it
 # make lint   style checks        make clean   remove .venv and build products
 # make memcheck   on a machine with an NVIDIA GPU and the CUDA toolkit: the GPU tests under compute-sanitizer
 #
@@ -35,7 +35,7 @@ memcheck: setup
 	done
 
 static: setup
-	$(BIN)/python benchmarks/static_report.py --output runs/static.csv $(STATIC)
+	$(BIN)/python benchmarks/static_report.py --cover configurations --output runs/static.csv $(STATIC)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@
 
 #include "cpu/pyramid.h"
 #include "cpu/router.h"
+#include "cpu/snapshot.h"
 #include "cpu/threads.h"
 
 namespace py = pybind11;
@@ -137,4 +138,26 @@ PYBIND11_MODULE(_C, module) {
                 at<float>(grad_table), to);
         },
         "Gradients of gate, table and kernels; an address of 0: not wanted.");
+    py::class_<ept::Snapshot>(module, "Snapshot", "Copies of small arrays, to tell whether they have changed since.")
+        .def(py::init([](const std::vector<std::pair<Address, int64_t>>& arrays) {
+                 std::vector<std::pair<const void*, int64_t>> from;
+                 for (const auto& [address, bytes] : arrays) from.emplace_back(at<const void>(address), bytes);
+                 return ept::Snapshot(from);
+             }),
+             py::arg("arrays"), "Address and bytes of each.")
+        .def(
+            "equals",
+            [](const ept::Snapshot& snapshot, const std::vector<Address>& arrays) {
+                std::vector<const void*> with;
+                for (const Address address : arrays) with.push_back(at<const void>(address));
+                return snapshot.equals(with);
+            },
+            py::arg("arrays"), "Whether the arrays at these addresses hold the same bits.")
+        .def(
+            "rows_equal",
+            [](const ept::Snapshot& snapshot, Address array, int64_t width, Address rows, int64_t count, int64_t row) {
+                return snapshot.rows_equal(at<const void>(array), width, at<const int64_t>(rows), count, row);
+            },
+            py::arg("array"), py::arg("width"), py::arg("rows"), py::arg("count"), py::arg("row"),
+            "Whether some rows of the first array, of `width` bytes, do: `count` int64 at `rows`, or at 0 the one `row`.");
 }

@@ -10,6 +10,7 @@ from .baselines.tucka.linear import TuckALinear
 from .baselines.tucka.routes import fix_route, free_route, group_load
 from .config import EPTConfig
 from .context import checkpoint, use_tasks
+from .export import apply_delta, export_deltas, export_lora, export_merged, load_deltas
 from .introspection import (
     adapters,
     parameter_breakdown,
@@ -45,13 +46,18 @@ __all__ = [
     "TuckALinear",
     "__version__",
     "adapters",
+    "apply_delta",
     "auxiliary_loss",
     "auxiliary_losses",
     "checkpoint",
     "contrastive_loss",
+    "export_deltas",
+    "export_lora",
+    "export_merged",
     "fix_route",
     "free_route",
     "group_load",
+    "load_deltas",
     "parameter_breakdown",
     "parameter_groups",
     "print_parameter_breakdown",

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ept_kernels import (
+    Kept,
     PyramidGeometry,
-    active_scales,
-    fold_kernels,
+    fold_kept,
     fold_tasks,
     pyramid_delta,
     pyramid_linear,
     pyramid_merge,
     pyramid_weight,
-    without_autocast,
 )
 
 from .config import EPTConfig
-from .router import route
+from .router import fold_routed, route
 from .task_routed import TaskRoutedAdapter
-from .tasks import TaskIds, TaskTable
+from .tasks import TaskIds, TaskNames, TaskSet
+from .token_routing import UNMERGEABLE, fold_tokens, rows_of
 
 
 class PyramidAdapter(TaskRoutedAdapter):
@@ -32,15 +34,16 @@ class PyramidAdapter(TaskRoutedAdapter):
         in_features, out_features: sizes of the map.
         config: the adapter's hyperparameters.
         shared: the task embeddings, shared by all layers of a model. Referenced, not registered: its owner saves it.
+            With ``routing="token"`` ``TaskNames``: there are no embeddings.
         name: the map's name in its model.
 
     Attributes:
         A: ``[r, ceil(in / k_min)]``, B: ``[ceil(out / k_min), r]``, the factors of the seed.
         kernels: one ``[k_e, k_e]`` per expert, zero at first: the layer starts as an exact no-op.
-        gate: ``[E, task_embedding_dim]``.
+        gate: ``[E, task_embedding_dim]``, or ``[E, in]`` with ``routing="token"``.
 
     Raises:
-        ValueError: a scale larger than the map.
+        ValueError: a scale larger than the map, task embeddings where tokens route.
     """
 
     expert_kind = "kernel size"
@@ -50,7 +53,7 @@ class PyramidAdapter(TaskRoutedAdapter):
         in_features: int,
         out_features: int,
         config: EPTConfig,
-        shared: TaskTable,
+        shared: TaskSet,
         *,
         name: str = "",
         device: torch.device | None = None,
@@ -61,17 +64,29 @@ class PyramidAdapter(TaskRoutedAdapter):
         self.scaling = config.lora_alpha / config.r
         self.top_k = config.top_k
         self.init_seed = config.init_seed
-        self.expert_labels = config.kernel_sizes
+        self.by_token = config.routing == "token"
+        if self.by_token and shared.routes:
+            raise ValueError("task_table must be left out with routing='token', which has no task embeddings")
+        self.unmergeable = UNMERGEABLE if self.by_token else None
+        self.expert_labels = None if self.by_token else config.kernel_sizes
         factory = {"device": device, "dtype": dtype}
         self.A = nn.Parameter(torch.empty(config.r, self.geometry.seed_width, **factory))
         self.B = nn.Parameter(torch.empty(self.geometry.seed_height, config.r, **factory))
         self.kernels = nn.ParameterList(nn.Parameter(torch.empty(k, k, **factory)) for k in config.kernel_sizes)
-        self.gate = nn.Parameter(torch.empty(self.geometry.num_experts, shared.dim, **factory))
+        width = in_features if self.by_token else shared.dim
+        self.gate = nn.Parameter(torch.empty(self.geometry.num_experts, width, **factory))
+        self.kept = Kept()
         self.reset_adapter_parameters()
 
     @classmethod
     def check_features(cls, config: EPTConfig, in_features: int, out_features: int) -> None:
         PyramidGeometry(in_features, out_features, config.r, config.kernel_sizes)
+
+    @classmethod
+    def make_shared(cls, config: EPTConfig, features: Mapping[str, tuple[int, int]], **factory: Any) -> TaskSet:
+        if config.routing == "token":
+            return TaskNames(config.num_tasks, config.task_names, device=factory.get("device"))
+        return super().make_shared(config, features, **factory)
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
@@ -91,9 +106,22 @@ class PyramidAdapter(TaskRoutedAdapter):
         """Experts and weights of each given task: ``(expert_index [G, top_k], gates [G, top_k])``.
 
         Raises:
-            ValueError, TypeError: as ``TaskTable.resolve``.
+            ValueError, TypeError: as ``TaskTable.resolve``, or ``routing="token"``.
         """
+        if self.by_token:
+            raise ValueError("routing='token' gives experts to tokens, not to tasks; route_tokens(x) says to which")
         return route(self.gate, self.task_table.embed(self.task_table.resolve(task_ids)), self.top_k)
+
+    def route_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts and weights of every row of x ``[..., in]``: ``(expert_index [..., top_k], gates [..., top_k])``.
+
+        Raises:
+            ValueError: x of another width, or ``routing="task"``.
+        """
+        if not self.by_token:
+            raise ValueError("routing='task' gives experts to tasks, not to tokens; route(task_ids) says to which")
+        index, gates = route(self.gate, rows_of(x, self.in_features), self.top_k)
+        return index.view(*x.shape[:-1], self.top_k), gates.view(*x.shape[:-1], self.top_k)
 
     def _kernels(self) -> tuple[Tensor, ...]:
         own = self.kernels._parameters  # a ParameterList looks every item up by name, which a small layer would notice
@@ -102,40 +130,57 @@ class PyramidAdapter(TaskRoutedAdapter):
     def fold(self, tasks: int | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Folded kernels ``[G, folded_size]`` of resolved tasks, ``groups`` and ``active`` as the ops take them.
 
-        A batch with more samples than tasks routes every task once; a smaller one routes its samples.
+        A batch with more samples than tasks routes every task once; a smaller one routes its samples. In inference
+        (evaluation mode, no gradients) all tasks are folded once and kept until a parameter changes (``fold_kept``).
+
+        Raises:
+            ValueError: ``routing="token"``.
         """
+        if self.by_token:
+            raise ValueError(self.unmergeable)
         table, groups, routed = self.task_table, None, tasks
+        kernels = self._kernels()
+        plan = (kernels, self.top_k, self.scaling, self.geometry)
+        if not self.training:
+            kept = fold_kept(self.kept, table.kept, self.gate, table.weight, tasks, *plan)
+            if kept is not None:
+                return kept
         if isinstance(tasks, Tensor) and tasks.dim():
             if len(tasks) > table.num_tasks:
                 groups, routed = tasks, None
             elif len(tasks) != 1:
                 groups = torch.arange(len(tasks), device=table.weight.device)
-        kernels = self._kernels()
-        fused = fold_tasks(self.gate, table.weight, routed, kernels, self.top_k, self.scaling, self.geometry)
+        fused = fold_tasks(self.gate, table.weight, routed, *plan)
         if fused is not None:
             return fused[0], groups, fused[1]
         embeddings = table.weight if routed is None else table.embed(routed)
         index, gates = route(self.gate, embeddings, self.top_k)
-        dense = gates.new_zeros(len(gates), self.geometry.num_experts).scatter(1, index, gates)
-        with without_autocast(dense.device):
-            folded = fold_kernels(kernels, dense, self.scaling, self.geometry)
-        return folded, groups, active_scales(dense.detach(), self.geometry)
+        folded, active = fold_routed(kernels, index, gates, self.scaling, self.geometry)
+        return folded, groups, active
+
+    def fold_for(self, x: Tensor, task_ids: TaskIds | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """``fold`` of the tasks of a call with x ``[..., in]``, or with ``routing="token"`` of its rows."""
+        if not self.by_token:
+            return self.fold(self.tasks_for(x, task_ids))
+        if task_ids is not None:  # they change nothing, but a wrong one is a mistake
+            self.tasks_for(x, task_ids)
+        return fold_tokens(x, self.gate, self._kernels(), self.top_k, self.scaling, self.geometry)
 
     def delta_weight(self, task: int | str | None = None) -> Tensor:
         """The dense update of one task, ``[out, in]`` in the adapter's dtype; differentiable.
 
         Raises:
-            ValueError, TypeError: unknown task, or none with more than one task.
+            ValueError, TypeError: unknown task, or none with more than one task; ``routing="token"``.
         """
         folded, *_ = self.fold(self.resolve_one(task))
         return pyramid_weight(self.A, self.B, folded, self.geometry)[0]
 
     def delta(self, x: Tensor, task_ids: TaskIds | None = None) -> Tensor:
-        folded, groups, active = self.fold(self.tasks_for(x, task_ids))
+        folded, groups, active = self.fold_for(x, task_ids)
         return pyramid_delta(x, self.A, self.B, folded, groups, self.geometry, dropout_p=self.dropout_p, active=active)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, task_ids: TaskIds | None = None) -> Tensor:
-        folded, groups, active = self.fold(self.tasks_for(x, task_ids))
+        folded, groups, active = self.fold_for(x, task_ids)
         return pyramid_linear(
             x, weight, bias, self.A, self.B, folded, groups, self.geometry, dropout_p=self.dropout_p, active=active
         )

@@ -38,6 +38,9 @@ class EPTConfig(ContrastiveConfig):
         temperature: of the contrastive loss's cosine similarities.
         contrastive_weight: weight of the contrastive loss in the total; 0 switches it off.
         init_seed: "gaussian" (the method) or "zero" (the paper's ablation: ``B`` starts at zero).
+        routing: "task" (the method): a task's embedding selects its experts. "token": every token selects its own, by a
+            gate ``[E, in]`` on its own input. Then there are no task embeddings, ``task_ids`` are optional and change
+            nothing, ``contrastive_weight`` is 0, and nothing can be merged.
         target_modules: names or a regular expression of the modules to adapt, or "all-linear". None: PEFT's default for
             the architecture.
         exclude_modules: names or a regular expression of modules never to adapt.
@@ -57,6 +60,7 @@ class EPTConfig(ContrastiveConfig):
     top_k: int = field(default=2, metadata={"help": "Experts mixed for a task."})
     alp_scaling: bool = field(default=True, metadata={"help": "Dimension-aware scaling of the Adaptive LoRA Pruner."})
     init_seed: str = field(default="gaussian", metadata={"help": "'gaussian' or 'zero'."})
+    routing: str = field(default="task", metadata={"help": "'task' or 'token': what selects experts."})
 
     def __post_init__(self) -> None:
         self.kernel_sizes = check_kernel_sizes(self.kernel_sizes)
@@ -70,6 +74,15 @@ class EPTConfig(ContrastiveConfig):
         )
         check(isinstance(self.alp_scaling, bool), f"alp_scaling must be True or False, got {self.alp_scaling!r}")
         check(self.init_seed in ("gaussian", "zero"), f"init_seed must be 'gaussian' or 'zero', got {self.init_seed!r}")
+        check(self.routing in ("task", "token"), f"routing must be 'task' or 'token', got {self.routing!r}")
+        if self.routing == "token":
+            default = type(self).__dataclass_fields__["contrastive_weight"].default
+            check(
+                self.contrastive_weight in (0, default),
+                "contrastive_weight must be 0 or left out with routing='token', which has no task embeddings to train; "
+                f"got {self.contrastive_weight!r}",
+            )
+            self.contrastive_weight = 0.0
 
     def _check_pattern(self) -> None:
         pattern = self.kernel_pattern

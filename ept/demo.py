@@ -25,10 +25,10 @@ with train_extra("ept.demo"):
 
     from ept import train
     from ept.data import TaskData, load_tasks
+    from ept.files import read_json
     from ept.training.collator import make_collator
     from ept.training.console import quieten_libraries
     from ept.training.evaluate import evaluate_tasks
-    from ept.training.files import read_json
     from ept.training.report import RESULT_STAGES
     from ept.training.rows import evaluation_rows
     from ept.training.run import METRICS_FILE, PICTURE_FOLDER

@@ -17,7 +17,8 @@ class EPTLinear(AdaptedLinear, PyramidAdapter):
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``. With a half dtype the adapter stays fp32.
         config: the adapter's hyperparameters.
-        task_table: embeddings shared with other layers; whoever made the table saves it. None: the layer has its own.
+        task_table: embeddings shared with other layers; whoever made the table saves it. None: the layer has its own,
+            or none with ``routing="token"``.
 
     Attributes:
         weight ``[out, in]``, bias ``[out]`` or None: frozen.
@@ -54,5 +55,5 @@ class EPTLinear(AdaptedLinear, PyramidAdapter):
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, r={self.geometry.rank}, kernel_sizes={self.geometry.kernel_sizes}, "
-            f"top_k={self.top_k}"
+            f"top_k={self.top_k}" + (", routing=token" if self.by_token else "")
         )

@@ -80,5 +80,5 @@ def contrastive_loss(
     if not isinstance(config, ContrastiveConfig):
         raise ValueError(f"model has a {config.peft_type} adapter, which has no contrastive loss")
     if config.contrastive_weight == 0:
-        return shared.weight.new_zeros(())
+        return torch.zeros((), device=shared.device)
     return tuner.auxiliary_losses()["contrastive_loss"][1]

@@ -1,11 +1,13 @@
-"""The task-aware router: which experts a task uses in a layer, and with what weights (spec section 3)."""
+"""The router: which experts a task, or a token, uses in a layer, and with what weights (spec section 3)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ept_kernels import without_autocast
+from ept_kernels import PyramidGeometry, active_scales, fold_kernels, without_autocast
 
 
 def route(gate: Tensor, embeddings: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -16,7 +18,7 @@ def route(gate: Tensor, embeddings: Tensor, top_k: int) -> tuple[Tensor, Tensor]
 
     Args:
         gate: ``[E, d]``.
-        embeddings: ``[G, d]``.
+        embeddings: ``[G, d]``, of tasks; or tokens' own inputs ``[T, in]``, for a gate ``[E, in]``.
         top_k: experts to select, 1 to E.
 
     Returns:
@@ -30,3 +32,17 @@ def route(gate: Tensor, embeddings: Tensor, top_k: int) -> tuple[Tensor, Tensor]
         probability = logits.softmax(-1).gather(-1, index)
         return index, 1 + (probability - probability.detach())
     return index, selected.softmax(-1)
+
+
+def fold_routed(
+    kernels: Sequence[Tensor], index: Tensor, gates: Tensor, scaling: float, geometry: PyramidGeometry
+) -> tuple[Tensor, Tensor]:
+    """Fold the experts that ``route`` selected: ``(folded [G, folded_size], active [G, S])``, as the ops take them.
+
+    Args:
+        kernels, scaling, geometry: as ``fold_kernels``. index, gates: ``[G, top_k]``.
+    """
+    dense = gates.new_zeros(len(gates), geometry.num_experts).scatter(1, index, gates)
+    with without_autocast(dense.device):
+        folded = fold_kernels(kernels, dense, scaling, geometry)
+    return folded, active_scales(dense.detach(), geometry)

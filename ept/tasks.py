@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ept_kernels import Kept
+
 #: What callers may pass: one id or name for the whole batch, one for every sample, or a tensor of ids.
 TaskIds = int | str | Sequence[int] | Sequence[str] | np.ndarray | Tensor
 
@@ -132,6 +134,7 @@ class TaskTable(TaskSet):
         super().__init__(num_tasks, names)
         self.dim, self.similarity = dim, similarity
         self.weight = nn.Parameter(torch.empty(num_tasks, dim, device=device, dtype=dtype))
+        self.kept = Kept()
         self.reset_parameters()
 
     @torch.no_grad()

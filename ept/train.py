@@ -15,10 +15,10 @@ with train_extra("ept-train"):
     from rich.console import Console
 
     from ept.data import DataError, load_tasks
+    from ept.files import read_json
     from ept.models import ModelError
     from ept.training.checkpoints import newest_checkpoint
     from ept.training.console import quieten_libraries
-    from ept.training.files import read_json
     from ept.training.options import RunSettings, build_parser, option_of, parse
     from ept.training.run import CHECKPOINT_FOLDER, METRICS_FILE, SETTINGS_FILE, make_adapted, train
 

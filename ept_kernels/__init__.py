@@ -5,13 +5,16 @@ from .dispatch import available_backends, backend_for
 from .folding import active_scales, fold_kernels
 from .functional import pyramid_delta, pyramid_linear, pyramid_merge, pyramid_weight
 from .geometry import PyramidGeometry
-from .task_folding import fold_tasks
+from .kept import Kept
+from .task_folding import fold_kept, fold_tasks
 
 __all__ = [
+    "Kept",
     "PyramidGeometry",
     "active_scales",
     "available_backends",
     "backend_for",
+    "fold_kept",
     "fold_kernels",
     "fold_tasks",
     "pyramid_delta",

@@ -15,20 +15,27 @@ from torch import Tensor
 
 from .dispatch import backend_for
 from .geometry import PyramidGeometry
+from .kept import Kept
 from .tracing import is_eager
 
 #: Modules with ``fold_tasks`` and, where there is a limit, ``MOST_EXPERTS``; by the name of their backend.
 _MODULES = {"cpu": ".native_fold", "triton": ".triton.fold"}
 
+#: Modules that keep folded kernels between calls. On a GPU one would have to wait to know whether parameters changed.
+_CACHES = {"cpu": ".native_fold_cache"}
+
 _loaded: dict[str, ModuleType] = {}
 
 
-def _folder(device: torch.device) -> ModuleType | None:
-    name = backend_for(device, torch.float32).name
-    folder = _loaded.get(name)
-    if folder is None and name in _MODULES:
-        folder = _loaded[name] = importlib.import_module(_MODULES[name], __package__)
-    return folder
+def _module(modules: dict[str, str], device: torch.device) -> ModuleType | None:
+    """That of the backend that serves ``device``."""
+    path = modules.get(backend_for(device, torch.float32).name)
+    if path is None:
+        return None
+    module = _loaded.get(path)
+    if module is None:
+        module = _loaded[path] = importlib.import_module(path, __package__)
+    return module
 
 
 def _check(geometry: PyramidGeometry, top_k: int, gate: Tensor, table: Tensor, kernels: Sequence[Tensor]) -> None:
@@ -42,6 +49,25 @@ def _check(geometry: PyramidGeometry, top_k: int, gate: Tensor, table: Tensor, k
         raise ValueError(f"top_k must be from 1 to {len(sizes)}, got {top_k}")
     if tuple(kernel.numel() for kernel in kernels) != tuple(k * k for k in sizes):
         raise ValueError(f"kernels must be [k, k] with k in {sizes}, got {[list(kernel.shape) for kernel in kernels]}")
+
+
+def _server(gate: Tensor, table: Tensor, kernels: Sequence[Tensor]) -> ModuleType | None:
+    """The module that routes and folds these parameters in one step, or None; ``fold_tasks`` says when there is one.
+
+    Raises:
+        ValueError, RuntimeError: as ``backend_for``.
+    """
+    parameters = (gate, table, *kernels)
+    device, on_cpu = gate.device, gate.is_cpu
+    if not (on_cpu or gate.is_cuda) or not is_eager(*parameters):
+        return None
+    for parameter in parameters:
+        beside = parameter.is_cpu if on_cpu else parameter.device == device  # the first is several times as fast
+        if not (beside and parameter.dtype is torch.float32 and parameter.is_contiguous()):
+            return None
+    folder = _module(_MODULES, device)
+    most = getattr(folder, "MOST_EXPERTS", None)
+    return None if most is not None and gate.shape[0] > most else folder
 
 
 def fold_tasks(
@@ -70,16 +96,52 @@ def fold_tasks(
         ValueError, RuntimeError: as ``backend_for``.
     """
     _check(geometry, top_k, gate, table, kernels)
-    parameters = (gate, table, *kernels)
-    device, on_cpu = gate.device, gate.is_cpu
-    if not (on_cpu or gate.is_cuda) or not is_eager(*parameters):
+    folder = _server(gate, table, kernels)
+    return None if folder is None else folder.fold_tasks(gate, table, tasks, kernels, top_k, scaling, geometry)
+
+
+def fold_kept(
+    kept: Kept,
+    kept_table: Kept,
+    gate: Tensor,
+    table: Tensor,
+    tasks: int | Tensor | None,
+    kernels: Sequence[Tensor],
+    top_k: int,
+    scaling: float,
+    geometry: PyramidGeometry,
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """``(folded [G, folded_size], groups [N] or None, active [G, S])`` for the ops, from ``kept`` where it still holds.
+
+    None where nothing is kept: gradients are on, something traces or transforms the call (``is_eager``), the backend is
+    not "cpu" or ``fold_tasks`` would give None, or there are very many tasks. The tensors serve later calls, too: they
+    are to be read only.
+
+    Args:
+        kept: this layer's. kept_table: the table's, for all layers that share it.
+        gate, table, kernels, top_k, scaling, geometry: as ``fold_tasks``.
+        tasks: a row of the table, for G = 1; scalar or ``[N]`` integer rows, which become ``groups`` of all T tasks;
+            None, all T without ``groups``.
+
+    Raises:
+        IndexError, ValueError, RuntimeError: as ``fold_tasks``.
+    """
+    if not is_eager() or torch.is_grad_enabled() or not gate.is_cpu:
         return None
-    for parameter in parameters:
-        beside = parameter.is_cpu if on_cpu else parameter.device == device  # the first is several times as fast
-        if not (beside and parameter.dtype is torch.float32 and parameter.is_contiguous()):
+    cache = _module(_CACHES, gate.device)
+    if cache is None:
+        return None
+    parameters = (gate, *kernels, table)
+    fold = cache.unchanged(kept, tasks, parameters, top_k, scaling, geometry)
+    if fold is None:
+        _check(geometry, top_k, gate, table, kernels)
+        if len(table) > cache.MOST_TASKS or _server(gate, table, kernels) is None:
             return None
-    folder = _folder(device)
-    most = getattr(folder, "MOST_EXPERTS", None)
-    if folder is None or (most is not None and gate.shape[0] > most):
-        return None
-    return folder.fold_tasks(gate, table, tasks, kernels, top_k, scaling, geometry)
+        fold = cache.renew(kept, kept_table, parameters, top_k, scaling, geometry)
+        cache.unchanged(kept, tasks, parameters, top_k, scaling, geometry)  # refuses a task that the table lacks
+    if not isinstance(tasks, int):
+        return fold.folded, None if tasks is None else tasks.reshape(-1), fold.active
+    row = fold.rows.get(tasks)
+    if row is None:
+        row = fold.rows[tasks] = fold.folded[tasks : tasks + 1], fold.active[tasks : tasks + 1]
+    return row[0], None, row[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ept.training.files import read_json
+from ept.files import read_json
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 

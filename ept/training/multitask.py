@@ -110,6 +110,20 @@ class MultiTaskEncoder(nn.Module):
         loss = None if labels is None else self.sample_losses(logits, labels, task_ids).mean()
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
+    def export_parts(self, task_id: int) -> tuple[nn.Module, dict[str, Tensor], dict[str, object]]:
+        """For ``ept.export_merged`` and its siblings: the encoder, a task's head, and how to use it.
+
+        Returns:
+            The encoder; ``weight [num_labels, hidden]`` and ``bias``; the task, its labels and the pooling: the mean of
+            ``last_hidden_state`` over the tokens that ``attention_mask`` keeps.
+        """
+        spec = self.specs[task_id]
+        head = self.heads.by_task[f"head_{spec.name}"]
+        description = {"task": spec.name, "kind": spec.kind, "pooling": "masked mean", "labels": spec.label_names}
+        if spec.kind == "regression":
+            description |= {"label_range": spec.label_range, "output_range": REGRESSION_TARGETS}
+        return self.encoder, {"weight": head.weight, "bias": head.bias}, description
+
     def activation_checkpointing_enable(self, **options: object) -> None:
         """Recompute the encoder's activations in the backward pass, as transformers' models do; same options."""
         self.encoder.activation_checkpointing_enable(**options)

@@ -167,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add(adapter, "init-seed", "start of the seed's left factor", choices=("gaussian", "zero"))
     _add(adapter, "no-alp-scaling", "leave out the dimension-aware scale", action="store_false", dest="alp_scaling")
     _add(adapter, "dropout", "on the adapter's input", type=_number(least=0, below=1))
-    text = "another field of the method's config, such as num_experts=4; may be repeated"
+    text = "another field of the method's config, such as num_experts=4 or routing=token; may be repeated"
     adapter.add_argument("--set", help=text, action="append", type=_setting, default=[], metavar="NAME=JSON")
     _add(adapter, "target-modules", "module names, separated by commas (default: all in the blocks)", type=_names)
     running = parser.add_argument_group("running")
@@ -239,6 +239,8 @@ def _setting(text: str) -> tuple[str, Any]:
     try:
         return name, json.loads(value)
     except ValueError:
+        if value.isidentifier():  # a word needs no quotes
+            return name, value
         raise argparse.ArgumentTypeError(f"must be NAME=JSON, got {text!r}") from None
 
 

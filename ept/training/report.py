@@ -13,8 +13,8 @@ from rich import box
 from rich.table import Table
 
 from ept.data import TaskSpec
+from ept.files import write_json
 from ept.training.evaluate import UNPARSEABLE, mean_headline
-from ept.training.files import write_json
 
 METRICS_FORMAT = 1
 RESULT_STAGES = ("baseline", "before", "after")

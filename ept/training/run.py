@@ -16,11 +16,11 @@ import ept
 from ept import models
 from ept.contrastive_config import ContrastiveConfig
 from ept.data import TaskData
+from ept.files import write_atomically, write_json
 from ept.training import plots
 from ept.training.arguments import EPTTrainingArguments
 from ept.training.checkpoints import newest_checkpoint
 from ept.training.evaluate import baselines
-from ept.training.files import write_atomically, write_json
 from ept.training.inspection import adapter_config, trained_parameters
 from ept.training.options import RunSettings
 from ept.training.report import device_name, results_table, versions, write_metrics
@@ -163,7 +163,7 @@ def draw(folder: Path, model: PeftModel, history: Sequence[Mapping[str, float]])
             labels = {layer: part.expert_labels for layer, part in adapters.items()}
             use = (ept.routing(model), labels, names, new / "expert_use.png")
             plots.expert_use(*use, kind=adapter.expert_kind)
-        if len(names) > 1 and isinstance(config, ContrastiveConfig):
+        if len(names) > 1 and isinstance(config, ContrastiveConfig) and adapter.shared.routes:
             plots.task_map(ept.task_embeddings(model), names, new / "task_embeddings.png")
 
     return write_atomically(folder, write)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ept import models
 from ept.data import TaskSpec
-from ept.training.files import read_json, write_atomically, write_json
+from ept.files import read_json, write_atomically, write_json
 from ept.training.multitask import MultiTaskEncoder
 
 ADAPTER_FOLDER = "adapter"

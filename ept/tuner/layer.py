@@ -15,6 +15,7 @@ from ..layer_adapter import LayerAdapter
 from ..merging import WeightStash, keep_calling, merged_weight
 from ..methods import method_of
 from ..tasks import TaskSet
+from .dense import has_dense_weight
 
 
 def base_features(layer: nn.Module) -> tuple[int, int]:
@@ -116,8 +117,9 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         """Whether base and adapter may run as one op: a plain dense base that nobody has hooked or patched."""
         base = self.base_layer
         plain = type(base) in (nn.Linear, Conv1D) and "forward" not in base.__dict__
+        dense = plain and has_dense_weight(base)  # torchao keeps nn.Linear and puts a quantised tensor into it
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        return plain and not hooked
+        return dense and not hooked
 
     def merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, task: int | None = None
@@ -141,9 +143,14 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             raise ValueError(f"adapters {self.merged_adapters} are already merged; unmerge them first")
         base = self.get_base_layer()
-        weight = getattr(base, "weight", None)
-        if weight is None or not weight.is_floating_point():
-            raise ValueError(f"cannot merge into {type(base).__name__}: its weight is not a dense float tensor")
+        if not has_dense_weight(base):
+            held = type(getattr(base, "weight", None)).__name__
+            raise ValueError(
+                f"cannot merge into {type(base).__name__}: its weight is not a dense float tensor but {held}, and "
+                "quantising the sum again would lose part of the update. ept.export_merged(..., dequantise=True) "
+                "writes a merged floating-point checkpoint, ept.export_lora an adapter that needs no merging"
+            )
+        weight = base.weight
         resolved = adapters[0].shared.resolve(task)
         transposed = isinstance(base, Conv1D)
         self.ept_stash.swap_in(weight, merged_weight(weight, adapters, resolved, transposed=transposed))

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..adapter_config import AdapterConfig
@@ -19,6 +20,7 @@ from ..merging import check_merged_task
 from ..methods import method_of
 from ..tasks import TaskIds, TaskSet
 from .checkpoint import check_adapter_state
+from .dense import watch_4bit_layers
 from .forward import TaskGenerate, batch_size, takes_task_ids
 from .layer import EPTLinearLayer
 from .targets import target_features
@@ -50,6 +52,7 @@ class EPTModel(BaseTuner):
         self._hooks = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
+            *watch_4bit_layers(model),
         ]
         if hasattr(model, "generate"):
             model.generate = TaskGenerate(model, self)
@@ -299,6 +302,12 @@ class EPTModel(BaseTuner):
         """The base model as it was, without adapters."""
         self.unmerge_adapter()
         return super().unload()
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ModulesToSaveWrapper):  # PEFT's version wants every trained module to have a weight
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -41,15 +41,18 @@ def _spreading(block: int, rows: int, programs: int) -> int:
     return block
 
 
-def _shrink_rows(plan: Plan) -> int:
-    """Rows that a shrinking program can accumulate in registers: twice as many where matrix instructions leave more."""
-    most = 64 if family() == "wide" else 32
+def _shrink_rows(plan: Plan, itemsize: int) -> int:
+    """Rows that a shrinking program can accumulate in registers: twice as many where matrix instructions leave more.
+
+    A product in three TF32 parts takes them back.
+    """
+    most = 64 if family() == "wide" and itemsize <= 2 else 32
     return most if plan.block_columns <= 192 else most // 2
 
 
 def shrink_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list[Config]:
     """Tiles of the shrink kernel, the default first."""
-    block = _spreading(_shrink_rows(plan), rows, plan.rank_blocks)
+    block = _spreading(_shrink_rows(plan, itemsize), rows, plan.rank_blocks)
     # Many scales, each with addresses of its own, leave fewer registers; dropout's mask is better off with more lanes.
     crowded = plan.block_columns > 192 and not drops and family() != "cdna"
     channels = 64 if itemsize <= 2 and not crowded else 32
@@ -64,7 +67,12 @@ def shrink_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list
 
 def expand_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     """Tiles of the expand kernel, the default first."""
-    channels = 128 if itemsize <= 2 and rows > 16 else 64
+    if itemsize > 2:  # 32 outputs a warp in three TF32 parts spill
+        return [
+            Config.of(BLOCK_T=block, BLOCK_C=64, num_warps=block // 4, num_stages=1)
+            for block in sorted({16, _fitting(32, rows)})
+        ]
+    channels = 128 if rows > 16 else 64
     return [
         Config.of(BLOCK_T=_fitting(32, rows), BLOCK_C=channels, num_warps=4, num_stages=1),
         Config.of(BLOCK_T=_fitting(64, rows), BLOCK_C=channels, num_warps=8, num_stages=1),
@@ -81,10 +89,9 @@ def linear_candidates(plan: Plan, itemsize: int, rows: int, drops: bool, narrow:
     """
     deep = 2 if family() == "cdna" else 3  # AMD prefetches into registers, so that a stage less is in its 64 KiB
     if itemsize > 2:
-        # A product in three TF32 parts holds its operands twice: more than 16 x 8 outputs a warp spilled on sm_80.
+        # A product in three TF32 parts holds its operands twice: more than 16 x 4 outputs a warp spill.
         block = _fitting(32, rows)
-        # Dropout's mask takes the room of half of them.
-        tiles = {"BLOCK_T": block, "BLOCK_C": 16 if drops else 32, "BLOCK_I": 32, "GROUP_T": 8}
+        tiles = {"BLOCK_T": block, "BLOCK_C": 16, "BLOCK_I": 32, "GROUP_T": 8}
         return [Config.of(**tiles, num_warps=block // 4, num_stages=deep)]
     if rows <= 16:  # reading the weight is all that takes time: many programs, long runs of each row of it
         return [
@@ -107,7 +114,7 @@ def linear_candidates(plan: Plan, itemsize: int, rows: int, drops: bool, narrow:
 def single_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     """Tiles of the single launch, the default first."""
     deep = 2 if family() == "cdna" else 3
-    shrink = _shrink_rows(plan)
+    shrink = _shrink_rows(plan, itemsize)
     if itemsize > 2:
         # As in the base product alone; the shrink in the same kernel halves the tile once more.
         tiles = {"BLOCK_T": 32, "BLOCK_C": 16, "BLOCK_I": 32, "SHRINK_T": 16, "GROUP_T": 8}
@@ -117,18 +124,28 @@ def single_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
 
 def factor_grad_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     """Tiles of the first stage of dA and dB, the default first."""
-    channels = 64 if plan.block_columns <= 192 else 32
-    if itemsize > 2:
-        channels //= 2
-    if family() != "cdna" and itemsize > 2:  # a product in three TF32 parts: 32 rows spill, wider tiles far more
-        return [Config.of(BLOCK_T=16, BLOCK_C=channels, num_warps=8, num_stages=2)]
-    small = Config.of(BLOCK_T=_fitting(32, rows), BLOCK_C=channels, num_warps=4, num_stages=2)
-    if family() == "cdna":
-        return [small]
+    crowded, scales = plan.block_columns > 192, len(plan.scales)
+    half, amd = itemsize <= 2, family() == "cdna"
+    channels = 32 if crowded or not half else 64
+    if not half and not amd:  # a product in three TF32 parts: 32 rows spill, wider tiles or more scales far more
+        return [Config.of(BLOCK_T=16, BLOCK_C=32, AT_ONCE=min(scales, 8), num_warps=8, num_stages=2)]
+    block = _fitting(32, rows)
+    if amd:
+        if not half and crowded:
+            channels = 16
+        lanes = block * channels * itemsize // 16  # each loads 16 bytes
+        return [Config.of(BLOCK_T=block, BLOCK_C=channels, AT_ONCE=scales, num_warps=lanes // 64, num_stages=2)]
+    small = Config.of(BLOCK_T=block, BLOCK_C=channels, AT_ONCE=scales, num_warps=4, num_stages=2)
+    if crowded:
+        if block == 16:  # more lanes than loads of 16 bytes otherwise
+            return [small]
+        # With 4 warps, loading ahead takes the registers that are left.
+        tiles = {"BLOCK_T": block, "BLOCK_C": channels, "AT_ONCE": scales}
+        return [Config.of(**tiles, num_warps=8, num_stages=2), Config.of(**tiles, num_warps=4, num_stages=1)]
     if family() == "safe":  # wider tiles need fewer registers there: more of the operands are shared
         channels *= 2
-    depth = 64 if itemsize <= 2 else 32
-    return [Config.of(BLOCK_T=_fitting(depth, rows), BLOCK_C=channels, num_warps=8, num_stages=2), small]
+    large = {"BLOCK_T": _fitting(64, rows), "BLOCK_C": channels, "AT_ONCE": scales}
+    return [Config.of(**large, num_warps=8, num_stages=2), small]
 
 
 def reduce_config() -> Config:
@@ -145,9 +162,12 @@ def weight_candidates(plan: Plan, itemsize: int) -> list[Config]:
     most = 64 if itemsize <= 2 else 32  # three TF32 products of 64 ranks spill on sm_80
     ranks = min(most, max(16, triton.next_power_of_2(plan.rank)))
     wide = Config.of(BLOCK_O=32, BLOCK_I=128, BLOCK_P=ranks, num_warps=8, num_stages=1)
+    narrow = Config.of(BLOCK_O=32, BLOCK_I=64, BLOCK_P=ranks, num_warps=4, num_stages=1)
+    if plan.rank > ranks and family() == "cdna":  # the loop over rounds leaves too few registers for wide tiles
+        return [narrow]
     if len(plan.scales) > 8:  # with 4 warps the addresses of 15 scales spill
         return [wide]
-    return [wide, Config.of(BLOCK_O=32, BLOCK_I=64, BLOCK_P=ranks, num_warps=4, num_stages=1)]
+    return [wide, narrow]
 
 
 def weight_grad_candidates(plan: Plan, itemsize: int) -> list[Config]:

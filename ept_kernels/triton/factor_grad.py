@@ -51,8 +51,12 @@ def span_sums(
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """One program's D_k: a block of channels, a span of rows, a block of ranks."""
+    """One program's D_k: a block of channels, a span of rows, a block of ranks.
+
+    ``AT_ONCE`` scales share a pass over the rows: as many as have room in the registers.
+    """
     c0 = tl.program_id(0) * BLOCK_C
     if c0 < features:
         rank_blocks = tl.cdiv(rank, RANK_BLOCK)
@@ -63,9 +67,6 @@ def span_sums(
         end = tl.minimum(start + span, rows_total)
         channels = c0 + tl.arange(0, BLOCK_C)
         channel_exists = channels < features
-        accumulators = ()
-        for s in tl.static_range(len(SCALES)):
-            accumulators = accumulators + (tl.zeros((RANKS[s] * SLOTS[s], BLOCK_C), tl.float32),)
         # Scales that no row of the span uses are not read. They are multiplied, though: a branch would keep the
         # compiler from loading ahead.
         seen = tl.zeros((BITS,), tl.int32)
@@ -75,40 +76,48 @@ def span_sums(
         used = 0
         for s in tl.static_range(len(SCALES)):
             used += tl.max((seen >> s) & 1, 0) << s
-        for t0 in range(start, end, BLOCK_T):
-            lines = t0 + tl.arange(0, BLOCK_T)
-            line_exists = lines < end
-            x = tl.load(
-                rows_ptr + lines[:, None] * stride_row + channels[None, :].to(tl.int64) * stride_feature,
-                mask=line_exists[:, None] & channel_exists[None, :],
-                other=0.0,
-            )
-            if DROPOUT:
-                kept = keep_mask(tl.load(seed_ptr), lines, channels, p_drop)
-                x = tl.where(kept, x.to(tl.float32) / (1.0 - p_drop), 0.0).to(x.dtype)
-            updated = ()
-            for s in tl.static_range(len(SCALES)):
-                columns, exists = block_columns(p0, rank, SCALES[s], SLOTS[s], RANKS[s], RANK_BLOCK)
-                core = tl.load(
-                    core_ptr + lines[None, :] * WIDTH + COLUMNS[s] + columns[:, None],
-                    mask=line_exists[None, :] & exists[:, None] & ((used >> s) & 1 > 0),
+        for first in tl.static_range(0, len(SCALES), AT_ONCE):
+            accumulators = ()
+            for s in tl.static_range(first, len(SCALES)):
+                if s < first + AT_ONCE:
+                    accumulators = accumulators + (tl.zeros((RANKS[s] * SLOTS[s], BLOCK_C), tl.float32),)
+            for t0 in range(start, end, BLOCK_T):
+                lines = t0 + tl.arange(0, BLOCK_T)
+                line_exists = lines < end
+                x = tl.load(
+                    rows_ptr + lines[:, None] * stride_row + channels[None, :].to(tl.int64) * stride_feature,
+                    mask=line_exists[:, None] & channel_exists[None, :],
                     other=0.0,
                 )
-                updated = updated + (tl.dot(core, x, accumulators[s], input_precision=PRECISION),)
-            accumulators = updated
-        for s in tl.static_range(len(SCALES)):
-            slot = tl.arange(0, SLOTS[s])
-            own = slot[None, :, None] == (channels % SCALES[s])[None, None, :]
-            blocks = tl.reshape(accumulators[s], (RANKS[s], SLOTS[s], BLOCK_C))
-            sums = tl.sum(tl.where(own, blocks, 0.0), 1)  # [RANKS[s], BLOCK_C]
-            p = tl.arange(0, RANKS[s])
-            exists_p = (p < RANK_BLOCK) & (p0 + p < rank)
-            line = (part * len(SCALES) + s).to(tl.int64) * rank + (p0 + p)
-            tl.store(
-                partial_ptr + line[:, None] * features + channels[None, :],
-                sums,
-                mask=exists_p[:, None] & channel_exists[None, :],
-            )
+                if DROPOUT:
+                    kept = keep_mask(tl.load(seed_ptr), lines, channels, p_drop)
+                    x = tl.where(kept, x.to(tl.float32) / (1.0 - p_drop), 0.0).to(x.dtype)
+                updated = ()
+                for s in tl.static_range(first, len(SCALES)):
+                    if s < first + AT_ONCE:
+                        columns, exists = block_columns(p0, rank, SCALES[s], SLOTS[s], RANKS[s], RANK_BLOCK)
+                        core = tl.load(
+                            core_ptr + lines[None, :] * WIDTH + COLUMNS[s] + columns[:, None],
+                            mask=line_exists[None, :] & exists[:, None] & ((used >> s) & 1 > 0),
+                            other=0.0,
+                        )
+                        total = accumulators[s - first]
+                        updated = updated + (tl.dot(core, x, total, input_precision=PRECISION),)
+                accumulators = updated
+            for s in tl.static_range(first, len(SCALES)):
+                if s < first + AT_ONCE:
+                    slot = tl.arange(0, SLOTS[s])
+                    own = slot[None, :, None] == (channels % SCALES[s])[None, None, :]
+                    blocks = tl.reshape(accumulators[s - first], (RANKS[s], SLOTS[s], BLOCK_C))
+                    sums = tl.sum(tl.where(own, blocks, 0.0), 1)  # [RANKS[s], BLOCK_C]
+                    p = tl.arange(0, RANKS[s])
+                    exists_p = (p < RANK_BLOCK) & (p0 + p < rank)
+                    line = (part * len(SCALES) + s).to(tl.int64) * rank + (p0 + p)
+                    tl.store(
+                        partial_ptr + line[:, None] * features + channels[None, :],
+                        sums,
+                        mask=exists_p[:, None] & channel_exists[None, :],
+                    )
 
 
 @triton.jit
@@ -199,6 +208,7 @@ def factor_grad_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     side = tl.program_id(2)
     if units_ptr is not None:
@@ -246,6 +256,7 @@ def factor_grad_kernel(
                 PRECISION,
                 BLOCK_T,
                 BLOCK_C,
+                AT_ONCE,
             )
     if dy_ptr is not None:
         if side == (1 if x_ptr is not None else 0):
@@ -272,6 +283,7 @@ def factor_grad_kernel(
                 PRECISION,
                 BLOCK_T,
                 BLOCK_C,
+                AT_ONCE,
             )
 
 

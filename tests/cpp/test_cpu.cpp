@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/pyramid.h"
+#include "cpu/snapshot.h"
 #include "cpu/threads.h"
 
 namespace {
@@ -166,6 +167,28 @@ std::int32_t count_to_three(std::uint32_t* count) {
     return 0;
 }
 
+void expect(bool holds, const char* what) {
+    if (!holds) ++failures, std::printf("snapshot: %s\n", what);
+}
+
+void check_snapshot() {
+    Floats first = {1, 2, 3, 4, 5, 6}, second = {7};
+    const ept::Snapshot snapshot({{first.data(), 24}, {second.data(), 4}});
+    const Floats copy = first;
+    expect(snapshot.equals({copy.data(), second.data()}), "equal values elsewhere are equal");
+    second[0] = 8;
+    expect(!snapshot.equals({first.data(), second.data()}), "a change in the second array shows");
+    first[2] = 0;  // in row 1 of three
+    const int64_t rows[] = {2, 0};
+    expect(snapshot.rows_equal(first.data(), 8, rows, 2, 0), "rows beside the change are equal");
+    expect(!snapshot.rows_equal(first.data(), 8, nullptr, 0, 1), "the row with the change is not");
+    try {
+        snapshot.rows_equal(first.data(), 8, nullptr, 0, 3);
+        expect(false, "a row beyond the last is refused");
+    } catch (const std::out_of_range&) {
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -179,6 +202,7 @@ int main() {
         }
     }
     check_refusals();
+    check_snapshot();
     std::printf("%d layers, %d failures\n", layers, failures);
     return failures != 0;
 }

@@ -46,7 +46,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_wheel_holds_the_two_packages_and_the_command(wheel: Path) -> None:
+def test_wheel_holds_the_two_packages_and_the_commands(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
@@ -55,8 +55,8 @@ def test_wheel_holds_the_two_packages_and_the_command(wheel: Path) -> None:
     assert wheel.name.endswith("-none-any.whl"), "without native code it fits every platform"
     sources = {str(p.relative_to(REPOSITORY)) for top in tops for p in (REPOSITORY / top).rglob("*.py")}
     assert sources == {name for name in names if name.endswith(".py")}
-    assert "ept-train = ept.train:main" in entry_points
-    assert "ept-inspect = ept.inspecting.cli:main" in entry_points
+    for command in ("train = ept.train:main", "export = ept.export.cli:main", "inspect = ept.inspecting.cli:main"):
+        assert f"ept-{command}" in entry_points
     assert {"ept/inspecting/page.css", "ept/inspecting/page.js"} <= set(names)
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from rich.console import Console
 
 from ept.data import TaskData
+from ept.files import read_json, write_atomically, write_json
 from ept.training import plots
-from ept.training.files import read_json, write_atomically, write_json
 from ept.training.report import results_table, write_metrics
 
 HISTORY = [

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import ept
 from ept import models, train
 from ept.data import TaskData, load_tasks
+from ept.files import read_json
 from ept.training import EPTTrainer, EPTTrainingArguments, evaluate_tasks, load_trained
 from ept.training.ablations import ABLATIONS
-from ept.training.files import read_json
 from ept.training.options import RunSettings, build_parser, parse
 from ept.training.systems import SYSTEMS
 
@@ -145,6 +145,23 @@ def test_one_command_trains_each(command: Callable, tmp_path: Path, name: str) -
         assert {metric: entry["after"][metric] for metric in found[task]} == found[task]
 
 
+def test_one_command_trains_routing_by_token(command: Callable, tmp_path: Path) -> None:
+    assert train.main(command(tmp_path / "run", "--set", "routing=token")) == 0
+    assert {path.name for path in (tmp_path / "run" / "pictures").iterdir()} == {"loss.png"}
+    model, _, _ = load_trained(tmp_path / "run")
+    assert model.peft_config["default"].routing == "token"
+    assert "task embeddings" not in read_json(tmp_path / "run" / "metrics.json")["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("routing=token", "token"), ('routing="task"', "task"), ("top=3", 3), ("on=true", True)]
+)
+def test_a_word_needs_no_quotes(text: str, value: object) -> None:
+    name = text.partition("=")[0]
+    parsed = build_parser().parse_args(["--output", "x", "--set", text])
+    assert parsed.set == [(name, value)]
+
+
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_change_what_they_name(name: str) -> None:
     plain = RunSettings(output="x")
@@ -179,6 +196,8 @@ def test_no_top_k_follows_the_number_of_experts() -> None:
         (["--ablation", "all-2", "--kernel-sizes", "2,4"], "argument --kernel-sizes: contradicts --ablation all-2"),
         (["--ablation", "none"], "argument --ablation: invalid choice: 'none'"),
         (["--set", "num_experts"], "argument --set: must be NAME=JSON, got 'num_experts'"),
+        (["--set", "routing=a b"], "argument --set: must be NAME=JSON, got 'routing=a b'"),
+        (["--set", "routing=word"], "argument of the adapter: routing must be 'task' or 'token', got 'word'"),
         (["--set", "num_experts=2"], "argument --set: 'num_experts' is not a further field of EPTConfig"),
         (["--method", "more", "--set", "r=2"], "argument --set: 'r' is not a further field of MoREConfig"),
         (["--method", "moelora", "--r", "6"], "argument of the adapter: r must be a multiple of num_experts=8"),

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from ept import demo, train
 from ept.data import TaskData, load_tasks
+from ept.files import read_json, write_json
 from ept.training import evaluate_tasks, load_trained, newest_checkpoint
-from ept.training.files import read_json, write_json
 from ept.training.options import RunSettings, build_parser, parse
 
 PICTURES = ("loss.png", "expert_use.png", "task_embeddings.png")

@@ -6,6 +6,7 @@ process does not mix that with compiling.
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import os
@@ -58,6 +59,18 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert [line.rsplit(",", 1)[0] for line in again] == [line.rsplit(",", 1)[0] for line in whole], "but for seconds"
     report.write_text("\n".join(whole[1:]))
     assert "must have the columns" in run(REPORT, tmp_path / "cache", *words).stderr
+
+
+def test_coverage_is_one_launch_of_each_configuration(tmp_path: Path) -> None:
+    """The same tiles stand once a kernel, whatever the pyramids and batches; each again once for each dtype."""
+    report = tmp_path / "report.csv"
+    chosen = ["--target", "sm_80", "--dtype", "bf16", "--dtype", "fp16", "--kernel", "reduce_kernel", "--jobs", "1"]
+    done = run(REPORT, tmp_path / "cache", *chosen, "--cover", "configurations", "--output", str(report))
+    assert done.returncode == 0, done.stdout + done.stderr
+    with report.open(newline="") as file:
+        rows = [(row["kernel"], row["tiles"], row["dtype"]) for row in csv.DictReader(file)]
+    assert len(rows) == len(set(rows))
+    assert {row[2] for row in rows} == {"bf16", "fp16"}
 
 
 @pytest.fixture(scope="module")

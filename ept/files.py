@@ -12,21 +12,49 @@ from typing import Any
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
-    """Let ``write`` fill a file or folder of a temporary name, then give it its own; on an error nothing is left."""
+    """Let ``write`` fill a file or folder of a temporary name, then give it its own; on an error nothing is left.
+
+    What was at ``path`` stays until the new content is on the disk, and is gone afterwards.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    replaced = path.with_name(f".{path.stem}.{os.getpid()}.old{path.suffix}")
     try:
         write(temporary)
+        _sync(temporary)
         if path.is_dir():
-            shutil.rmtree(path)  # os.replace cannot put a folder in the place of one that has content
+            os.replace(path, replaced)  # a folder with content cannot be replaced, only moved aside
         os.replace(temporary, path)
+    except BaseException:
+        if replaced.is_dir() and not path.exists():
+            os.replace(replaced, path)
+        raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        for left in (temporary, replaced):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
+    _sync_one(path.parent)
     return path
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or a folder with all that is in it, written to the disk and not only promised."""
+    for entry in path.rglob("*") if path.is_dir() else ():
+        _sync_one(entry)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | Path, content: Any) -> Path:

@@ -1,0 +1,17 @@
+"""Trained adapters for servers that know nothing of this package: merged checkpoints, small deltas, LoRA."""
+
+from .apply import TaskDeltas, apply_delta, load_deltas
+from .deltas import export_deltas
+from .lora import LoraLayer, LoraReport, export_lora
+from .merged import export_merged
+
+__all__ = [
+    "LoraLayer",
+    "LoraReport",
+    "TaskDeltas",
+    "apply_delta",
+    "export_deltas",
+    "export_lora",
+    "export_merged",
+    "load_deltas",
+]

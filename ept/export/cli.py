@@ -1,0 +1,77 @@
+"""``ept-export``: merged checkpoints, deltas and LoRA from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..introspection import task_names
+from .apply import load_deltas
+from .deltas import export_deltas
+from .load import load_adapter
+from .lora import export_lora
+from .merged import export_merged
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``ept-export``."""
+    parser = argparse.ArgumentParser(prog="ept-export", description="Export a trained adapter for other servers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    helps = {
+        "merged": "a plain transformers checkpoint of one task",
+        "deltas": "all tasks as one seed and a few numbers each",
+        "lora": "one task as a LoRA adapter of PEFT",
+    }
+    for name, text in helps.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("adapter", help="folder of ept-train, or of PEFT's save_pretrained")
+        command.add_argument("output", help="folder to write")
+        command.add_argument("--base", help="base model: name or folder (default: the adapter's)")
+        command.add_argument("--num-labels", type=int, help="outputs of a classification head")
+        command.add_argument("--overwrite", action="store_true", help="replace the whole output folder")
+        if name != "deltas":
+            command.add_argument("--task", help="name or id; needed where there are several")
+        if name == "lora":
+            command.add_argument("--rank", type=int, help="largest rank of a layer (default: exact)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``ept-export`` with these arguments (None: the process's); 0 on success.
+
+    Raises:
+        SystemExit: code 2, after a message; nothing has been written then.
+    """
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    try:
+        model, tokenizer = load_adapter(options.adapter, options.base, num_labels=options.num_labels)
+        if options.command == "deltas":
+            deltas = load_deltas(export_deltas(model, options.output, overwrite=options.overwrite))
+            print(f"{len(deltas.tasks)} tasks of {len(deltas.layers)} layers: {options.output}")
+            return 0
+        task = _task(task_names(model), options.task)
+        if options.command == "merged":
+            export_merged(model, task, options.output, tokenizer=tokenizer, overwrite=options.overwrite)
+            print(f"merged: {options.output}")
+        else:
+            report = export_lora(model, task, options.output, options.rank, overwrite=options.overwrite)
+            print(
+                f"LoRA of rank {report.max_rank} and {report.parameters:,d} parameters, "
+                f"relative error {report.error:.1e}: {options.output}"
+            )
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(str(error))
+    return 0
+
+
+def _task(names: list[str], text: str | None) -> int | str | None:
+    """A task by its name, else by its id."""
+    if text is None or text in names:
+        return None if text is None else names.index(text)
+    return int(text) if text.isdecimal() else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""A trained adapter from its folder, base model and all: for the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+_TRAINED = "ept_tasks.json"  # of ept-train
+_CONFIG = "adapter_config.json"
+_AUTO_CLASS: dict[str | None, Any] = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "FEATURE_EXTRACTION": AutoModel,
+    None: AutoModel,
+}
+
+
+def load_adapter(
+    adapter: str | Path, base: str | None = None, *, num_labels: int | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase | None]:
+    """The adapted model in evaluation mode, and the tokenizer that lies beside the adapter or its base, or None.
+
+    Args:
+        adapter: what ``ept-train --output`` named, or a folder of PEFT's ``save_pretrained``.
+        base: name or folder of the base model; None: the one that the adapter's config names.
+        num_labels: outputs of a classification head; None: the base config's.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: no base, or a task type that is not served.
+    """
+    folder = Path(adapter)
+    if (folder / _TRAINED).is_file() or (folder / "adapter" / _TRAINED).is_file():
+        return _load_trained(folder, base)
+    if not (folder / _CONFIG).is_file():
+        raise FileNotFoundError(f"adapter {str(adapter)!r} holds no {_CONFIG}")
+    config = PeftConfig.from_pretrained(str(folder))
+    source = base or config.base_model_name_or_path
+    if not source:
+        raise ValueError(f"adapter {str(adapter)!r} does not say what its base model is; name it")
+    if config.task_type not in _AUTO_CLASS:
+        raise ValueError(f"task_type of the adapter is {config.task_type!r}; allowed: {list(_AUTO_CLASS)}")
+    model = _load_base(source, _AUTO_CLASS[config.task_type], num_labels)
+    tokenizers = [place for place in (folder, source) if (Path(place) / "tokenizer_config.json").is_file()]
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers[0]) if tokenizers else None
+    return PeftModel.from_pretrained(model, folder).eval(), tokenizer
+
+
+def _load_base(source: str, auto_class: Any, num_labels: int | None) -> nn.Module:
+    options = {} if num_labels is None else {"num_labels": num_labels}
+    base_config = AutoConfig.from_pretrained(source, **options)
+    return auto_class.from_pretrained(source, config=base_config, use_safetensors=True)
+
+
+def _load_trained(folder: Path, base: str | None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    if base is not None:
+        raise ValueError(f"base is {base!r}, but {str(folder)!r} was written by ept-train and names its own")
+    from ..training.saving import load_trained  # needs the extra [train]
+
+    model, tokenizer, _ = load_trained(folder)
+    return model, tokenizer

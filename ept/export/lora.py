@@ -1,0 +1,167 @@
+"""``export_lora``: one task as a LoRA adapter in PEFT's format, which PEFT and LoRA servers load without ``ept``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import hypot
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, TaskType
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..adapter_config import AdapterConfig, is_int
+from ..tuner.model import ept_model
+from .factors import lora_factors
+from .parts import Parts, choose_adapter, resolve_task, saved_modules, take_parts, write_head
+from .shadow import shadow
+from .target import check_target, write_folder
+from .truncate import truncate
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One layer of an exported LoRA.
+
+    Attributes:
+        rank: of the factors written. exact_rank: of the exact ones, ``r * sum of the active k`` for EPT.
+        norm: Frobenius norm of the exact update. error: of what the factors lack of it, as a share of ``norm``.
+    """
+
+    rank: int
+    exact_rank: int
+    norm: float
+    error: float
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What ``export_lora`` wrote.
+
+    Attributes:
+        path: the folder. task: the task's id.
+        layers: by name in the exported model.
+        parameters: numbers in all factors.
+    """
+
+    path: Path
+    task: int
+    layers: dict[str, LoraLayer]
+    parameters: int
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of a layer: what a server must allow (``--max-lora-rank``)."""
+        return max(layer.rank for layer in self.layers.values())
+
+    @property
+    def error(self) -> float:
+        """Frobenius norm of all that is missing, as a share of that of all updates."""
+        whole = hypot(*(layer.norm for layer in self.layers.values()))
+        return hypot(*(layer.norm * layer.error for layer in self.layers.values())) / whole if whole else 0.0
+
+
+def export_lora(
+    model: nn.Module,
+    task: int | str | None,
+    path: str | Path,
+    rank: int | None = None,
+    *,
+    adapter_name: str | None = None,
+    overwrite: bool = False,
+) -> LoraReport:
+    """Write one task as a LoRA: ``adapter_config.json`` and ``adapter_model.safetensors`` of PEFT.
+
+    An EPT task with active scales k is exactly a LoRA of rank ``r * sum of k``, and so are tasks of DCFT, MoRE and
+    MOELoRA at ranks of their own. All scaling is in the factors: ``lora_alpha`` is the rank. Ranks differ by layer
+    (``rank_pattern``); a layer without an update gets zero factors of rank 1. The base may be quantised.
+
+    Trained modules (``modules_to_save``) are written as PEFT writes them. For a base with ``export_parts`` the adapter
+    is one of its encoder, and the task's head lies beside it: see ``export_merged``.
+
+    Args:
+        model: a ``PeftModel`` of one of this package's methods.
+        task: id or name; None where there is one task.
+        path: folder to write. It appears complete or not at all.
+        rank: None for the exact factors; else the most that a layer may have, the rest being cut off by a singular
+            value decomposition.
+        adapter_name: default: the active one.
+        overwrite: replace the whole folder where it is not empty.
+
+    Raises:
+        ValueError: rank below 1, a method without such factors (MixLoRA, TuckA, token-level routing), an unknown task,
+            an adapter that is not there, or values that are not finite.
+        FileExistsError: a file, or a folder with content.
+    """
+    if rank is not None and not (is_int(rank) and rank >= 1):
+        raise ValueError(f"rank must be None or an integer >= 1, got {rank!r}")
+    tuner = ept_model(model)
+    name = choose_adapter(tuner, adapter_name)
+    resolved = resolve_task(tuner, name, task)
+    target = check_target(path, overwrite)
+    base = shadow(tuner, name)
+    saved = saved_modules(base, name)
+    parts = take_parts(base.unload(), saved, resolved)
+    tensors, layers = {}, {}
+    for layer, adapter in tuner.adapters(name).items():
+        layer = parts.inside(layer, "layer")
+        with torch.no_grad():
+            layers[layer], *factors = _layer(*lora_factors(adapter, resolved), rank)
+        for key, factor in zip("AB", factors, strict=True):
+            if not torch.isfinite(factor).all():
+                raise ValueError(f"layer {layer!r} has an update that is not finite; nothing was written")
+            tensors[f"base_model.model.{layer}.lora_{key}.weight"] = factor.contiguous()
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    for module, trained in parts.saved.items():
+        for key, tensor in trained.state_dict().items():
+            tensors[f"base_model.model.{module}.{key}"] = tensor.contiguous()
+    config = _config(parts, layers, tuner.peft_config[name])
+
+    def write(folder: Path) -> None:
+        config.save_pretrained(folder)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_head(folder, parts)
+
+    return LoraReport(write_folder(target, write), resolved, layers, parameters)
+
+
+def _layer(lora_A: Tensor, lora_B: Tensor, rank: int | None) -> tuple[LoraLayer, Tensor, Tensor]:
+    exact_rank = len(lora_A)
+    lora_A, lora_B, norm, missing = truncate(lora_A, lora_B, rank)
+    layer = LoraLayer(len(lora_A), exact_rank, norm, missing / norm if norm else 0.0)
+    if len(lora_A) == 0:  # PEFT has no rank 0
+        lora_A, lora_B = lora_A.new_zeros(1, lora_A.shape[1]), lora_B.new_zeros(len(lora_B), 1)
+    return layer, lora_A, lora_B
+
+
+def _config(parts: Parts, layers: dict[str, LoraLayer], adapted: AdapterConfig) -> LoraConfig:
+    ranks = {name: max(layer.rank, 1) for name, layer in layers.items()}
+    highest = max(ranks.values())  # servers size their buffers by r
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != highest}
+    return LoraConfig(
+        r=highest,
+        lora_alpha=highest,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=_targets(parts.model, set(layers)),
+        fan_in_fan_out=all(isinstance(parts.model.get_submodule(name), Conv1D) for name in layers),
+        modules_to_save=list(parts.saved) or None,
+        task_type=TaskType.FEATURE_EXTRACTION if parts.prefix else adapted.task_type,
+        base_model_name_or_path=parts.name(adapted),
+        revision=adapted.revision,
+        inference_mode=True,
+    )
+
+
+def _targets(model: nn.Module, layers: set[str]) -> list[str] | str:
+    """``target_modules`` that match exactly these layers: their last names (all that some servers read) if possible."""
+    every = [path for path, _ in model.named_modules() if path]
+    for targets in (sorted({layer.rpartition(".")[2] for layer in layers}), sorted(layers)):
+        config = LoraConfig(target_modules=targets)
+        if {path for path in every if check_target_module_exists(config, path)} == layers:
+            return targets
+    return "|".join(map(re.escape, sorted(layers)))

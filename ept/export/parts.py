@@ -1,0 +1,136 @@
+"""What of an adapted model leaves it: a model that others can load, its trained modules, and a task's own head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..adapter_config import AdapterConfig
+from ..files import write_json
+from ..layer_adapter import LayerAdapter
+from ..tuner.model import EPTModel
+
+HEAD_WEIGHTS, HEAD_DESCRIPTION = "head.safetensors", "head.json"
+
+
+@dataclass
+class Parts:
+    """A plain model and what is around it.
+
+    Attributes:
+        model: the model to export; the whole base, or the part of it that its ``export_parts`` names.
+        prefix: its path in the base, with a final dot; empty for the whole.
+        saved: modules of ``model`` that are trained with the adapter (``modules_to_save``), by path in ``model``.
+        head: tensors of the task's head outside ``model``; None where there is none.
+        description: what ``head`` is, for ``head.json``.
+    """
+
+    model: nn.Module
+    prefix: str
+    saved: dict[str, nn.Module]
+    head: dict[str, Tensor] | None = None
+    description: dict[str, Any] = field(default_factory=dict)
+
+    def name(self, config: AdapterConfig) -> str | None:
+        """What to load for ``model``: the base that the adapter's config names, else where ``model`` came from."""
+        return config.base_model_name_or_path or getattr(self.model, "name_or_path", None) or None
+
+    def inside(self, path: str, what: str) -> str:
+        """A path in the base as one in ``model``.
+
+        Raises:
+            ValueError: it is not in ``model``.
+        """
+        if not path.startswith(self.prefix):
+            raise ValueError(f"{what} {path!r} lies outside {self.prefix.rstrip('.')!r}, the part that is exported")
+        return path.removeprefix(self.prefix)
+
+
+def choose_adapter(tuner: EPTModel, adapter_name: str | None) -> str:
+    """The adapter to export: the one named, or the only active one.
+
+    Raises:
+        ValueError: none of that name, or none named while several are active.
+    """
+    if adapter_name is None and len(tuner.active_adapters) == 1:
+        adapter_name = tuner.active_adapters[0]
+    if adapter_name not in tuner.peft_config:
+        allowed = f"one of {list(tuner.peft_config)}"
+        raise ValueError(f"adapter_name must be {allowed} (active: {tuner.active_adapters}), got {adapter_name!r}")
+    return adapter_name
+
+
+def resolve_task(tuner: EPTModel, adapter_name: str, task: int | str | None) -> int:
+    """The id of one task of an adapter that can be expressed in weights.
+
+    Raises:
+        ValueError: a method whose update is no matrix, an unknown task, or none where there are several.
+        TypeError: several tasks.
+    """
+    check_mergeable(tuner.adapters(adapter_name))
+    if task is not None and (isinstance(task, bool) or not isinstance(task, (int, str))):
+        raise TypeError(f"task must be one id or name, got {task!r}")
+    return tuner.ept_task_tables[adapter_name].resolve(task)
+
+
+def check_mergeable(adapters: dict[str, LayerAdapter]) -> None:
+    """Raise ValueError if the update of a layer is no matrix."""
+    for adapter in adapters.values():
+        if adapter.unmergeable is not None:
+            raise ValueError(adapter.unmergeable)
+
+
+def check_untied(tuner: EPTModel, adapter_name: str) -> None:
+    """Refuse an adapted weight that is tied to another module's: both would get the update that is one's.
+
+    Raises:
+        ValueError: naming the two.
+    """
+    owners: dict[int, list[str]] = {}
+    for path, module in tuner.model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(path)
+    for path in tuner.adapters(adapter_name):
+        layer = tuner.model.get_submodule(path)
+        others = [owner for owner in owners[id(layer.get_base_layer().weight)] if not owner.startswith(f"{path}.")]
+        if others:
+            raise ValueError(
+                f"layer {path!r} shares its weight with {others[0]!r}, which merging would change too: "
+                "untie them before adapting, name the layer in exclude_modules, or use ept.export_lora"
+            )
+
+
+def saved_modules(tuner: EPTModel, adapter_name: str) -> list[str]:
+    """Paths of the modules that are trained and saved with an adapter."""
+    return [
+        path
+        for path, module in tuner.model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+    ]
+
+
+def take_parts(base: nn.Module, saved: list[str], task: int) -> Parts:
+    """Split an unloaded base. One with a method ``export_parts(task)`` is asked for its model and the task's head.
+
+    That method returns ``(model, head, description)``: a submodule, the head's tensors and their description as JSON.
+    """
+    if not hasattr(base, "export_parts"):
+        return Parts(base, "", {path: base.get_submodule(path) for path in saved})
+    model, head, description = base.export_parts(task)
+    prefix = next(path for path, module in base.named_modules() if module is model) + "."
+    inside = {path.removeprefix(prefix): base.get_submodule(path) for path in saved if path.startswith(prefix)}
+    return Parts(model, prefix, inside, head, description)
+
+
+def write_head(folder: Path, parts: Parts) -> None:
+    """Write ``head.safetensors`` and ``head.json``, if there is a head outside the model."""
+    if parts.head is not None:
+        tensors = {name: tensor.detach().contiguous() for name, tensor in parts.head.items()}
+        save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
+        write_json(folder / HEAD_DESCRIPTION, parts.description)
