@@ -12,13 +12,13 @@ from ept.extras import train_extra
 with train_extra("ept-inspect"):
     from rich.console import Console
 
+    from ept.files import write_json
     from ept.inspecting.console import print_inspection
     from ept.inspecting.folder import AdapterError, read_adapter
     from ept.inspecting.page import write_page
     from ept.inspecting.pictures import draw_inspection
     from ept.inspecting.prune import prune_experts
     from ept.inspecting.summary import inspect_adapter, select
-    from ept.training.files import write_json
 
 
 def build_parser() -> argparse.ArgumentParser:

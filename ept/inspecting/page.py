@@ -10,9 +10,9 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from ept.files import write_atomically
 from ept.inspecting.console import dead_sentence, plain
 from ept.inspecting.summary import Inspection, Layer
-from ept.training.files import write_atomically
 
 
 def write_page(path: str | Path, inspection: Inspection) -> Path:

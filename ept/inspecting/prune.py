@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ept.config import EPTConfig
+from ept.files import read_json, write_atomically, write_json
 from ept.inspecting.experts import task_gates
 from ept.inspecting.folder import (
     CONFIG_FILE,
@@ -23,7 +24,6 @@ from ept.inspecting.folder import (
 )
 from ept.inspecting.pyramid import SavedPyramid, saved_pyramid
 from ept.pyramids import shared_and_pattern
-from ept.training.files import read_json, write_atomically, write_json
 from ept_kernels import PyramidGeometry
 
 
