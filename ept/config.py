@@ -88,7 +88,7 @@ class EPTConfig(ContrastiveConfig):
         check(self.routing in ("task", "token"), f"routing must be 'task' or 'token', got {self.routing!r}")
         if self.routing == "token":
             check(not self.auto_routing, "auto_routing must be False with routing='token', which asks for no tasks")
-            check(self.finished_tasks == 0, "finished_tasks must be 0 with routing='token', which has no task embeddings")
+            check(self.finished_tasks == 0, "finished_tasks must be 0 with routing='token', which has no task table")
             default = type(self).__dataclass_fields__["contrastive_weight"].default
             check(
                 self.contrastive_weight in (0, default),

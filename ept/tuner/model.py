@@ -337,6 +337,8 @@ class EPTModel(BaseTuner):
         config, shared = self.peft_config[adapter_name], self.ept_task_tables[adapter_name]
         if not hasattr(config, "finished_tasks"):
             raise ValueError(f"add_task is not supported by {config.peft_type}")
+        if not shared.routes:
+            raise ValueError("add_task: with routing='token' there is no task table to add to; every task is served")
         if self.merged_task is not None:
             raise ValueError(f"add_task: task {self.merged_task} is merged into the weights; unmerge it first")
         names = config.task_names
