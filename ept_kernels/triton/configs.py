@@ -67,10 +67,10 @@ def shrink_candidates(plan: Plan, itemsize: int, rows: int, drops: bool) -> list
 
 def expand_candidates(plan: Plan, itemsize: int, rows: int) -> list[Config]:
     """Tiles of the expand kernel, the default first."""
-    if itemsize > 2:  # 32 outputs a warp in three TF32 parts spill
+    if itemsize > 2:  # more than 8 outputs a lane in three TF32 parts spill
         return [
             Config.of(BLOCK_T=block, BLOCK_C=64, num_warps=block // 4, num_stages=1)
-            for block in sorted({16, _fitting(32, rows)})
+            for block in sorted({16, _fitting(32, rows)}, reverse=True)
         ]
     channels = 128 if rows > 16 else 64
     return [
