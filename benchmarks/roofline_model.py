@@ -51,8 +51,8 @@ Without that table the gradient of every kernel must be computed.
    row block, ``4 sum k^2`` each. dV stays in registers.
 3. dx: ``dy W`` with dU expanded through A in the epilogue (unfused: its own launch, which reads and writes dx again).
 4. seed gradients: reads x, dy (in fp32 once more for every further eight scales: not counted), and of dU and V what is
-   active; writes ``splits`` partial sums of dA and dB for every
-   scale, ``4 r |S| (in + out)`` each. The products are those of all scales: the inactive ones multiply zeros.
+   active; writes ``splits`` partial sums of dA and dB for every scale, ``4 r |S| (in + out)`` each. The products are
+   those of all scales: the inactive ones multiply zeros.
 5. reduce: reads the partial sums, writes dA, dB, dKbar.
 
 A frozen linear needs ``dx = dy W`` alone, and not x. LoRA keeps u, so its backward has no step 1.
