@@ -60,9 +60,9 @@ class TaskHeads(nn.Module):
         Labels that a sample's task does not have get -inf, so softmax and argmax need no further mask.
         """
         heads = list(self.by_task.values())
-        weight = torch.cat([head.weight for head in heads])  # [sum of num_labels, hidden]
-        bias = torch.cat([head.bias for head in heads])
-        every = F.linear(pooled.to(weight.dtype), weight, bias)
+        pooled = pooled.to(heads[0].weight.dtype)
+        # A product for each: one for all would round a head's logits by how many heads there are.
+        every = torch.cat([head(pooled) for head in heads], 1)  # [batch, sum of num_labels]
         return every.gather(1, self._columns[task_ids]).masked_fill(~self._exists[task_ids], float("-inf"))
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ept.data import TaskData, TaskSpec
 from ept.training import MultiTaskEncoder, make_collator, training_rows
+from ept.training.multitask import TaskHeads
 
 
 def _batch(toys: SimpleNamespace, tasks: list[TaskData], per_task: int = 4) -> dict[str, torch.Tensor]:
@@ -98,3 +99,16 @@ def test_bad_tasks_and_ids_are_named(toys: SimpleNamespace, tasks: list[TaskData
         model(**batch)
     with pytest.raises(ValueError, match=r"task_ids has shape \[11\]"):
         model(**batch, task_ids=ids[1:])
+
+
+def test_logits_do_not_depend_on_how_many_heads_there_are(tasks: list[TaskData]) -> None:
+    """A head that comes later must not change a bit of the others' logits: at 384 one product for all would."""
+    torch.manual_seed(0)
+    pooled = torch.randn(64, 384)
+    for batch in (1, 2, 3, 64):
+        fewer = TaskHeads(384, [task.spec for task in tasks[:2]])
+        ids = torch.arange(batch) % 2
+        before = fewer(pooled[:batch], ids)
+        fewer.add(tasks[2].spec, trains=True)
+        after = fewer(pooled[:batch], ids)
+        assert torch.equal(before, after[:, : before.shape[1]])
