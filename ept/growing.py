@@ -48,6 +48,7 @@ class GrowingModule(nn.Module):
     def append_rows(self, name: str, rows: Tensor) -> None:
         """Freeze all rows of ``name`` that there are and add trainable ones."""
         before = getattr(self, name).detach()
+        self.register_parameter(f"{name}_added", None)  # rows added earlier are in ``before``
         self._parameters[name] = nn.Parameter(torch.cat([before, rows.to(before)]), requires_grad=False)
         self.split_rows(name, len(before))
 

@@ -215,3 +215,12 @@ def test_a_bad_mixture_is_refused(weights: object) -> None:
 def test_no_task_may_be_called_auto() -> None:
     with pytest.raises(ValueError, match='task_names must not hold "auto"'):
         EPTConfig(task_names=["auto", "cola"])
+
+
+def test_three_tasks_added_one_after_the_other_are_three_rows() -> None:
+    table = TaskTable(2, 4)
+    for count in (3, 4, 5):
+        before = table.weight.detach().clone()
+        assert table.add_task(None, like=0) == count - 1
+        assert torch.equal(table.weight, torch.cat([before, before[:1]]))
+        assert [row.requires_grad for row in table.row_parameters("weight")] == [False, True]
