@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,18 +13,19 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
+from training_run import arguments, where
 from transformers import PreTrainedTokenizerBase
 
 from ept.data import DataError, TaskData, load_tasks
+from ept.files import write_json
 from ept.training import EPTTrainer
 from ept.training.collator import make_collator
 from ept.training.console import quieten_libraries
 from ept.training.evaluate import task_metrics
 from ept.training.inspection import base_model, device_of, ids_of_tasks
 from ept.training.options import RunSettings
-from ept.training.report import device_name, versions
 from ept.training.rows import evaluation_rows
-from ept.training.run import make_adapted, training_arguments
+from ept.training.run import make_adapted
 
 #: ``task_ids`` of a batch, from its true ids ``[N]``.
 Routing = Callable[[dict[str, Tensor]], Any]
@@ -72,10 +72,8 @@ def train(
 ) -> None:
     """Train whatever of the model is trainable on these tasks, with the recipe's defaults."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(_settings(options, folder, steps))
-        devices = {"use_cpu": not torch.cuda.is_available(), "bf16": options.bf16}
-        arguments = dataclasses.replace(arguments, **devices)
-        EPTTrainer(model, arguments, tasks=tasks, processing_class=tokenizer).train()
+        chosen = arguments(_settings(options, folder, steps), bf16=options.bf16)
+        EPTTrainer(model, chosen, tasks=tasks, processing_class=tokenizer).train()
 
 
 def batches(
@@ -124,11 +122,9 @@ def write(options: argparse.Namespace, model: PeftModel, tasks: list[TaskData], 
         "metrics": {task.spec.name: task.spec.metrics[0] for task in tasks},
         "rows": {task.spec.name: [len(task.train), len(task.validation)] for task in tasks},
         **results,
-        "device": device_name(device_of(model)),
-        "versions": {name: version for name, version in versions().items() if name != "platform"},
+        **where(device_of(model)),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(options.output, content)
     print(json.dumps(results, indent=1))
     print(options.output)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from quality_plan import Bench, Run
+from training_run import arguments, where
 
 import ept
 from ept.data import TaskData
@@ -21,8 +22,7 @@ from ept.training.evaluate import baselines, evaluate_tasks, mean_headline
 from ept.training.inspection import trained_parameters
 from ept.training.options import RunSettings
 from ept.training.plots import gate_shares
-from ept.training.report import device_name, versions
-from ept.training.run import make_adapted, training_arguments
+from ept.training.run import make_adapted
 
 Record = dict[str, Any]
 
@@ -57,10 +57,7 @@ def execute(run: Run, bench: Bench, tasks: list[TaskData]) -> Record:
             quiet=True,
         )
         model, tokenizer = make_adapted(settings, tasks)
-        # Without a GPU, bf16 is the trainer's to take only if it is told that the CPU is meant.
-        devices = {"use_cpu": not torch.cuda.is_available(), "bf16": bench.bf16}
-        arguments = dataclasses.replace(training_arguments(settings), **devices)
-        trainer = EPTTrainer(model, arguments, tasks=tasks, processing_class=tokenizer)
+        trainer = EPTTrainer(model, arguments(settings, bf16=bench.bf16), tasks=tasks, processing_class=tokenizer)
         trainer.train()
         scores = trainer.evaluate_by_task()
         tested = [dataclasses.replace(task, validation=task.test) for task in tasks if task.test is not None]
@@ -77,8 +74,7 @@ def execute(run: Run, bench: Bench, tasks: list[TaskData]) -> Record:
         "parameters": trained_parameters(model),
         "expert_use": expert_use(model) if run.method == "ept" else None,
         "seconds": round(time.perf_counter() - started, 1),
-        "device": device_name(trainer.args.device),
-        "versions": {name: version for name, version in versions().items() if name != "platform"},
+        **where(trainer.args.device),
     }
 
 

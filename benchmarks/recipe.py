@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from harness import mean_and_error
 from peft import PeftModel, get_peft_model
+from training_run import where
 from transformers import set_seed
 
 import ept
@@ -34,7 +35,6 @@ from ept.training import EPTTrainer, EPTTrainingArguments, load_base, mean_headl
 from ept.training.console import quieten_libraries
 from ept.training.evaluate import evaluate_tasks
 from ept.training.inspection import base_model
-from ept.training.report import device_name, versions
 from ept.training.systems import SYSTEMS
 
 RESULTS = Path(__file__).parent / "results" / "recipe.jsonl"
@@ -146,8 +146,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
         "gradient_norm": trainer.gradient_norms(),
         "sharing": None if sharing_at_start is None else [sharing_at_start, sharing(adapted)],
         "mean": mean_headline(specs, scores),
-        "device": device_name(arguments.device),
-        "versions": {name: version for name, version in versions().items() if name != "platform"},
+        **where(arguments.device),
     }
 
 

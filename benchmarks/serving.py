@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 import ept
 from ept import models
+from ept.files import write_json
 from ept_kernels import backend_for
 
 TASKS = 64
@@ -184,8 +184,7 @@ def main() -> None:
     where = provenance(device)
     console.print(f"{where['device']}, torch {where['torch']}, backend {backend}, load average {load()}")
     if settings.json is not None:
-        settings.json.parent.mkdir(parents=True, exist_ok=True)
-        settings.json.write_text(json.dumps({"backend": backend, **where, "cases": results}, indent=1) + "\n")
+        write_json(settings.json, {"backend": backend, **where, "cases": results})
 
 
 if __name__ == "__main__":

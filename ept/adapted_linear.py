@@ -159,8 +159,7 @@ class AdaptedLinear(LayerAdapter):
             ValueError: a method that does not merge, already merged, an unknown task, or a result that is not finite;
                 nothing is changed then.
         """
-        if self.unmergeable is not None:
-            raise ValueError(self.unmergeable)
+        self.check_mergeable()
         if self.merged:
             raise ValueError(f"task {self.merged_task} is already merged into the weight; unmerge it first")
         resolved = self.shared.resolve(task)

@@ -146,8 +146,7 @@ class PyramidAdapter(TaskRoutedAdapter):
         Raises:
             ValueError: ``routing="token"``.
         """
-        if self.by_token:
-            raise ValueError(self.unmergeable)
+        self.check_mergeable()
         if isinstance(tasks, TaskMixture):
             folded, _, active = self.fold(tasks.every_task())
             groups = torch.arange(len(tasks), device=folded.device)

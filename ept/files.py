@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+#: What ``ept-train`` leaves in its output folder: PEFT's files, and in the same folder what else a user needs.
+ADAPTER_FOLDER, TASKS_FILE = "adapter", "ept_tasks.json"
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
     """Let ``write`` fill a file or folder of a temporary name, then give it its own; on an error nothing is left.

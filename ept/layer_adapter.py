@@ -107,6 +107,11 @@ class LayerAdapter(nn.Module):
         """
         raise ValueError(self.unmergeable)
 
+    def check_mergeable(self) -> None:
+        """Raise ValueError where no task's update can be put into the weight."""
+        if self.unmergeable is not None:
+            raise ValueError(self.unmergeable)
+
     def merge_into(self, weight: Tensor, task: int) -> Tensor:
         """``weight [out, in]`` with one task's update, added in at least fp32 and rounded once; ``weight`` is kept."""
         delta = self.delta_weight(task)

@@ -92,12 +92,6 @@ class TaskPrototypes(nn.Module):
         self.count.add_(added[:, 0].long())
         self._observed = True
 
-    def reset(self) -> None:
-        """Forget every sample."""
-        for buffer in (self.count, self.mean, self.variance):
-            buffer.zero_()
-        self._observed = False
-
     @torch.no_grad()
     def mixture(self, z: Tensor, temperature: float) -> TaskMixture:
         """``softmax(cos(z, prototype) / temperature)`` of z ``[N, width]`` over the tasks that were observed.

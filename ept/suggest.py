@@ -18,6 +18,7 @@ from ept_kernels.geometry import check_kernel_sizes
 
 from .config import EPTConfig
 from .pyramids import Sizes, shared_and_pattern
+from .tuner.dense import has_dense_weight
 from .tuner.targets import target_features
 
 #: The pyramids that are weighed up: as many experts each, seeds of 2, 1, 1/2 and 1/4 of the default's size.
@@ -111,7 +112,7 @@ def _costs(
 def _collect(model: nn.Module, batches: Iterable[Mapping[str, Any]], names: Sequence[str]) -> _Gradients:
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
-        if not isinstance(layer, (nn.Linear, Conv1D)) or not layer.weight.is_floating_point():
+        if not (isinstance(layer, (nn.Linear, Conv1D)) and has_dense_weight(layer)):
             raise ValueError(f"model: {name!r} is no linear layer with a dense float weight: it has no gradient")
     takes_tasks = "task_ids" in inspect.signature(model.forward).parameters
     halves: _Gradients = {}

@@ -95,8 +95,7 @@ def export_deltas(
     files = {SEED: {part.inside(key, "layer"): tensor for key, tensor in seed.items()}}
     for index, task in enumerate(ids):
         files[task_file(index)] = _task_tensors(parts[task], folded[task])
-    modules = {f"{path}.{key}": t for path, trained in part.saved.items() for key, t in trained.state_dict().items()}
-    if modules:
+    if modules := part.saved_tensors():
         files[MODULES] = modules
     for file, tensors in files.items():
         for key, tensor in tensors.items():

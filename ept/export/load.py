@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-_TRAINED = "ept_tasks.json"  # of ept-train
-_CONFIG = "adapter_config.json"
+from ..files import ADAPTER_FOLDER, TASKS_FILE
+
 _AUTO_CLASS: dict[str | None, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
@@ -45,10 +46,10 @@ def load_adapter(
         ValueError: no base, or a task type that is not served.
     """
     folder = Path(adapter)
-    if (folder / _TRAINED).is_file() or (folder / "adapter" / _TRAINED).is_file():
+    if (folder / TASKS_FILE).is_file() or (folder / ADAPTER_FOLDER / TASKS_FILE).is_file():
         return _load_trained(folder, base)
-    if not (folder / _CONFIG).is_file():
-        raise FileNotFoundError(f"adapter {str(adapter)!r} holds no {_CONFIG}")
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"adapter {str(adapter)!r} holds no {CONFIG_NAME}")
     config = PeftConfig.from_pretrained(str(folder))
     source = base or config.base_model_name_or_path
     if not source:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -116,14 +117,12 @@ def export_lora(
                 raise ValueError(f"layer {layer!r} has an update that is not finite; nothing was written")
             tensors[f"base_model.model.{layer}.lora_{key}.weight"] = factor.contiguous()
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    for module, trained in parts.saved.items():
-        for key, tensor in trained.state_dict().items():
-            tensors[f"base_model.model.{module}.{key}"] = tensor.contiguous()
+    tensors |= {f"base_model.model.{key}": tensor.contiguous() for key, tensor in parts.saved_tensors().items()}
     config = _config(parts, layers, tuner.peft_config[name])
 
     def write(folder: Path) -> None:
         config.save_pretrained(folder)
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         write_head(folder, parts)
 
     return LoraReport(write_folder(target, write), resolved, layers, parameters)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..adapter_config import AdapterConfig
 from ..files import write_json
-from ..layer_adapter import LayerAdapter
 from ..tuner.model import EPTModel
 
 HEAD_WEIGHTS, HEAD_DESCRIPTION = "head.safetensors", "head.json"
@@ -39,6 +38,10 @@ class Parts:
     def name(self, config: AdapterConfig) -> str | None:
         """What to load for ``model``: the base that the adapter's config names, else where ``model`` came from."""
         return config.base_model_name_or_path or getattr(self.model, "name_or_path", None) or None
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """The tensors of ``saved``, by their names in the state dict of ``model``."""
+        return {f"{path}.{key}": t for path, module in self.saved.items() for key, t in module.state_dict().items()}
 
     def inside(self, path: str, what: str) -> str:
         """A path in the base as one in ``model``.
@@ -72,17 +75,11 @@ def resolve_task(tuner: EPTModel, adapter_name: str, task: int | str | None) -> 
         ValueError: a method whose update is no matrix, an unknown task, or none where there are several.
         TypeError: several tasks.
     """
-    check_mergeable(tuner.adapters(adapter_name))
+    for adapter in tuner.adapters(adapter_name).values():
+        adapter.check_mergeable()
     if task is not None and (isinstance(task, bool) or not isinstance(task, (int, str))):
         raise TypeError(f"task must be one id or name, got {task!r}")
     return tuner.ept_task_tables[adapter_name].resolve(task)
-
-
-def check_mergeable(adapters: dict[str, LayerAdapter]) -> None:
-    """Raise ValueError if the update of a layer is no matrix."""
-    for adapter in adapters.values():
-        if adapter.unmergeable is not None:
-            raise ValueError(adapter.unmergeable)
 
 
 def check_untied(tuner: EPTModel, adapter_name: str) -> None:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ept.adapter_config import AdapterConfig
 from ept.baselines.moelora import MOELoRAConfig
 from ept.baselines.more import MoREConfig
 from ept.config import EPTConfig
 from ept.inspecting.folder import AdapterError, SavedAdapter
 from ept.inspecting.pyramid import SavedPyramid
 from ept.inspecting.ranks import ranks_of, tolerance
+from ept.layer_adapter import LayerAdapter
+from ept.methods import method_of
 from ept.router import route
 
 Gates = tuple[tuple[float, ...], ...]
@@ -61,7 +64,8 @@ def expert_labels(saved: SavedAdapter, layer: str) -> tuple[int, ...]:
 
 def expert_kind(saved: SavedAdapter) -> str:
     """What ``expert_labels`` are, in words."""
-    return {EPTConfig: "kernel size", MoREConfig: "rank"}.get(type(saved.config), "expert")
+    config = saved.config
+    return (method_of(config).adapter if isinstance(config, AdapterConfig) else LayerAdapter).expert_kind
 
 
 def task_gates(saved: SavedAdapter) -> tuple[dict[str, Gates], tuple[str, ...]]:

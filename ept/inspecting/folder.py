@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ept.adapter_config import AdapterConfig
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+from ept.files import ADAPTER_FOLDER
 
 #: What PEFT puts before the name of a module of the base model.
 MODEL_PREFIX = "base_model.model."
@@ -67,13 +67,13 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     folder = Path(folder)
     if not folder.is_dir():
         raise AdapterError(f"{str(folder)!r} is {'a file' if folder.exists() else 'not there'}; a folder is needed")
-    if not (folder / CONFIG_FILE).exists() and (folder / "adapter" / CONFIG_FILE).exists():
-        folder = folder / "adapter"
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    if not (folder / CONFIG_NAME).exists() and (folder / ADAPTER_FOLDER / CONFIG_NAME).exists():
+        folder = folder / ADAPTER_FOLDER
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise AdapterError(f"{str(folder)!r} has no {name}{_instead(folder, name)}")
     config = _read_config(folder)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    tensors = _read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
     layers: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
     other: dict[str, Tensor] = {}
@@ -86,19 +86,19 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         else:
             other[key] = tensor
     if isinstance(config, AdapterConfig) and not layers:
-        raise AdapterError(f"{str(folder / WEIGHTS_FILE)!r} holds no layer of an adapter of this package")
+        raise AdapterError(f"{str(folder / SAFETENSORS_WEIGHTS_NAME)!r} holds no layer of an adapter of this package")
     return SavedAdapter(folder, config, layers, shared, other)
 
 
 def _instead(folder: Path, name: str) -> str:
-    pickled = folder / "adapter_model.bin"
-    if name == WEIGHTS_FILE and pickled.exists():
+    pickled = folder / WEIGHTS_NAME
+    if name == SAFETENSORS_WEIGHTS_NAME and pickled.exists():
         return f"; {pickled.name} can run code when read: save the adapter again as safetensors"
     return ""
 
 
 def _read_config(folder: Path) -> PeftConfig:
-    path = folder / CONFIG_FILE
+    path = folder / CONFIG_NAME
     with _named(path, (OSError, UnicodeDecodeError, json.JSONDecodeError)):
         content = json.loads(path.read_text(encoding="utf-8"))
     method = content.get("peft_type") if isinstance(content, dict) else None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,10 +15,8 @@ from ept.config import EPTConfig
 from ept.files import read_json, write_atomically, write_json
 from ept.inspecting.experts import task_gates
 from ept.inspecting.folder import (
-    CONFIG_FILE,
     LAYER_MARK,
     MODEL_PREFIX,
-    WEIGHTS_FILE,
     AdapterError,
     SavedAdapter,
     read_adapter,
@@ -73,8 +72,8 @@ def prune_experts(source: str | Path, output: str | Path) -> Pruned:
 
     def write(folder: Path) -> None:
         shutil.copytree(saved.folder, folder)
-        save_file(kept | tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json(folder / CONFIG_FILE, _config(saved, sizes))
+        save_file(kept | tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        write_json(folder / CONFIG_NAME, _config(saved, sizes))
 
     write_atomically(output, write)
     layers = sum(tensor.numel() for parts in saved.layers.values() for tensor in parts.values())
@@ -133,6 +132,6 @@ def _rest(saved: SavedAdapter) -> dict[str, Tensor]:
 
 def _config(saved: SavedAdapter, sizes: dict[str, tuple[int, ...]]) -> dict[str, object]:
     """The saved config with the commonest pyramid for all layers, and a pattern for each that differs."""
-    content = read_json(saved.folder / CONFIG_FILE)
+    content = read_json(saved.folder / CONFIG_NAME)
     content["kernel_sizes"], content["kernel_pattern"] = shared_and_pattern(sizes)
     return content

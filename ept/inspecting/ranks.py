@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ept.export.factors import pyramid_factors
 from ept_kernels import PyramidGeometry
 
 
@@ -56,8 +57,8 @@ def ranks_of(matrix: Tensor, relative_tolerance: float) -> Ranks:
 def update_core(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeometry) -> Tensor:
     """A small matrix with the singular values of one task's update ``sum_k (B_k A_k) kron Kbar_k``.
 
-    The update is a product of two thin factors, ``[B_k kron Kbar_k for all k]`` and the rows ``[A_k kron I_k]``, so
-    that its singular values are those of the product of their triangular factors: no ``[out, in]`` matrix is made.
+    The update is a product of two thin factors (``pyramid_factors``), so that its singular values are those of the
+    product of their triangular factors: no ``[out, in]`` matrix is made.
 
     Args:
         A: ``[r, seed_width]``. B: ``[seed_height, r]``. folded: ``[folded_size]``, as ``ept_kernels.fold_kernels``.
@@ -65,17 +66,9 @@ def update_core(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeometry)
     Returns:
         ``[n, n]`` in float64 with n at most ``r * sum`` of the scales in use; ``[1, 1]`` zeros where none is.
     """
-    left, right = [], []
-    for place, scale in enumerate(geometry.scales):
-        start = geometry.offsets[place]
-        kernel = folded[start : start + scale * scale].double().view(scale, scale)
-        if not kernel.any():
-            continue
-        rows, columns = geometry.heights[place], geometry.widths[place]
-        left.append(torch.kron(B[:rows].double(), kernel)[: geometry.out_features])
-        right.append(torch.kron(A[:, :columns].double(), torch.eye(scale).double())[:, : geometry.in_features])
-    if not left:
+    lora_A, lora_B = pyramid_factors(A.double(), B.double(), folded.double(), [True] * len(geometry.scales), geometry)
+    if len(lora_A) == 0:
         return torch.zeros(1, 1, dtype=torch.float64)
-    first = torch.linalg.qr(torch.cat(left, dim=1), mode="r").R
-    second = torch.linalg.qr(torch.cat(right).T, mode="r").R
+    first = torch.linalg.qr(lora_B, mode="r").R
+    second = torch.linalg.qr(lora_A.T, mode="r").R
     return first @ second.T

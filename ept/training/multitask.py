@@ -39,9 +39,7 @@ class TaskHeads(nn.Module):
     def finish(self, count: int) -> None:
         """Freeze the heads of the first ``count`` tasks; an adapter's ``add_task`` asks for it."""
         for head in list(self.by_task.values())[:count]:
-            for parameter in head.parameters():
-                parameter.requires_grad_(False)
-                parameter.grad = None
+            head.requires_grad_(False).zero_grad()
 
     def _lay_out(self) -> None:
         device = next(self.parameters()).device

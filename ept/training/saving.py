@@ -12,11 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ept import models
 from ept.data import TaskSpec
-from ept.files import read_json, write_atomically, write_json
+from ept.files import ADAPTER_FOLDER, TASKS_FILE, read_json, write_atomically, write_json
 from ept.training.multitask import MultiTaskEncoder
 
-ADAPTER_FOLDER = "adapter"
-TASKS_FILE = "ept_tasks.json"
 _FORMAT = 1
 
 

@@ -138,8 +138,7 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         adapters = [self.ept_adapters[name] for name in names if name in self.ept_adapters]
         if not adapters:
             return
-        if adapters[0].unmergeable is not None:
-            raise ValueError(adapters[0].unmergeable)
+        adapters[0].check_mergeable()
         if self.merged:
             raise ValueError(f"adapters {self.merged_adapters} are already merged; unmerge them first")
         base = self.get_base_layer()

@@ -130,8 +130,10 @@ class EPTModel(BaseTuner):
         Raises:
             ValueError: no statistics to decide by, nothing to decide about, a merged task, or several active adapters.
         """
+        if not wants_auto(task_ids):
+            return task_ids
         names = self._active()
-        if not wants_auto(task_ids) or not names:
+        if not names:
             return task_ids
         if self.merged_task is not None:
             raise ValueError(
@@ -423,8 +425,7 @@ class EPTModel(BaseTuner):
         names = self.active_adapters if adapter_names is None else adapter_names
         for name in names:
             for adapter in self.adapters(name).values():
-                if adapter.unmergeable is not None:
-                    raise ValueError(adapter.unmergeable)
+                adapter.check_mergeable()
         tasks = [self.ept_task_tables[name].resolve(task) for name in names if name in self.ept_task_tables]
         if not tasks or not isinstance(tasks[0], int):
             raise ValueError(f"task must be one id or name for an adapter among {list(self.peft_config)}, got {task!r}")

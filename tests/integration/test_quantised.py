@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -26,27 +27,23 @@ SIZES = [(64, 128), (128, 64)]
 _EXTRA = "is not installed: pip install 'ept-kernels[quantised]'"
 
 
-def _int8() -> Callable[[nn.Linear], nn.Module]:
+def _bitsandbytes(layer_class: str, **options: Any) -> Callable[[nn.Linear], nn.Module]:
     library = pytest.importorskip("bitsandbytes", reason=f"bitsandbytes {_EXTRA}")
 
     def quantise(linear: nn.Linear) -> nn.Module:
-        layer = library.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+        layer = getattr(library.nn, layer_class)(linear.in_features, linear.out_features, **options)
         layer.load_state_dict(linear.state_dict())
         return layer.to("cpu")
 
     return quantise
+
+
+def _int8() -> Callable[[nn.Linear], nn.Module]:
+    return _bitsandbytes("Linear8bitLt", has_fp16_weights=False)
 
 
 def _nf4() -> Callable[[nn.Linear], nn.Module]:
-    library = pytest.importorskip("bitsandbytes", reason=f"bitsandbytes {_EXTRA}")
-
-    def quantise(linear: nn.Linear) -> nn.Module:
-        options = {"compute_dtype": torch.float32, "quant_type": "nf4"}
-        layer = library.nn.Linear4bit(linear.in_features, linear.out_features, **options)
-        layer.load_state_dict(linear.state_dict())
-        return layer.to("cpu")
-
-    return quantise
+    return _bitsandbytes("Linear4bit", compute_dtype=torch.float32, quant_type="nf4")
 
 
 def _torchao() -> Callable[[nn.Linear], nn.Module]:
