@@ -145,6 +145,8 @@ class EPTModel(BaseTuner):
         if shared.prototypes is None:
             if not hasattr(config, "auto_routing"):
                 raise ValueError(f"task_ids='auto' is not supported by {config.peft_type}: give ids or names")
+            if not shared.routes:
+                raise ValueError("task_ids='auto' has nothing to find out with routing='token': leave task_ids out")
             raise ValueError(
                 f"task_ids='auto': adapter {names[0]!r} was trained without auto_routing=True; "
                 "call model.learn_auto_routing(batches), or give ids or names"
@@ -183,12 +185,17 @@ class EPTModel(BaseTuner):
             adapter_name: default: the active one.
 
         Raises:
-            ValueError: not an EPT adapter, a batch without ``task_ids``, or a model without token embeddings.
+            ValueError: not an EPT adapter, or one whose tokens route themselves, a batch without ``task_ids``, or a
+                model without token embeddings.
         """
         name = adapter_name or self.active_adapters[0]
         config, shared = self.peft_config[name], self.ept_task_tables[name]
         if not hasattr(config, "auto_routing"):
             raise ValueError(f"learn_auto_routing is not supported by {config.peft_type}")
+        if not shared.routes:
+            raise ValueError(
+                "learn_auto_routing: with routing='token' no task is asked for, and none is to be found out"
+            )
         prototypes = self._new_prototypes(shared)
         for batch in batches:
             tasks = shared.resolve(batch.get("task_ids"))

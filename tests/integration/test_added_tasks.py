@@ -75,10 +75,11 @@ def test_old_tasks_stay_to_the_bit(case: Case, optimizer: str, tmp_path: Path) -
     assert all(torch.equal(*pair) for pair in zip(outputs(loaded, batch), before, strict=True))
 
 
-def test_several_are_added_one_after_the_other() -> None:
+def test_several_are_added_one_after_the_other(tmp_path: Path) -> None:
     case = CASES["bert"]
     torch.manual_seed(0)
-    model, batch = adapted(case, case.build(), auto_routing=True), case.batch()
+    base = case.build()
+    model, batch = adapted(case, copy.deepcopy(base), auto_routing=True), case.batch()
     model.add_task("delta", like="beta")
     table = model.base_model.ept_task_tables["default"]
     assert torch.equal(table.weight[3], table.weight[1])
@@ -94,6 +95,16 @@ def test_several_are_added_one_after_the_other() -> None:
     groups = ept.parameter_groups(model, 0.1)
     assert [len(group["params"]) for group in groups] == [1]
     assert model.infer_tasks(**batch).weights.shape == (3, 5)
+    assert model.add_task("zeta", like="gamma") == len(table.weight) - 1 == 5
+    train(model, batch, OPTIMIZERS["adamw"](model.parameters()), "zeta")
+    assert not torch.equal(table.weight[5], table.weight[2])
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    for task_ids in (["zeta", "epsilon", "delta"], "auto"):
+        with torch.no_grad():
+            assert torch.equal(
+                loaded(**batch, task_ids=task_ids).logits, model.eval()(**batch, task_ids=task_ids).logits
+            )
 
 
 def test_an_old_checkpoint_loads(tmp_path: Path) -> None:

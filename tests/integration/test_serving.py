@@ -202,9 +202,13 @@ def test_generation_needs_no_ids(beams: int) -> None:
 
 def test_what_looks_into_a_model_says_what_there_is() -> None:
     case = CASES["bert"]
-    model = by_token(case, case.build())
+    model, batch = by_token(case, case.build()), case.batch()
     with pytest.raises(ValueError, match="gives experts to tokens, not to tasks; route_tokens"):
         ept.routing(model)
+    for call in (lambda: model(**batch, task_ids="auto"), lambda: model.learn_auto_routing([batch])):
+        with pytest.raises(ValueError, match="with routing='token'"):
+            call()
+    assert not model.peft_config["default"].auto_routing, "a save with it could not be loaded"
     with pytest.raises(ValueError, match="has no task embeddings"):
         ept.task_embeddings(model)
     counts = ept.parameter_breakdown(model)
