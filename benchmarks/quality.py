@@ -6,7 +6,8 @@
     python benchmarks/quality.py --suite embedded --quick           # does it run at all? five minutes, no result
 
 First each method's learning rate is chosen from a small grid around its default, on a tenth of the training rows that
-is held out and scored instead of the validation split. Then it trains on all training rows with that rate, once a seed,
+is held out and scored instead of the validation split; where the grid's largest rate is the best, twice that is tried,
+too. Then it trains on all training rows with that rate, once a seed,
 and is scored on the validation split. ``--ablations`` adds EPT's variants at EPT's rate. A run is one line of
 ``runs.jsonl`` in ``--output``, written when it is done; what is there already is not run again, so a killed benchmark
 goes on where it was.
@@ -74,6 +75,7 @@ def bench_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Be
         selection_steps=3 if quick else options.selection_steps or options.steps,
         seeds=1 if quick else options.seeds,
         rates=(1.0, 2.0) if quick else (0.5, 1.0, 2.0),
+        widen=not quick,
         batch_size=options.batch_size,
         max_length=options.max_length,
         bf16=options.bf16,
@@ -84,7 +86,7 @@ def bench_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Be
 def run_all(bench: Bench, tasks: list[TaskData], log: RunLog, console: Console) -> None:
     """All runs that ``log`` lacks, in an order in which every prefix is useful: method by method, seed by seed."""
     held_out = [hold_out(task) for task in tasks]
-    planned = len(bench.methods) * (len(bench.rates) + bench.seeds)
+    planned = len(bench.methods) * (len(bench.rates) + bench.widen + bench.seeds)
     planned += len(ABLATIONS) * bench.seeds if bench.ablations and "ept" in bench.methods else 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -97,7 +99,12 @@ def run_all(bench: Bench, tasks: list[TaskData], log: RunLog, console: Console) 
             progress.advance(bar)
 
         for method in bench.methods:
-            for run in candidates(bench, method):
+            for run in candidates(bench, method, log):
+                do(run)
+            wider = candidates(bench, method, log)[len(bench.rates) :]
+            planned -= bench.widen and not wider
+            progress.update(bar, total=planned)
+            for run in wider:
                 do(run)
         rates = {method: best_rate(bench, method, log) for method in bench.methods}
         for seed in range(bench.seeds):

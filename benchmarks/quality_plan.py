@@ -37,7 +37,11 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Bench:
-    """What all runs of a benchmark share. ``rates``: the grid, as multiples of a method's default learning rate."""
+    """What all runs of a benchmark share.
+
+    ``rates``: the grid, as multiples of a method's default learning rate; ``widen``: where its largest rate is the
+    best, twice that rate is tried, too.
+    """
 
     suite: str
     data: str
@@ -49,6 +53,7 @@ class Bench:
     selection_steps: int
     seeds: int
     rates: tuple[float, ...]
+    widen: bool
     batch_size: int
     max_length: int
     bf16: bool
@@ -72,15 +77,25 @@ class Run:
         return f"{what}: " + (f"rate {self.lr:g}" if self.phase == "select" else f"seed {self.seed}")
 
 
-def candidates(bench: Bench, method: str) -> list[Run]:
-    """The runs that choose a method's learning rate."""
-    rates = [factor * SYSTEMS[method].learning_rate for factor in bench.rates]
-    return [Run("select", method, rate, 0, bench.selection_steps) for rate in rates]
+def candidates(bench: Bench, method: str, log: RunLog) -> list[Run]:
+    """The runs that choose a method's learning rate: the grid, and what its finished runs add to it."""
+    runs = [_candidate(bench, method, factor) for factor in bench.rates]
+    if bench.widen and all(run in log for run in runs) and _best(runs, log) == runs[-1]:
+        runs.append(_candidate(bench, method, 2 * bench.rates[-1]))
+    return runs
 
 
 def best_rate(bench: Bench, method: str, log: RunLog) -> float:
     """The rate whose run scored best on the held-out rows; the lower one of equals."""
-    return max(candidates(bench, method), key=lambda run: (log[run]["mean"], -run.lr)).lr
+    return _best(candidates(bench, method, log), log).lr
+
+
+def _candidate(bench: Bench, method: str, factor: float) -> Run:
+    return Run("select", method, factor * SYSTEMS[method].learning_rate, 0, bench.selection_steps)
+
+
+def _best(runs: list[Run], log: RunLog) -> Run:
+    return max(runs, key=lambda run: (log[run]["mean"], -run.lr))
 
 
 def finals(bench: Bench, rates: Mapping[str, float], seed: int) -> list[Run]:

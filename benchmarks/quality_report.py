@@ -49,7 +49,7 @@ class Results:
 
     def __init__(self, bench: Bench, log: RunLog) -> None:
         self.bench, self._log = bench, log
-        chosen = [m for m in TITLES if m in bench.methods and all(run in log for run in candidates(bench, m))]
+        chosen = [m for m in TITLES if m in bench.methods and all(run in log for run in candidates(bench, m, log))]
         self.rates = {method: best_rate(bench, method, log) for method in chosen}
         self.finals = {method: self._final(method) for method in chosen}
         self.finals = {method: records for method, records in self.finals.items() if records}
@@ -65,7 +65,7 @@ class Results:
 
     def selection(self, method: str) -> dict[float, float]:
         """Mean score on the held-out rows by learning rate."""
-        return {run.lr: self._log[run]["mean"] for run in candidates(self.bench, method)}
+        return {run.lr: self._log[run]["mean"] for run in candidates(self.bench, method, self._log)}
 
     @property
     def any(self) -> Record:

@@ -127,7 +127,7 @@ class RunLog:
 def _shared(bench: Bench) -> Record:
     """What decides a run's result, beside the run: not where the data lies, nor which runs there are."""
     kept = dataclasses.asdict(bench)
-    for name in ("data", "methods", "ablations", "steps", "selection_steps", "seeds", "rates"):
+    for name in ("data", "methods", "ablations", "steps", "selection_steps", "seeds", "rates", "widen"):
         del kept[name]
     return json.loads(json.dumps(kept))
 

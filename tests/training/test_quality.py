@@ -30,6 +30,7 @@ BENCH = Bench(
     selection_steps=1,
     seeds=2,
     rates=(1.0, 2.0),
+    widen=False,
     batch_size=4,
     max_length=16,
     bf16=False,
@@ -57,7 +58,7 @@ def finished(tmp_path: Path, bench: Bench = BENCH) -> RunLog:
     """A log in which the second rate is the best one, EPT is 0.1 ahead, and every seed adds 0.02."""
     log = RunLog(tmp_path / "runs.jsonl", bench)
     for method in bench.methods:
-        for place, run in enumerate(candidates(bench, method)):
+        for place, run in enumerate(candidates(bench, method, log)):
             log.add(run, record(0.3 + 0.1 * place))
     rates = {method: best_rate(bench, method, log) for method in bench.methods}
     for seed in range(bench.seeds):
@@ -73,7 +74,7 @@ def test_every_system_is_in_the_comparison() -> None:
 def test_the_plan_selects_a_rate_and_then_runs_every_seed(tmp_path: Path) -> None:
     log = finished(tmp_path)
     default = SYSTEMS["ept"].learning_rate
-    assert [run.lr for run in candidates(BENCH, "ept")] == [default, 2 * default]
+    assert [run.lr for run in candidates(BENCH, "ept", log)] == [default, 2 * default]
     assert best_rate(BENCH, "ept", log) == 2 * default
     with_ablations = replace(BENCH, ablations=True)
     runs = finals(with_ablations, {"lora": 1.0, "ept": 2.0}, seed=1)
@@ -81,9 +82,31 @@ def test_the_plan_selects_a_rate_and_then_runs_every_seed(tmp_path: Path) -> Non
     assert {run.lr for run in runs if run.method == "ept"} == {2.0}
 
 
+def test_the_grid_widens_where_its_largest_rate_is_the_best(tmp_path: Path) -> None:
+    bench, default = replace(BENCH, widen=True), SYSTEMS["lora"].learning_rate
+    log = RunLog(tmp_path / "runs.jsonl", bench)
+    grid = candidates(bench, "lora", log)
+    assert [run.lr for run in grid] == [default, 2 * default]
+    log.add(grid[0], record(0.4))
+    log.add(grid[1], record(0.5))
+    *_, wider = candidates(bench, "lora", log)
+    assert wider.lr == 4 * default
+    assert [run.lr for run in candidates(BENCH, "lora", log)] == [default, 2 * default]
+    log.add(wider, record(0.45))
+    assert best_rate(bench, "lora", log) == 2 * default
+
+
+def test_a_grid_whose_best_rate_is_inside_does_not_widen(tmp_path: Path) -> None:
+    bench = replace(BENCH, widen=True)
+    log = RunLog(tmp_path / "runs.jsonl", bench)
+    for mean, run in zip((0.5, 0.4), candidates(bench, "lora", log), strict=True):
+        log.add(run, record(mean))
+    assert len(candidates(bench, "lora", log)) == 2
+
+
 def test_equal_rates_give_the_lower_one(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "runs.jsonl", BENCH)
-    for run in candidates(BENCH, "lora"):
+    for run in candidates(BENCH, "lora", log):
         log.add(run, record(0.4))
     assert best_rate(BENCH, "lora", log) == SYSTEMS["lora"].learning_rate
 
@@ -91,15 +114,15 @@ def test_equal_rates_give_the_lower_one(tmp_path: Path) -> None:
 def test_the_log_survives_a_crash_and_knows_its_settings(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     log = finished(tmp_path)
-    first, second = candidates(BENCH, "lora")
+    first, second = candidates(BENCH, "lora", log)
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:2]) + "\n" + lines[2][:40])  # killed while it wrote the third
     log = RunLog(path, BENCH)
     assert first in log
     assert second in log
-    assert candidates(BENCH, "ept")[0] not in log
-    log.add(candidates(BENCH, "ept")[0], record(0.9))
-    assert RunLog(path, BENCH)[candidates(BENCH, "ept")[0]]["mean"] == 0.9
+    assert candidates(BENCH, "ept", log)[0] not in log
+    log.add(candidates(BENCH, "ept", log)[0], record(0.9))
+    assert RunLog(path, BENCH)[candidates(BENCH, "ept", log)[0]]["mean"] == 0.9
     assert first not in RunLog(path, replace(BENCH, batch_size=8))
     assert first in RunLog(path, replace(BENCH, data="moved", seeds=5))
 
@@ -131,7 +154,7 @@ def test_an_unfinished_benchmark_reports_what_is_there(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "runs.jsonl", BENCH)
     assert write_report(tmp_path / "out", BENCH, log, "") == []
     assert not (tmp_path / "out").exists()
-    for run in candidates(BENCH, "lora"):
+    for run in candidates(BENCH, "lora", log):
         log.add(run, record(0.4))
     log.add(Run("final", "lora", SYSTEMS["lora"].learning_rate, 0, BENCH.steps), record(0.4))
     write_report(tmp_path / "out", BENCH, log, "")
