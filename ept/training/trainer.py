@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalPrediction
 
 import ept
 from ept.data import TaskData
 from ept.training.arguments import EPTTrainingArguments
+from ept.training.checkpointing import CheckpointingTrainer
 from ept.training.collator import make_collator
 from ept.training.evaluate import mean_headline, predict_batch, task_metrics
 from ept.training.inspection import adapter_config, ids_of_tasks, model_kind, takes_task_ids
@@ -23,7 +24,7 @@ from ept.training.rows import TaskRows, evaluation_rows, training_rows
 from ept.training.sampler import TaskBalancedSampler
 
 
-class EPTTrainer(Trainer):
+class EPTTrainer(CheckpointingTrainer):
     """Trains one adapter on several tasks, each drawn with probability 1/T.
 
     The total loss is the model's own loss plus the method's (``ept.auxiliary_losses``; for EPT ``contrastive_weight``
@@ -31,6 +32,7 @@ class EPTTrainer(Trainer):
     (``contrastive_loss``). Evaluation gives
     ``eval_<task>_<metric>`` for every task, ``eval_<task>_unparseable`` for text-to-label models, and ``eval_mean``,
     the mean headline metric. Any other PEFT adapter, or none, trains the same way without such a loss.
+    A checkpoint is complete or not there (``newest_checkpoint``), whenever the process is killed.
 
     Args:
         model: a MultiTaskEncoder, seq2seq or causal language model, with its adapter.
