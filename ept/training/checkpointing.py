@@ -20,6 +20,7 @@ from ept.training.checkpoints import (
     newest_checkpoint,
     rotate_checkpoints,
 )
+from ept.training.finite import refuse_nonfinite
 
 
 class CheckpointingTrainer(Trainer):
@@ -36,6 +37,7 @@ class CheckpointingTrainer(Trainer):
         Raises:
             ValueError: there is none.
             WriteError: a checkpoint cannot be written; earlier ones are intact.
+            FloatingPointError: a weight to be saved is not finite.
         """
         if self.args.should_save:
             clear_unfinished(self.args.output_dir)
@@ -51,6 +53,7 @@ class CheckpointingTrainer(Trainer):
         return str(Path(folder, UNFINISHED)) if self._unfinished else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        refuse_nonfinite(self.model)
         folder = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         written, path = folder / UNFINISHED / name, folder / name

@@ -82,6 +82,7 @@ def training_arguments(settings: RunSettings) -> EPTTrainingArguments:
         task_batching=settings.task_batching,
         seed=settings.seed,
         eval_limit=settings.eval_limit,
+        nan_policy=settings.nan_policy,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=2,
