@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,12 @@ class CheckpointingTrainer(Trainer):
             resume_from_checkpoint = str(newest)
         return super().train(resume_from_checkpoint, *args, **options)
 
+    def get_batch_samples(self, *args: Any, **options: Any) -> tuple[list[Any], Any]:
+        """As in ``Trainer``; nothing where the run to resume was through: ``Trainer`` would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **options)
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return str(Path(folder, UNFINISHED)) if self._unfinished else folder
@@ -65,15 +70,15 @@ class CheckpointingTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(written / TRAINER_STATE_NAME))
                 finish_checkpoint(written, path)
+                keep = {path, Path(self.state.best_model_checkpoint or path)}
+                rotate_checkpoints(folder, self.args.save_total_limit, keep)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
-            shutil.rmtree(written, ignore_errors=True)
             raise WriteError(path, error) from error
         finally:
             self._unfinished = False
+            if self.args.should_save:
+                clear_unfinished(folder)
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(folder, self.args.save_total_limit, {path, Path(best or path)})
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(path))
 

@@ -63,10 +63,8 @@ def rotate_checkpoints(folder: str | Path, limit: int | None, keep: Collection[P
 
 
 def clear_unfinished(folder: str | Path) -> None:
-    """Remove what killed processes left of checkpoints they were writing or deleting."""
-    left = Path(folder) / UNFINISHED
-    if left.is_dir():
-        shutil.rmtree(left)
+    """Remove what is left of checkpoints that were being written or deleted when a process was killed."""
+    shutil.rmtree(Path(folder) / UNFINISHED, ignore_errors=True)
 
 
 def _checkpoints(folder: str | Path) -> list[Path]:
