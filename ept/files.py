@@ -30,6 +30,11 @@ class WriteError(OSError):
         self.errno = getattr(error, "errno", None)
 
 
+def is_write_failure(error: BaseException) -> bool:
+    """Whether an error may be the disk's: safetensors, ``torch.save`` and tokenizers have each their own for that."""
+    return isinstance(error, (OSError, SafetensorError)) or type(error) in (RuntimeError, Exception)
+
+
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
     """Let ``write`` fill a file or folder of a temporary name, then give it its own; on an error nothing is left.
 
@@ -55,7 +60,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
     except BaseException as error:
         if replaced.is_dir() and not path.exists():
             os.replace(replaced, path)
-        if isinstance(error, (OSError, SafetensorError)):  # safetensors reports a full disk in its own words
+        if is_write_failure(error):
             raise WriteError(path, error) from error
         raise
     finally:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ept.files import WriteError
+from ept.files import WriteError, is_write_failure
 from ept.training.checkpoints import (
     UNFINISHED,
     clear_unfinished,
@@ -72,8 +71,10 @@ class CheckpointingTrainer(Trainer):
                 finish_checkpoint(written, path)
                 keep = {path, Path(self.state.best_model_checkpoint or path)}
                 rotate_checkpoints(folder, self.args.save_total_limit, keep)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
-            raise WriteError(path, error) from error
+        except Exception as error:
+            if is_write_failure(error):
+                raise WriteError(path, error) from error
+            raise
         finally:
             self._unfinished = False
             if self.args.should_save:
