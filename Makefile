@@ -5,6 +5,8 @@
 # make lint   style checks        make clean   remove .venv and build products
 # make memcheck   on a machine with an NVIDIA GPU and the CUDA toolkit: the GPU tests under compute-sanitizer
 #
+# make faults     kill -9 a training run at 50 random moments; make faults KILLS=200 for more, SEED=1 for others
+#
 # PYTHON    interpreter to start from, >= 3.10 (default python3)
 # TORCH     what to install as torch; by default a CPU build where no NVIDIA GPU is found
 
@@ -15,7 +17,7 @@ BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test static lint memcheck clean setup
+.PHONY: demo test static lint memcheck faults clean setup
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -36,6 +38,11 @@ memcheck: setup
 
 static: setup
 	$(BIN)/python benchmarks/static_report.py --cover configurations --output runs/static.csv $(STATIC)
+
+KILLS ?= 50
+SEED ?= 0
+faults: setup
+	OMP_NUM_THREADS=1 EPT_KILLS=$(KILLS) EPT_KILL_SEED=$(SEED) $(BIN)/python -m pytest -n 0 tests/faults/test_kills.py
 
 lint: setup
 	$(BIN)/ruff check .

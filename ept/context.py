@@ -146,6 +146,11 @@ def pop(context: TaskContext) -> None:
     context.shared = {}  # not cleared: the passes of a generation hold the same one
 
 
+def restore(context: TaskContext | None) -> None:
+    """Make ``context`` current, whatever has been pushed since it was."""
+    _current.set(context)
+
+
 @contextmanager
 def activate(context: TaskContext) -> Iterator[TaskContext]:
     """Make ``context`` current inside the block."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from ept.training.ablations import ABLATIONS
 from ept.training.arguments import EPTTrainingArguments
+from ept.training.finite import NAN_POLICIES
 from ept.training.sampler import TASK_BATCHING
 from ept.training.systems import SYSTEMS, System
 
@@ -77,6 +78,7 @@ class RunSettings:
     seed: int = 0
     save_steps: int = 500
     eval_limit: int | None = None
+    nan_policy: str = _default(EPTTrainingArguments, "nan_policy")
     resume: bool = False
     overwrite: bool = False
     quiet: bool = False
@@ -173,6 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     running = parser.add_argument_group("running")
     _add(running, "save-steps", "steps between checkpoints; 0: none", type=_integer(0))
     _add(running, "eval-limit", "score this many validation rows a task at most (default: all)", type=_integer(1))
+    _add(running, "nan-policy", "a step whose loss or gradient is not finite: stop, or skip it", choices=NAN_POLICIES)
     _add(running, "resume", "go on from the newest checkpoint in --output", action="store_true")
     _add(running, "overwrite", "replace an earlier run in --output", action="store_true")
     _add(running, "quiet", "print the results only", action="store_true")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ import ept
 from ept import models
 from ept.contrastive_config import ContrastiveConfig
 from ept.data import TaskData
-from ept.files import write_atomically, write_json
+from ept.files import clear_leftovers, write_atomically, write_json
 from ept.training import plots
 from ept.training.arguments import EPTTrainingArguments
-from ept.training.checkpoints import newest_checkpoint
+from ept.training.checkpoints import clear_unfinished, newest_checkpoint, remove_checkpoint
 from ept.training.evaluate import baselines
 from ept.training.inspection import adapter_config, trained_parameters
 from ept.training.options import RunSettings
@@ -83,6 +82,7 @@ def training_arguments(settings: RunSettings) -> EPTTrainingArguments:
         task_batching=settings.task_batching,
         seed=settings.seed,
         eval_limit=settings.eval_limit,
+        nan_policy=settings.nan_policy,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=2,
@@ -110,9 +110,11 @@ def train(
     device = device_name(trainer.args.device)
     writes = trainer.is_world_process_zero()
     if writes:
+        clear_leftovers(output)
+        clear_unfinished(output / CHECKPOINT_FOLDER)
         if not settings.resume:
             for checkpoint in (output / CHECKPOINT_FOLDER).glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+                remove_checkpoint(checkpoint)
         write_json(output / SETTINGS_FILE, asdict(settings))
     if writes and not settings.quiet:
         _print_start(console, device, parameters, tasks)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ept import models
 from ept.data import TaskSpec
 from ept.files import ADAPTER_FOLDER, TASKS_FILE, read_json, write_atomically, write_json
+from ept.training.finite import first_nonfinite, trained_parameters
 from ept.training.multitask import MultiTaskEncoder
 
 _FORMAT = 1
@@ -41,7 +42,14 @@ def save_trained(
     """Write ``<output_dir>/adapter``: PEFT's adapter files, the tokenizer, and the tasks and base model's name.
 
     Either the whole folder is replaced or nothing is. Returns its path.
+
+    Raises:
+        FloatingPointError: a trained weight is not finite.
+        ept.files.WriteError: the folder cannot be written.
     """
+    name = first_nonfinite(trained_parameters(model))
+    if name is not None:
+        raise FloatingPointError(f"the weight {name} is not finite; nothing was saved")
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)

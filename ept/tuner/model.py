@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ept_kernels.geometry import check_kernel_sizes
 
 from ..adapter_config import AdapterConfig
-from ..context import TaskContext, activate, checkpoint_with_tasks, current, pop, push
+from ..context import TaskContext, activate, checkpoint_with_tasks, current, pop, push, restore
 from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..merging import check_merged_task
 from ..methods import method_of
@@ -247,6 +247,9 @@ class EPTModel(BaseTuner):
         several = any(shared.num_tasks > 1 for shared in self.ept_task_tables.values())
         needs_tasks = several and task_ids is None and self.routes_by_task
         outer = current() if needs_tasks or not torch.compiler.is_compiling() else None  # Dynamo cannot read it
+        if outer is not None and outer.owner is module:  # left by a pass that Ctrl-C ended: hooks see no such end
+            pop(outer)
+            outer = current()
         if outer is not None and several and task_ids is None:
             task_ids, batch = outer.task_ids, None if outer.expands else batch
         if self.merged_task is not None and self._disabled():
@@ -298,11 +301,23 @@ class EPTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's door for per-sample adapters, which no method here offers: tasks are routed by ``task_ids``."""
+        """Around every pass and generation of the ``PeftModel``: one that fails leaves no tasks behind.
+
+        Also PEFT's door for per-sample adapters, which no method here offers: tasks are routed by ``task_ids``.
+        """
         if kwargs.get("adapter_names") is not None:
             method = self.peft_config[self.active_adapters[0]].peft_type
             raise ValueError(f"adapter_names is not supported by {method}: mix tasks in a batch with task_ids")
-        yield
+        if torch.compiler.is_compiling():
+            yield
+            return
+        before = current()
+        try:
+            yield
+        except BaseException:
+            restore(before)  # `_leave` is not called where Ctrl-C ends a pass
+            self._trained = None  # it may hold on to the graph of the failed pass
+            raise
 
     # ---- losses
 
@@ -487,7 +502,7 @@ class EPTModel(BaseTuner):
         try:
             for layer in layers:
                 layer.merge(safe_merge, adapter_names, task=tasks[0])
-        except Exception:
+        except BaseException:  # Ctrl-C as well: half a merged model would answer for another task
             self.unmerge_adapter()
             raise
 
