@@ -87,10 +87,8 @@ class EPTTrainer(Trainer):
             compute_metrics=self._task_metrics,
             **options,
         )
-        if model_kind(model) == "seq2seq":
-            # T5 and its kin take any keyword but return the batch mean whatever num_items_in_batch says; Trainer would
-            # then not divide by the accumulation steps.
-            self.model_accepts_loss_kwargs = False
+        # T5 and its kin take any keyword but return the batch's mean over tokens whatever num_items_in_batch says.
+        self._means_tokens = model_kind(model) == "seq2seq" and self.model_accepts_loss_kwargs
         self.add_callback(self._sampler_epoch)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossProgress)
@@ -126,13 +124,19 @@ class EPTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Task loss plus the method's weighted losses, with ``Trainer``'s rules for gradient accumulation."""
+        """Task loss plus the method's weighted losses, with ``Trainer``'s rules for gradient accumulation.
+
+        Every sample, or in a language model every answer token, of a step counts alike, however the step's batch is
+        divided among accumulated batches and processes.
+        """
         if not self._takes_task_ids:
             inputs = {name: value for name, value in inputs.items() if name != "task_ids"}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # A loss over num_items_in_batch is a share of the accumulated batch's; a batch mean is yet to be divided.
         accumulated = self.current_gradient_accumulation_steps
         is_share = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        if is_share and self._means_tokens:
+            loss = loss * (inputs["labels"] != -100).sum() / num_items_in_batch
         self._add_to_log("task_loss", loss if is_share else loss / accumulated)
         if self._adapter_config is not None:
             for name, (weight, value) in ept.auxiliary_losses(self.model).items():
