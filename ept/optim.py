@@ -51,7 +51,8 @@ def parameter_groups(
     for module in model.modules():
         if isinstance(module, PyramidAdapter):
             kernels |= {id(kernel): kernel for kernel in module.kernels}
-            gates.setdefault(module.gate.shape[1], {})[id(module.gate)] = module.gate
+            for rows in module.row_parameters("gate"):
+                gates.setdefault(rows.shape[1], {})[id(rows)] = rows
             shared |= {id(factor): factor for factor in (module.A, module.B)}
         elif isinstance(module, TaskTable):
             shared |= {id(rows): rows for rows in module.row_parameters("weight")}

@@ -74,8 +74,8 @@ class MixLoRAAdapter(LayerAdapter):
     """
 
     unmergeable = (
-        "MixLoRA chooses experts for every token, so no one weight does what it does and it cannot be merged; "
-        "unload() gives the base model back"
+        "MixLoRA chooses experts for every token, so no one weight does what it does: it can be neither merged nor "
+        "exported; unload() gives the base model back"
     )
     stacks = False
 

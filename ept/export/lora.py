@@ -57,7 +57,7 @@ class LoraReport:
     @property
     def max_rank(self) -> int:
         """The largest rank of a layer: what a server must allow (``--max-lora-rank``)."""
-        return max(layer.rank for layer in self.layers.values())
+        return max(1, *(layer.rank for layer in self.layers.values()))  # PEFT has no rank 0
 
     @property
     def error(self) -> float:

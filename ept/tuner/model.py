@@ -12,6 +12,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ept_kernels.geometry import check_kernel_sizes
+
 from ..adapter_config import AdapterConfig
 from ..context import TaskContext, activate, checkpoint_with_tasks, current, pop, push
 from ..layer_adapter import LayerAdapter, WeightedLosses
@@ -321,11 +323,17 @@ class EPTModel(BaseTuner):
     # ---- tasks added later
 
     def add_task(
-        self, name: str | None = None, *, like: int | str | None = None, adapter_name: str | None = None
+        self,
+        name: str | None = None,
+        *,
+        like: int | str | None = None,
+        new_kernels: Sequence[int] = (),
+        adapter_name: str | None = None,
     ) -> int:
-        """Add a task to a trained EPT adapter: its embedding alone will train, and no other task's output changes.
+        """Add a task to a trained EPT adapter: what is new will train alone, and no other task's output changes.
 
-        Seed, kernels, gates and the other tasks' embeddings are frozen, and stay so when the adapter is saved and
+        New are its embedding and, where ``new_kernels`` asks for them, experts of its own in every layer. Seed,
+        kernels, gates and the other tasks' embeddings are frozen, and stay so when the adapter is saved and
         loaded (``config.finished_tasks``). Make the optimizer afterwards: an earlier one does not know the embedding.
         So are other modules that train with the adapter (``modules_to_save``), but for a head of the new task's own
         (``ept.training.add_task`` makes one).
@@ -333,16 +341,39 @@ class EPTModel(BaseTuner):
         Args:
             name: of the task, where the adapter names its tasks; None where it does not.
             like: the task whose embedding it starts from. None: the mean of all.
+            new_kernels: kernel sizes of experts that this task and later ones may use beside the others, in every
+                layer; of scales that every layer has, since the seed is cut for those.
             adapter_name: default: the active one.
 
         Returns:
             The new task's id.
 
         Raises:
-            ValueError: not an EPT adapter, a merged one, a name that is taken, missing, "auto" or needless, or an
-                unknown task ``like``; nothing has changed then.
+            ValueError: not an EPT adapter, a merged one, a name that is taken, missing, "auto" or needless, an unknown
+                task ``like``, a scale that a layer lacks, a model with a head for every task, or several active
+                adapters and none named; nothing has changed then.
         """
+        if hasattr(self.model, "add_task"):
+            raise ValueError(
+                f"add_task: the model ({type(self.model).__name__}) has a part of its own for every task; "
+                "ept.training.add_task(model, spec) adds both"
+            )
+        return self.append_task(name, like=like, new_kernels=new_kernels, adapter_name=adapter_name)
+
+    def append_task(
+        self,
+        name: str | None = None,
+        *,
+        like: int | str | None = None,
+        new_kernels: Sequence[int] = (),
+        adapter_name: str | None = None,
+    ) -> int:
+        """``add_task`` to the adapter alone, for whoever adds the model's own part."""
+        if adapter_name is None and len(self.active_adapters) > 1:
+            raise ValueError(f"adapter_name must name one of the active adapters {self.active_adapters}, got None")
         adapter_name = adapter_name or self.active_adapters[0]
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"adapter_name must be one of {list(self.peft_config)}, got {adapter_name!r}")
         config, shared = self.peft_config[adapter_name], self.ept_task_tables[adapter_name]
         if not hasattr(config, "finished_tasks"):
             raise ValueError(f"add_task is not supported by {config.peft_type}")
@@ -358,11 +389,23 @@ class EPTModel(BaseTuner):
         start = None if like is None else shared.resolve(like)
         if not (start is None or isinstance(start, int)):
             raise ValueError(f"like must be one id or name, got {like!r}")
+        sizes = check_kernel_sizes(new_kernels) if len(new_kernels) else ()
+        layers = self.adapters(adapter_name)
+        for layer, adapter in layers.items():
+            if not set(sizes) <= set(adapter.geometry.scales):
+                raise ValueError(
+                    f"new_kernels must be of scales that every layer has, but {layer} has {adapter.geometry.scales}, "
+                    f"got {new_kernels!r}"
+                )
         finished = shared.num_tasks
         task = shared.add_task(name, start)
         config.num_tasks, config.finished_tasks = finished + 1, finished
         if names is not None:
             config.task_names = [*names, name]
+        if sizes:
+            config.added_kernels = (*(config.added_kernels or ()), (task, sizes))
+            for adapter in layers.values():
+                adapter.add_experts(task, sizes)
         self._freeze_finished()
         shared.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         return task
@@ -377,7 +420,7 @@ class EPTModel(BaseTuner):
             if not count:
                 continue
             for adapter in self.adapters(name).values():
-                adapter.finish()
+                adapter.finish(count)
             for wrapper in self.model.modules():
                 if not isinstance(wrapper, ModulesToSaveWrapper) or name not in wrapper.modules_to_save:
                     continue
