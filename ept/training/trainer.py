@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 import ept
 from ept.data import TaskData
+from ept.methods import method_of
 from ept.training.arguments import EPTTrainingArguments
 from ept.training.collator import make_collator
 from ept.training.evaluate import mean_headline, predict_batch, task_metrics
@@ -21,6 +22,7 @@ from ept.training.inspection import adapter_config, ids_of_tasks, model_kind, ta
 from ept.training.progress import LossProgress, SamplerEpoch
 from ept.training.rows import TaskRows, evaluation_rows, training_rows
 from ept.training.sampler import TaskBalancedSampler
+from ept.tuner.model import ept_model
 
 
 class EPTTrainer(Trainer):
@@ -93,6 +95,17 @@ class EPTTrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossProgress)
         self.remove_callback(PrinterCallback)
+
+    def train(self, *args: Any, **options: Any) -> TrainOutput:
+        """As in ``Trainer``.
+
+        Raises:
+            ValueError: an adapter that cannot be sharded yet, under FSDP.
+        """
+        if self.is_fsdp_enabled and self._adapter_config is not None:
+            for shared in ept_model(self.model).ept_task_tables.values():
+                method_of(self._adapter_config).adapter.check_shardable(shared)
+        return super().train(*args, **options)
 
     # ---- data
 
@@ -226,14 +239,22 @@ class EPTTrainer(Trainer):
         inputs: dict[str, Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Loss (None where answers are generated), predictions and labels, both ``[batch]``."""
+    ) -> tuple[None, Tensor | tuple[Tensor, Tensor], Tensor]:
+        """Predictions, with losses unless answers are generated, and labels; all ``[batch]``.
+
+        No mean loss: ``Trainer``'s mean over batches would count twice the samples that fill up the last batches of a
+        distributed run, while it takes them out of what is returned here.
+        """
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            loss, predictions = predict_batch(
+            predictions, losses = predict_batch(
                 self.model, inputs, self._evaluated, self.processing_class, max_new_tokens=self.args.max_new_tokens
             )
-        return loss, predictions, inputs["labels"]
+        return None, predictions if losses is None else (predictions, losses), inputs["labels"]
 
     def _task_metrics(self, results: EvalPrediction) -> dict[str, float]:
-        return task_metrics(self._evaluated, results.predictions, results.label_ids, generated=self._generates)
+        if self._generates:
+            return task_metrics(self._evaluated, results.predictions, results.label_ids, generated=True)
+        predictions, losses = results.predictions
+        found = task_metrics(self._evaluated, predictions, results.label_ids, generated=False)
+        return {"loss": float(losses.mean()), **found}
