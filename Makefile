@@ -2,6 +2,7 @@
 # make test   set up everything in .venv, then run the tests
 # make static compile every shipped Triton configuration without a GPU and check the machine code (half an hour on one core);
 #             STATIC="--cover all" adds every variant (hours), STATIC="--target sm_90 --sample 100" narrows it
+# make scaleout  training on 1, 2 and 4 processes (DDP, FSDP2, checkpointing): a table of how far apart the results are
 # make lint   style checks        make clean   remove .venv and build products
 # make memcheck   on a machine with an NVIDIA GPU and the CUDA toolkit: the GPU tests under compute-sanitizer
 #
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test static lint memcheck faults clean setup
+.PHONY: demo test static faults scaleout lint memcheck clean setup
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -43,6 +44,9 @@ KILLS ?= 50
 SEED ?= 0
 faults: setup
 	OMP_NUM_THREADS=1 EPT_KILLS=$(KILLS) EPT_KILL_SEED=$(SEED) $(BIN)/python -m pytest -n 0 tests/faults/test_kills.py
+
+scaleout: setup
+	$(BIN)/python tests/distributed/matrix.py $(SCALEOUT)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -118,6 +118,10 @@ class LayerAdapter(nn.Module):
         wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), delta.dtype)
         return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
 
+    @classmethod
+    def check_shardable(cls, shared: TaskSet) -> None:
+        """Raise ValueError where something must happen before processes shard the parameters among them (FSDP)."""
+
     def resolve_one(self, task: int | str | None) -> int | Tensor:
         """The id of one task.
 

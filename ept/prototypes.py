@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .context import masked_mean
 from .mixture import TaskMixture
+from .ranks import sum_over_ranks
 
 
 def embedding_layer(model: nn.Module) -> nn.Module:
@@ -81,9 +81,7 @@ class TaskPrototypes(nn.Module):
         members = F.one_hot(tasks, len(self.count)).float()  # [N, T]
         offset = z.float() - mean[tasks]  # from the mean so far: large common values do not cancel
         sums = torch.cat([members.sum(0)[:, None], members.T @ offset, members.T @ offset.square()], dim=1)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
-        added, first, second = sums.split([1, *[mean.shape[1]] * 2], dim=1)
+        added, first, second = sum_over_ranks(sums).split([1, *[mean.shape[1]] * 2], dim=1)
         total = (self.count[:, None] + added).clamp_min(1)
         shift = first / total
         spread = (variance * self.count[:, None] + second) / total - shift.square()

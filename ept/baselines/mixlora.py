@@ -19,7 +19,7 @@ from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..peft_type import TaskRoutedPeftType
 from ..tasks import TaskIds
 from .ffn_blocks import ENTRY, EXIT, ffn_places
-from .mixlora_router import TokenRoute, TokenRouters
+from .mixlora_router import TokenRoute, TokenRouters, load_balance
 
 MIXLORA = TaskRoutedPeftType("MIXLORA")
 
@@ -188,7 +188,7 @@ class MixLoRAAdapter(LayerAdapter):
             return {}
         if context is None or not context.terms:
             raise ValueError("model has no training forward yet: call it in training mode, then ept.auxiliary_losses")
-        loss = torch.stack(context.terms).mean()
+        loss = load_balance(torch.stack(context.terms)).mean()
         learns = any(router.requires_grad for router in shared.routers.values())
         if torch.is_grad_enabled() and learns and not loss.requires_grad:
             raise ValueError(

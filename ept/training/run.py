@@ -103,9 +103,17 @@ def train(
     ``model`` is freshly made by `make_adapted`. Files of an earlier run are replaced one by one as the new ones are
     ready. In a distributed run every process trains and only the first one writes and prints; the others' results have
     no files.
+
+    Raises:
+        ValueError: launched with FSDP.
     """
     output = Path(settings.output)
     trainer = EPTTrainer(model, training_arguments(settings), tasks=tasks, processing_class=tokenizer)
+    if trainer.is_fsdp_enabled:
+        raise ValueError(
+            "FSDP shards the model that this run saves, merges and draws: launch it with torchrun (data parallel), or "
+            "train with ept.training.EPTTrainer, whose save_model gathers the adapter"
+        )
     parameters = {**trained_parameters(model), "all": sum(p.numel() for p in model.parameters())}
     device = device_name(trainer.args.device)
     writes = trainer.is_world_process_zero()

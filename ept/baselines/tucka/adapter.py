@@ -80,6 +80,14 @@ class TuckerAdapter(LayerAdapter):
         layer = routing_layer(list(features), config.router_module)
         return SharedRouter(config, features[layer][0], layer, device=device, dtype=dtype)
 
+    @classmethod
+    def check_shardable(cls, shared: SharedRouter) -> None:
+        if not shared.router.ready:
+            raise ValueError(
+                "TuckA draws its centroids in its first training pass, and what a pass writes into sharded parameters "
+                "is lost: call the model once in training mode, on a batch of every process, before FSDP shards it"
+            )
+
     @property
     def unmergeable(self) -> str | None:
         """Why there is nothing to merge, until the route is fixed."""
