@@ -4,9 +4,9 @@
     python benchmarks/add_task.py --bf16 --data FOLDER --added NAME
 
 ``together`` trains all tasks from the start. The others start from one adapter that was trained on the other tasks,
-with as many steps a task (``--added-steps`` for the new one): ``head only`` keeps the new task's embedding at the mean of the others, ``embedding and head``
-trains it, and ``new kernels`` adds experts of the task's own to every layer (``--new-kernels``).
-``old tasks`` are their scores before and after; their logits are compared bit for bit.
+with as many steps a task (``--added-steps`` for the new one): ``head only`` keeps the new task's embedding at the mean
+of the others, ``embedding and head`` trains it, and ``new kernels`` adds experts of the task's own to every layer
+(``--new-kernels``). ``old tasks`` are the others' scores before and after; their logits are compared bit for bit.
 """
 
 from __future__ import annotations
