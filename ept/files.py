@@ -14,7 +14,7 @@ from typing import Any
 ADAPTER_FOLDER, TASKS_FILE = "adapter", "ept_tasks.json"
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let ``write`` fill a file or folder of a temporary name, then give it its own; on an error nothing is left.
 
     What was at ``path`` stays until the new content is on the disk, and is gone afterwards.

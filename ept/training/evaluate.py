@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def evaluate_tasks(
 
 @torch.no_grad()
 def predict_batch(
-    model: nn.Module,
+    model: Any,
     batch: Mapping[str, Tensor],
     spec: TaskSpec,
     tokenizer: PreTrainedTokenizerBase,
@@ -75,7 +76,8 @@ def predict_batch(
     inputs = {name: value for name, value in batch.items() if name != "task_ids" or takes_task_ids(model)}
     if model_kind(model) == "encoder":
         outputs = model(**inputs)
-        return outputs.loss, base_model(model).predict(outputs.logits, batch["task_ids"])
+        encoder: Any = base_model(model)
+        return outputs.loss, encoder.predict(outputs.logits, batch["task_ids"])
     inputs.pop("labels")
     prompt_length = 0 if model_kind(model) == "seq2seq" else batch["input_ids"].shape[1]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

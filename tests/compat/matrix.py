@@ -86,7 +86,9 @@ def interpreter(version: str) -> Path | None:
     named = [sys.executable, *filter(None, [shutil.which(f"python{version}")])]
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     for candidate in [*named, *sorted(map(str, pyenv.glob(f"{version}.*/bin/python")))]:
-        told = subprocess.run([candidate, "-c", "import sys; print(*sys.version_info[:2], sep='.')"], capture_output=True)
+        told = subprocess.run(
+            [candidate, "-c", "import sys; print(*sys.version_info[:2], sep='.')"], capture_output=True
+        )
         if told.returncode == 0 and told.stdout.decode().strip() == version:
             return Path(candidate)
     return None
@@ -184,7 +186,10 @@ def row(name: str, environment: Environment, sdist: Path, folder: Path) -> dict[
     try:
         python = prepare(environment, base, sdist, work / "venv")
         found |= versions(python)
-        run([python, Path(__file__).with_name("smoke.py"), *(["--without-native"] if environment.bare else [])], cwd=work)
+        run(
+            [python, Path(__file__).with_name("smoke.py"), *(["--without-native"] if environment.bare else [])],
+            cwd=work,
+        )
         with tarfile.open(sdist) as archive:
             archive.extractall(work)
         (source,) = work.glob("ept_kernels-*")
@@ -211,7 +216,18 @@ def main() -> int:
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     sdist = build_sdist(folder)
-    columns = ("environment", "python", "torch", "transformers", "peft", "passed", "failed", "skipped", "seconds", "outcome")
+    columns = (
+        "environment",
+        "python",
+        "torch",
+        "transformers",
+        "peft",
+        "passed",
+        "failed",
+        "skipped",
+        "seconds",
+        "outcome",
+    )
     rows = []
     for name in arguments.names or known:
         rows.append(row(name, known[name], sdist, folder))

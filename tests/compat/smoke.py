@@ -16,13 +16,17 @@ import torch
 
 
 def check_import() -> None:
-    """Importing starts no CUDA, compiles nothing and needs no extra."""
+    """Importing starts no CUDA and brings no extra, whatever PEFT and transformers themselves bring."""
+    import peft  # noqa: F401
+
+    before = set(sys.modules)
     import ept
     import ept_kernels
 
     assert not torch.cuda.is_initialized(), "importing ept initialised CUDA"
     assert ept.__version__ == metadata.version("ept-kernels")
-    assert not {"datasets", "sklearn", "matplotlib"} & sys.modules.keys(), "importing ept pulled in an extra"
+    extras = {"datasets", "matplotlib", "rich", "sklearn", "triton"} & (set(sys.modules) - before)
+    assert not extras, f"importing ept pulled in {sorted(extras)}"
     print("installed at", Path(ept.__file__).parent)
     print("backends for the CPU:", ", ".join(ept_kernels.available_backends(torch.device("cpu"))))
 
@@ -47,9 +51,10 @@ def check_layer() -> None:
 
 def check_tuner(folder: Path) -> None:
     """An adapter on a model of transformers is saved, loaded to the same outputs, merged and inspected."""
-    import ept
     from peft import PeftModel, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    import ept
 
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     torch.manual_seed(0)
@@ -98,7 +103,9 @@ def main() -> None:
         import ept_kernels
 
         found = ept_kernels.available_backends(torch.device("cpu"))
-        assert "cpu" not in found and "triton" not in found, f"expected neither compiled kernels nor Triton, got {found}"
+        assert "cpu" not in found and "triton" not in found, (
+            f"expected neither compiled kernels nor Triton, got {found}"
+        )
     check_layer()
     with tempfile.TemporaryDirectory() as folder:
         check_tuner(Path(folder))
