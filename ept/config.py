@@ -153,7 +153,7 @@ class EPTConfig(ContrastiveConfig):
 
     def for_layer(self, name: str) -> EPTConfig:
         """This config with the kernel sizes that ``kernel_pattern`` gives the layer ``name``."""
-        key = get_pattern_key(self.kernel_pattern or (), name)
+        key = get_pattern_key(list(self.kernel_pattern or ()), name)
         if self.kernel_pattern is None or key not in self.kernel_pattern:
             return self
         config = copy.copy(self)

@@ -35,7 +35,7 @@ def is_write_failure(error: BaseException) -> bool:
     return isinstance(error, (OSError, SafetensorError)) or type(error) in (RuntimeError, Exception)
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let ``write`` fill a file or folder of a temporary name, then give it its own; on an error nothing is left.
 
     What was at ``path`` stays until the new content is on the disk, and is gone afterwards. A process that is killed

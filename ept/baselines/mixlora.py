@@ -18,7 +18,7 @@ from ..context import TaskContext
 from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..peft_type import TaskRoutedPeftType
 from ..tasks import TaskIds
-from .ffn_blocks import ENTRY, EXIT, ffn_places
+from .ffn_blocks import ENTRY, EXIT, Place, ffn_places
 from .mixlora_router import TokenRoute, TokenRouters, load_balance
 
 MIXLORA = TaskRoutedPeftType("MIXLORA")
@@ -131,7 +131,7 @@ class MixLoRAAdapter(LayerAdapter):
         if self.place is None:
             return _add(base(x), self._expand(self._shrink(x)))
         if self.place.role == EXIT:
-            return self._leave(base, x)
+            return self._leave(self.place, base, x)
         route = self.shared.route(self.place.block, x)
         chosen = self._chosen(route)
         hidden = self._shrink(x)
@@ -139,9 +139,9 @@ class MixLoRAAdapter(LayerAdapter):
             return _add(base(x), self._expand(hidden * chosen.unsqueeze(-1)))  # [k, ..., out]
         return _add(base(x), self._expand(hidden * self._mixed(chosen, route).unsqueeze(-1)))
 
-    def _leave(self, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _leave(self, place: Place, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """x ``[k, ..., hidden]``, a copy for each of a token's experts -> ``[..., out]``."""
-        route = self.shared.last_route(self.place.block)
+        route = self.shared.last_route(place.block)
         chosen = self._chosen(route)
         weights = route.weights.movedim(-1, 0)  # [k, ...]
         with without_autocast(x.device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -52,7 +53,7 @@ def save_trained(
         raise FloatingPointError(f"the weight {name} is not finite; nothing was saved")
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
         tokenizer.save_pretrained(folder)
         content = {"format": _FORMAT, "base_model": base_model, "tasks": [asdict(spec) for spec in specs]}
         write_json(folder / TASKS_FILE, content)
@@ -85,5 +86,6 @@ def load_trained(output_dir: str | Path) -> tuple[PeftModel, PreTrainedTokenizer
     return PeftModel.from_pretrained(base, folder).eval(), tokenizer, specs
 
 
-def _spec(entry: dict[str, object]) -> TaskSpec:
-    return TaskSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
+def _spec(entry: dict[str, Any]) -> TaskSpec:
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    return TaskSpec(**fields)

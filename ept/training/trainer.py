@@ -51,6 +51,10 @@ class EPTTrainer(CheckpointingTrainer):
         TypeError: the model is of no supported kind.
     """
 
+    args: EPTTrainingArguments
+    model: Any  # of any library
+    train_dataset: Any  # TaskRows
+
     def __init__(
         self,
         model: nn.Module,
@@ -78,7 +82,7 @@ class EPTTrainer(CheckpointingTrainer):
         self._step: dict[str, Tensor] = {}  # losses of the step under way; those of the steps since the last log entry
         self._sums: dict[str, Tensor] = {}
         self._summed = self._skipped = 0
-        collator_options = {"max_length": args.max_length}
+        collator_options: dict[str, Any] = {"max_length": args.max_length}
         train_collator = make_collator(model_kind(model), processing_class, specs, **collator_options)
         self._eval_collator = make_collator(
             model_kind(model), processing_class, specs, generate=self._generates, **collator_options
@@ -118,14 +122,14 @@ class EPTTrainer(CheckpointingTrainer):
 
     def _get_train_sampler(self, train_dataset: TaskRows | None = None) -> TaskBalancedSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        self._sampler_epoch.sampler = TaskBalancedSampler(
+        sampler = self._sampler_epoch.sampler = TaskBalancedSampler(
             rows.sizes,
             self._train_batch_size,
             world_size=self.args.world_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             task_batching=self.args.task_batching,
         )
-        return self._sampler_epoch.sampler
+        return sampler
 
     def get_eval_dataloader(self, eval_dataset: str | TaskRows | None = None) -> torch.utils.data.DataLoader:
         """As in ``Trainer``, with prompts instead of prompts and answers for text-to-label models."""
@@ -166,7 +170,7 @@ class EPTTrainer(CheckpointingTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of ``args.optim``, over ``ept.parameter_groups`` if the adapter is EPT."""
         if self.optimizer is None and isinstance(self._adapter_config, ept.EPTConfig):
-            trained = self.model if model is None else model
+            trained: Any = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             groups = ept.parameter_groups(
                 trained,
@@ -253,7 +257,8 @@ class EPTTrainer(CheckpointingTrainer):
             self._evaluated = self._specs[name]
             loader = self.get_eval_dataloader(name)
             output = self.evaluation_loop(loader, f"Evaluation of {name}", metric_key_prefix=metric_key_prefix)
-            found = {key.removeprefix(f"{metric_key_prefix}_"): value for key, value in output.metrics.items()}
+            metrics = output.metrics or {}
+            found = {key.removeprefix(f"{metric_key_prefix}_"): value for key, value in metrics.items()}
             found.pop("model_preparation_time", None)
             by_task[name] = found
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, by_task)
@@ -272,15 +277,17 @@ class EPTTrainer(CheckpointingTrainer):
         distributed run, while it takes them out of what is returned here.
         """
         inputs = self._prepare_inputs(inputs)
+        tokenizer: Any = self.processing_class
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             predictions, losses = predict_batch(
-                self.model, inputs, self._evaluated, self.processing_class, max_new_tokens=self.args.max_new_tokens
+                self.model, inputs, self._evaluated, tokenizer, max_new_tokens=self.args.max_new_tokens
             )
         return None, predictions if losses is None else (predictions, losses), inputs["labels"]
 
     def _task_metrics(self, results: EvalPrediction) -> dict[str, float]:
+        labels: Any = results.label_ids  # one array each, as prediction_step gives
+        found: Any = results.predictions
         if self._generates:
-            return task_metrics(self._evaluated, results.predictions, results.label_ids, generated=True)
-        predictions, losses = results.predictions
-        found = task_metrics(self._evaluated, predictions, results.label_ids, generated=False)
-        return {"loss": float(losses.mean()), **found}
+            return task_metrics(self._evaluated, found, labels, generated=True)
+        predictions, losses = found
+        return {"loss": float(losses.mean()), **task_metrics(self._evaluated, predictions, labels, generated=False)}
