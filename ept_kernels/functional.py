@@ -13,7 +13,6 @@ from .dispatch import backend_for
 from .eager import call
 from .geometry import PyramidGeometry
 
-
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -36,7 +36,8 @@ class PyramidGeometry:
         seed_width, seed_height: ``A`` is ``[rank, seed_width]``, ``B`` is ``[seed_height, rank]``.
 
     Raises:
-        ValueError: a size is not a positive integer, ``kernel_sizes`` is empty or endless, or a scale is larger than the layer.
+        ValueError: a size is not a positive integer, ``kernel_sizes`` is empty or too long, or a scale is larger than
+            the layer.
     """
 
     in_features: int

@@ -44,7 +44,9 @@ def _check_tasks(tasks: int | Tensor | None) -> None:
         if tasks.is_meta:
             raise ValueError("tasks must hold ids, got a tensor on the meta device, which holds nothing")
         if tasks.dtype not in (torch.int64, torch.int32) or tasks.dim() > 1:
-            raise ValueError(f"tasks must be a scalar or 1-D tensor of int64 or int32, got {list(tasks.shape)} of {tasks.dtype}")
+            raise ValueError(
+                f"tasks must be a scalar or 1-D tensor of int64 or int32, got {list(tasks.shape)} of {tasks.dtype}"
+            )
     elif tasks is not None and (isinstance(tasks, bool) or not isinstance(tasks, int)):
         raise TypeError(f"tasks must be an integer, an integer tensor or None, got {tasks!r}")
 

@@ -16,7 +16,8 @@ def check_adapter_state(expected: Mapping[str, Tensor], found: Mapping[str, Tens
         found: the checkpoint's tensors.
 
     Raises:
-        ValueError: missing tensors, tensors of another shape (another pyramid or rank), or values that are not finite.
+        ValueError: missing tensors, tensors of another shape (another pyramid or rank), integers in place
+            of numbers, or values that are not finite in fp32.
     """
     missing = sorted(set(expected) - set(found))
     wrong = [
@@ -31,6 +32,10 @@ def check_adapter_state(expected: Mapping[str, Tensor], found: Mapping[str, Tens
         )
         shown = "; ".join(details[:3]) + (f"; and {len(details) - 3} more" if len(details) > 3 else "")
         raise ValueError(f"the checkpoint was made for another pyramid, rank, set of tasks or model: {shown}")
-    for key in expected:
-        if not torch.isfinite(found[key]).all():
+    for key, tensor in expected.items():
+        if found[key].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(
+                f"the checkpoint holds {key} as {found[key].dtype}, not as {tensor.dtype}; nothing was loaded"
+            )
+        if not torch.isfinite(found[key].float()).all():
             raise ValueError(f"the checkpoint holds values that are not finite in {key}; nothing was loaded")

@@ -51,7 +51,10 @@ class TuckAConfig(AdapterConfig):
             is_number(self.centroid_noise) and self.centroid_noise > 0,
             f"centroid_noise must be a number > 0, got {self.centroid_noise!r}",
         )
-        check(isinstance(self.init, str) and self.init in INITS, f"init must be one of {', '.join(INITS)}, got {self.init!r}")
+        check(
+            isinstance(self.init, str) and self.init in INITS,
+            f"init must be one of {', '.join(INITS)}, got {self.init!r}",
+        )
         check(
             self.init != "centred" or self.core_rank >= 2,
             f"core_rank must be at least 2 where init is 'centred', got {self.core_rank!r}",
