@@ -122,7 +122,7 @@ def read_json(path: str | Path) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number too long to read, nested too deeply
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
 
 

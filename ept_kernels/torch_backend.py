@@ -54,7 +54,10 @@ def _segments(groups: Tensor | None, rows: int) -> tuple[int, int]:
 
 def _kernels(folded: Tensor, groups: Tensor | None, scales: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     """Each scale's kernels by segment, ``[N, k, k]``."""
-    rows = folded.narrow(0, 0, 1) if groups is None else folded.index_select(0, groups)
+    try:
+        rows = folded.narrow(0, 0, 1) if groups is None else folded.index_select(0, groups)
+    except IndexError:  # on a CPU; a GPU has an assertion of its own
+        raise IndexError(f"groups holds an id out of range; allowed: 0 to {len(folded) - 1}") from None
     blocks = rows.to(dtype).split([k * k for k in scales], dim=1)
     return [block.reshape(-1, k, k) for block, k in zip(blocks, scales, strict=True)]
 

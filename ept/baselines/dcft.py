@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ept_kernels import PyramidGeometry, fold_kernels, pyramid_delta, pyramid_linear, pyramid_merge, pyramid_weight
 
 from ..adapted_linear import AdaptedLinear
-from ..adapter_config import AdapterConfig, check, is_int, is_number
+from ..adapter_config import AdapterConfig, check, check_size, is_number
 from ..context import TaskContext
 from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..peft_type import TaskRoutedPeftType
@@ -40,10 +40,7 @@ class DCFTConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = DCFT
-        check(
-            is_int(self.kernel_size) and self.kernel_size >= 1,
-            f"kernel_size must be an integer >= 1, got {self.kernel_size!r}",
-        )
+        check_size("kernel_size", self.kernel_size)
         check(
             is_number(self.orthogonality_weight) and self.orthogonality_weight >= 0,
             f"orthogonality_weight must be a number >= 0, got {self.orthogonality_weight!r}",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ept_kernels import without_autocast
 
 from ..adapted_linear import AdaptedLinear
-from ..adapter_config import AdapterConfig, check, is_int, is_number
+from ..adapter_config import AdapterConfig, check, check_size, is_int, is_number
 from ..context import TaskContext
 from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..peft_type import TaskRoutedPeftType
@@ -43,10 +43,7 @@ class MixLoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MIXLORA
-        check(
-            is_int(self.num_experts) and self.num_experts >= 1,
-            f"num_experts must be an integer >= 1, got {self.num_experts!r}",
-        )
+        check_size("num_experts", self.num_experts)
         check(
             is_int(self.top_k) and 1 <= self.top_k <= self.num_experts,
             f"top_k must be an integer from 1 to num_experts={self.num_experts}, got {self.top_k!r}",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -69,7 +70,7 @@ def load_trained(output_dir: str | Path) -> tuple[PeftModel, PreTrainedTokenizer
 
     Raises:
         FileNotFoundError: no trained adapter there.
-        ValueError: its task file is damaged or of another format.
+        ValueError: its task file is damaged or of another format, or its weights are not stored as safetensors.
     """
     folder = Path(output_dir)
     if not (folder / TASKS_FILE).is_file():
@@ -81,8 +82,16 @@ def load_trained(output_dir: str | Path) -> tuple[PeftModel, PreTrainedTokenizer
     content = read_json(folder / TASKS_FILE)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{str(folder / TASKS_FILE)!r} is not of format {_FORMAT}")
-    specs = [_spec(entry) for entry in content["tasks"]]
-    base, tokenizer, _ = load_base(content["base_model"], specs)
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ValueError(f"{str(folder)!r} has no {SAFETENSORS_WEIGHTS_NAME}; no other weights are read")
+    base_model, tasks = content.get("base_model"), content.get("tasks")
+    if not isinstance(base_model, str) or not isinstance(tasks, list) or not tasks:
+        raise ValueError(f"{str(folder / TASKS_FILE)!r} must hold base_model, a string, and tasks, a list")
+    try:
+        specs = [_spec(entry) for entry in tasks]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(folder / TASKS_FILE)!r} holds a damaged task: {error}") from error
+    base, tokenizer, _ = load_base(base_model, specs)
     return PeftModel.from_pretrained(base, folder).eval(), tokenizer, specs
 
 

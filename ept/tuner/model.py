@@ -566,7 +566,7 @@ class EPTModel(BaseTuner):
         expected = {
             key: tensor
             for key, tensor in model.state_dict().items()
-            if (".ept_adapters" + marker) in key or ("ept_task_tables" + marker) in key
+            if any(part + marker in key for part in (".ept_adapters", "ept_task_tables", ".modules_to_save"))
         }
         check_adapter_state(expected, remapped)
         return remapped
