@@ -68,7 +68,9 @@ def licence(distribution: metadata.Distribution) -> str:
     fields = distribution.metadata
     if expression := fields.get("License-Expression"):
         return expression
-    classified = [line.split(" :: ")[-1] for line in fields.get_all("Classifier") or () if line.startswith("License ::")]
+    classified = [
+        line.split(" :: ")[-1] for line in fields.get_all("Classifier") or () if line.startswith("License ::")
+    ]
     named = ", ".join(name for name in classified if name != "OSI Approved")
     if named:
         return named
