@@ -80,11 +80,11 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         if self.by_token and shared.routes:
             raise ValueError("task_table must be left out with routing='token', which has no task embeddings")
         self.unmergeable = UNMERGEABLE if self.by_token else None
-        factory = {"device": device, "dtype": dtype}
+        factory: Any = {"device": device, "dtype": dtype}
         self.A = nn.Parameter(torch.empty(config.r, self.geometry.seed_width, **factory))
         self.B = nn.Parameter(torch.empty(self.geometry.seed_height, config.r, **factory))
         self.kernels = nn.ParameterList(nn.Parameter(torch.empty(k, k, **factory)) for k in sizes)
-        width = in_features if self.by_token else shared.dim
+        width: Any = in_features if self.by_token else shared.dim
         self.gate = nn.Parameter(torch.empty(self.geometry.num_experts, width, **factory))
         self.kept = Kept()
         self.reset_adapter_parameters()
@@ -190,7 +190,8 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
 
     def _kernels(self) -> tuple[Tensor, ...]:
         own = self.kernels._parameters  # a ParameterList looks every item up by name, which a small layer would notice
-        return tuple(own.values()) if len(own) == self.geometry.num_experts else tuple(self.kernels)
+        found: Any = own.values() if len(own) == self.geometry.num_experts else self.kernels
+        return tuple(found)
 
     def fold(self, tasks: ResolvedTasks) -> tuple[Tensor, Tensor | None, Tensor]:
         """Folded kernels ``[G, folded_size]`` of resolved tasks, ``groups`` and ``active`` as the ops take them.
@@ -205,11 +206,12 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         self.check_mergeable()
         if isinstance(tasks, TaskMixture):
             folded, _, active = self.fold(tasks.every_task())
-            groups = torch.arange(len(tasks), device=folded.device)
-            return tasks.mix(folded), groups, tasks.mix_any(active)
+            return tasks.mix(folded), torch.arange(len(tasks), device=folded.device), tasks.mix_any(active)
         if len(self._stages) > 1:
             return self._fold_stages(tasks)
-        table, groups, routed = self.task_table, None, tasks
+        table = self.task_table
+        groups: Tensor | None = None
+        routed: int | Tensor | None = tasks
         kernels = self._kernels()
         plan = (kernels, self.top_k, self.scaling, self.geometry)
         if not self.training:

@@ -214,6 +214,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
 
 def checkpoint_with_tasks(model: nn.Module) -> None:
     """Make every checkpointing function that transformers put on ``model`` recompute under the right tasks."""
+    module: Any  # with an attribute of transformers
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if function is not None and not isinstance(function, _CheckpointWithTasks):

@@ -35,7 +35,7 @@ def is_write_failure(error: BaseException) -> bool:
     return isinstance(error, (OSError, SafetensorError)) or type(error) in (RuntimeError, Exception)
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let ``write`` fill a file or folder of a temporary name, then give it its own; on an error nothing is left.
 
     What was at ``path`` stays until the new content is on the disk, and is gone afterwards. A process that is killed
@@ -122,7 +122,7 @@ def read_json(path: str | Path) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number too long to read, nested too deeply
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
 
 

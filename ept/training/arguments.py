@@ -18,7 +18,8 @@ class EPTTrainingArguments(TrainingArguments):
     Args (beyond those of transformers):
         kernel_lr_ratio: learning rate of the deconvolution kernels relative to ``learning_rate``; EPT adapters only.
         gate_lr_ratio: that of the gates, divided by the width of a task embedding (``ept.parameter_groups``).
-        task_batching: ``mixed`` draws the task of every sample, ``single`` that of every batch.
+        task_batching: ``mixed`` draws the task of every sample, ``single`` that of every batch (of all
+            processes together).
         max_length: tokens of a row at most.
         max_new_tokens: length limit of a generated answer (text-to-label models under evaluation).
         eval_limit: score this many validation rows a task at most; None: all.
@@ -42,6 +43,9 @@ class EPTTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two entries of the log."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step as well."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: the collators need all columns."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Not needed: every expert gets a gradient in every step, if only zeros."}
+    )
     kernel_lr_ratio: float = field(
         default=KERNEL_LR_RATIO, metadata={"help": "Learning rate of the kernels relative to the rest."}
     )

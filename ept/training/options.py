@@ -201,13 +201,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> RunSet
 
 
 def _check_experts(parser: argparse.ArgumentParser, settings: RunSettings) -> None:
-    experts = len(settings.kernel_sizes)
-    if settings.top_k > experts and settings.top_k == settings.system.default("top_k"):
+    sizes: Any = settings.kernel_sizes
+    experts = len(sizes)
+    top_k: Any = settings.top_k
+    if top_k > experts and top_k == settings.system.default("top_k"):
         parser.error(
             f"argument --kernel-sizes: must name at least {settings.top_k} experts, the number that --top-k mixes, "
-            f"got {','.join(map(str, settings.kernel_sizes))!r}; name more, or give a smaller --top-k"
+            f"got {','.join(map(str, sizes))!r}; name more, or give a smaller --top-k"
         )
-    if settings.top_k > experts:
+    if top_k > experts:
         parser.error(f"argument --top-k: must be at most {experts}, the number of --kernel-sizes, got {settings.top_k}")
 
 

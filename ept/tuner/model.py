@@ -42,8 +42,11 @@ class EPTModel(BaseTuner):
 
     uses_shared_state = True
     prefix = "ept_"
+    model: Any  # of any library
+    peft_config: dict[str, Any]  # of one method's config; PEFT's own class says less
+    ept_task_tables: Any  # an nn.ModuleDict of TaskSets
     tuner_layer_cls = EPTLinearLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
 
     # ---- injection
 
@@ -51,7 +54,7 @@ class EPTModel(BaseTuner):
         self.ept_task_tables = nn.ModuleDict()
         self._trained: TaskContext | None = None
 
-    def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
+    def _post_injection_hook(self, model: Any, config: AdapterConfig, adapter_name: str) -> None:
         self._hooks = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
@@ -84,8 +87,9 @@ class EPTModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        layer = target
-        if not isinstance(target, EPTLinearLayer):
+        if isinstance(target, EPTLinearLayer):
+            layer = target
+        else:
             layer = EPTLinearLayer(target)
             layer.train(target.training)
             layer.set_adapter(self.active_adapters)
@@ -123,7 +127,7 @@ class EPTModel(BaseTuner):
         return any(shared.routes for shared in self.ept_task_tables.values())
 
     def _new_prototypes(self, shared: TaskSet) -> TaskPrototypes:
-        weight = embedding_layer(self.model).weight
+        weight: Any = embedding_layer(self.model).weight
         return TaskPrototypes(shared.num_tasks, weight.shape[1], device=weight.device)
 
     def find_out(self, task_ids: TaskIds | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskIds | None:
@@ -156,10 +160,11 @@ class EPTModel(BaseTuner):
         found = shared.prototypes.mixture(input_representation(self.model, args, kwargs), config.temperature)
         if isinstance(task_ids, str):
             return found
-        if len(task_ids) != len(found):
-            raise ValueError(f"task_ids must hold one id for each of the {len(found)} samples, got {len(task_ids)}")
-        unknown = torch.tensor([task == AUTO for task in task_ids], device=found.weights.device)
-        given = shared.resolve([0 if task == AUTO else task for task in task_ids]).to(found.weights.device)
+        each: Any = task_ids  # a sequence that holds "auto"
+        if len(each) != len(found):
+            raise ValueError(f"task_ids must hold one id for each of the {len(found)} samples, got {len(each)}")
+        unknown = torch.tensor([task == AUTO for task in each], device=found.weights.device)
+        given = shared.resolve([0 if task == AUTO else task for task in each]).to(found.weights.device)
         known = torch.nn.functional.one_hot(given, shared.num_tasks).to(found.weights.dtype)
         return TaskMixture(torch.where(unknown[:, None], found.weights, known))
 
@@ -260,7 +265,7 @@ class EPTModel(BaseTuner):
         resolved = merged_task if by_merge else self._resolve(task_ids, batch)
         if merged_task is not None and resolved is not None and self.routes_by_task:
             check_merged_task(resolved, merged_task)
-        config = self.peft_config.get(next(iter(self.active_adapters), None))
+        config = self.peft_config.get(next(iter(self.active_adapters), ""))
         pools, sums = (False, False)
         if self.training and config is not None:
             pools, sums = method_of(config).adapter.collects(config)
@@ -405,7 +410,7 @@ class EPTModel(BaseTuner):
         if not (start is None or isinstance(start, int)):
             raise ValueError(f"like must be one id or name, got {like!r}")
         sizes = check_kernel_sizes(new_kernels) if len(new_kernels) else ()
-        layers = self.adapters(adapter_name)
+        layers: Any = self.adapters(adapter_name)  # pyramids, as ``finished_tasks`` shows
         for layer, adapter in layers.items():
             if not set(sizes) <= set(adapter.geometry.scales):
                 raise ValueError(
@@ -434,12 +439,13 @@ class EPTModel(BaseTuner):
         for name, count in counts.items():
             if not count:
                 continue
-            for adapter in self.adapters(name).values():
+            pyramids: Any = self.adapters(name).values()
+            for adapter in pyramids:
                 adapter.finish(count)
             for wrapper in self.model.modules():
                 if not isinstance(wrapper, ModulesToSaveWrapper) or name not in wrapper.modules_to_save:
                     continue
-                copy = wrapper.modules_to_save[name]
+                copy: Any = wrapper.modules_to_save[name]
                 if hasattr(copy, "finish"):
                     copy.finish(count)
                 else:
@@ -537,7 +543,7 @@ class EPTModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         for hook in self._hooks:
             hook.remove()
         model.__dict__.pop("generate", None)
@@ -560,7 +566,7 @@ class EPTModel(BaseTuner):
         expected = {
             key: tensor
             for key, tensor in model.state_dict().items()
-            if (".ept_adapters" + marker) in key or ("ept_task_tables" + marker) in key
+            if any(part + marker in key for part in (".ept_adapters", "ept_task_tables", ".modules_to_save"))
         }
         check_adapter_state(expected, remapped)
         return remapped
