@@ -44,7 +44,7 @@ class Conditions:
         killed_after: seconds of processor time after which the process is killed with SIGKILL, whatever it does.
         killed_at: it is killed at this operation on files of a checkpoint that is being written or deleted, or in the
             middle of what follows: this many seconds later.
-        poisoned_rank: the process of a distributed run whose loss is NaN at the third step.
+        poisoned_rank: the process of a distributed run in which a layer gives NaN at the third step.
     """
 
     file_bytes: int | None = None
@@ -119,15 +119,19 @@ def _die_at(operation: int, seconds: float) -> None:
 
 def _poison(rank: int) -> None:
     from ept.training import EPTTrainer
+    from ept.tuner.layer import EPTLinearLayer
 
-    compute_loss = EPTTrainer.compute_loss
+    train = EPTTrainer.train
 
-    def spoiled(self: EPTTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.args.process_index == rank and self.state.global_step == 2:
-            inputs = {**inputs, "labels": inputs["labels"] * float("nan")}
-        return compute_loss(self, model, inputs, *args, **kwargs)
+    def spoiled(self: EPTTrainer, *args: Any, **kwargs: Any) -> Any:
+        def spoil(module: Any, inputs: Any, output: Any) -> Any:
+            return output * float("nan") if self.state.global_step == 2 and self.is_in_train else None
 
-    EPTTrainer.compute_loss = spoiled
+        if self.args.process_index == rank:
+            next(m for m in self.model.modules() if isinstance(m, EPTLinearLayer)).register_forward_hook(spoil)
+        return train(self, *args, **kwargs)
+
+    EPTTrainer.train = spoiled
 
 
 def make_context() -> multiprocessing.context.BaseContext:
