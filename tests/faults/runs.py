@@ -5,13 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+UNFINISHED = "_unfinished"  # of ept.training.checkpoints, which only the runs import
 
 #: Imported once, in a process that every run is forked from.
 _PRELOADED = [
@@ -20,6 +25,8 @@ _PRELOADED = [
     "transformers.models.bert.configuration_bert",
     "ept.train",
 ]
+
+_WRITING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 #: How a process ends that could not be put under its constraint.
 UNAVAILABLE = 77
@@ -34,13 +41,18 @@ class Conditions:
         disk: a folder, and the bytes of the file system that is put there for this process. Needs a mount namespace.
         read_only: a folder that cannot be written to, not by root either. Needs a mount namespace.
         environment: variables to set.
-        poisoned_rank: the process of a distributed run whose loss is NaN at the third step.
+        killed_after: seconds of processor time after which the process is killed with SIGKILL, whatever it does.
+        killed_at: it is killed at this operation on files of a checkpoint that is being written or deleted, or in the
+            middle of what follows: this many seconds later.
+        poisoned_rank: the process of a distributed run in which a layer gives NaN at the third step.
     """
 
     file_bytes: int | None = None
     disk: tuple[Path, int] | None = None
     read_only: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    killed_after: float | None = None
+    killed_at: tuple[int, float] | None = None
     poisoned_rank: int | None = None
 
     def apply(self) -> None:
@@ -56,6 +68,10 @@ class Conditions:
         if self.read_only is not None:
             _run("mount", "--bind", str(self.read_only), str(self.read_only))
             _run("mount", "-o", "remount,ro,bind", str(self.read_only))
+        if self.killed_after is not None:
+            threading.Thread(target=_die_after, args=(self.killed_after,), daemon=True).start()
+        if self.killed_at is not None:
+            _die_at(*self.killed_at)
         if self.poisoned_rank is not None:
             _poison(self.poisoned_rank)
 
@@ -77,17 +93,45 @@ def _leave_mount_namespace() -> None:
     _run("mount", "--make-rprivate", "/")
 
 
+def _die_after(seconds: float) -> None:
+    while time.process_time() < seconds:
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _die_at(operation: int, seconds: float) -> None:
+    """Count what Python tells auditors of: opening, syncing (which opens), renaming and deleting files."""
+    left = operation
+
+    def die() -> None:
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal left
+        if left and event in _WRITING and any(f"/{UNFINISHED}/" in str(arg) for arg in args):
+            left -= 1
+            if not left:
+                threading.Thread(target=die, daemon=True).start() if seconds else die()
+
+    sys.addaudithook(audit)
+
+
 def _poison(rank: int) -> None:
     from ept.training import EPTTrainer
+    from ept.tuner.layer import EPTLinearLayer
 
-    compute_loss = EPTTrainer.compute_loss
+    train = EPTTrainer.train
 
-    def spoiled(self: EPTTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.args.process_index == rank and self.state.global_step == 2:
-            inputs = {**inputs, "labels": inputs["labels"] * float("nan")}
-        return compute_loss(self, model, inputs, *args, **kwargs)
+    def spoiled(self: EPTTrainer, *args: Any, **kwargs: Any) -> Any:
+        def spoil(module: Any, inputs: Any, output: Any) -> Any:
+            return output * float("nan") if self.state.global_step == 2 and self.is_in_train else None
 
-    EPTTrainer.compute_loss = spoiled
+        if self.args.process_index == rank:
+            next(m for m in self.model.modules() if isinstance(m, EPTLinearLayer)).register_forward_hook(spoil)
+        return train(self, *args, **kwargs)
+
+    EPTTrainer.train = spoiled
 
 
 def make_context() -> multiprocessing.context.BaseContext:
@@ -108,7 +152,9 @@ def ept_train(arguments: Sequence[str], log: Path, conditions: Conditions) -> No
     from ept import train
 
     torch.set_num_threads(1)
-    sys.exit(train.main(arguments))
+    code = train.main(arguments)
+    print(f"processor time: {time.process_time()}", flush=True)
+    sys.exit(code)
 
 
 def start(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +23,12 @@ from ept.data import TaskData
 from ept.files import WriteError
 from ept.training import newest_checkpoint, save_trained
 
+OPTIONS = {"max_steps": 4, "save_steps": 1, "eval_limit": 2}
+
 
 def content(folder: Path) -> dict[str, str]:
-    """A digest of every file below."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """A digest of every file below, but of the settings, which say whether a run is resumed."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "settings.json")
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -37,44 +40,59 @@ def adapter(output: Path) -> dict[str, torch.Tensor]:
 def finished(tmp_path_factory: pytest.TempPathFactory, command: Callable) -> Path:
     """The output of an uninterrupted run of four steps."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    assert train.main(command(output, max_steps=4, save_steps=1, eval_limit=2)) == 0
+    assert train.main(command(output, **OPTIONS)) == 0
     return output
 
 
-@pytest.mark.parametrize("limit", [200, 10_000, 16_000, 60_000])
-def test_a_file_that_cannot_grow_fails_as_a_full_disk_does(
-    finished: Path, command: Callable, tmp_path: Path, limit: int
-) -> None:
-    """The limits stop, in this order, the settings, the adapter's tensors or the optimizer's, and a picture."""
-    options = {"max_steps": 4, "save_steps": 1, "eval_limit": 2}
-    context, log, output = make_context(), tmp_path / "log", tmp_path / "run"
-    code, shown = run(context, command(output, **{**options, "max_steps": 2}), log)
-    assert code == 0, shown
+def limited(
+    finished: Path, command: Callable, tmp_path: Path, limit: int, flag: str, **options: Any
+) -> tuple[Path, dict[str, str], str]:
+    """A run over a copy of ``finished`` that may write no file of more than ``limit`` bytes, which it must need.
+
+    Returns the output folder, what was in it before, and what the run said.
+    """
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    if flag == "--resume":
+        shutil.rmtree(output / "checkpoints" / "checkpoint-4")
     before = content(output)
-    code, shown = run(context, command(output, "--overwrite", **options), log, Conditions(file_bytes=limit))
+    arguments = command(output, flag, **{**OPTIONS, **options})
+    code, shown = run(make_context(), arguments, tmp_path / "log", Conditions(file_bytes=limit))
     assert code == 1, shown
-    assert "ept-train: error: cannot write '" in shown
-    assert f"{output}/" in shown
-    after = content(output)
-    assert [name for name in after if name.startswith((".", "checkpoints/_"))] == []
-    assert {name for name in after if name.startswith(("adapter/", "metrics"))} == {
-        name for name in before if name.startswith(("adapter/", "metrics"))
-    }
-    if limit < 60_000:
-        assert all(after[name] == digest for name, digest in before.items() if name.startswith(("adapter/", "metrics")))
-    resumed = "--resume" if newest_checkpoint(output / "checkpoints") else "--overwrite"
-    code, shown = run(context, command(output, resumed, **options), log)
+    assert [path.name for path in (*output.glob(".*"), *output.glob("checkpoints/_*"))] == []
+    return output, before, shown
+
+
+def test_a_checkpoint_without_room_leaves_the_earlier_one(finished: Path, command: Callable, tmp_path: Path) -> None:
+    output, before, shown = limited(finished, command, tmp_path, 60_000, "--resume")
+    path = output / "checkpoints" / "checkpoint-4"
+    assert f"ept-train: error: cannot write '{path}': " in shown
+    assert content(output) == before
+    assert newest_checkpoint(path.parent) == path.with_name("checkpoint-3")
+    code, shown = run(make_context(), command(output, "--resume", **OPTIONS), tmp_path / "log")
     assert code == 0, shown
     wanted, found = adapter(finished), adapter(output)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoints(finished: Path, command: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("limit", "failing", "replaced"), [(16_000, "adapter", []), (45_000, "pictures", ["adapter"])])
+def test_an_output_without_room_leaves_the_earlier_one(
+    finished: Path, command: Callable, tmp_path: Path, limit: int, failing: str, replaced: list[str]
+) -> None:
+    output, before, shown = limited(finished, command, tmp_path, limit, "--overwrite", save_steps=0, seed=1)
+    assert f"ept-train: error: cannot write '{output / failing}': " in shown
+    after = content(output)
+    for folder in ("adapter", "pictures"):
+        old, new = ({n: d for n, d in files.items() if n.startswith(folder)} for files in (before, after))
+        assert old.keys() == new.keys()
+        assert (old != new) == (folder in replaced)
+
+
+def test_a_full_disk_ends_a_run_with_the_path(command: Callable, tmp_path: Path) -> None:
     """On a real file system that is too small: the third checkpoint finds no room beside two others."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    options = {"max_steps": 4, "save_steps": 1, "eval_limit": 2}
-    arguments, conditions = command(disk / "run", **options), Conditions(disk=(disk, 350_000))
+    arguments, conditions = command(disk / "run", **OPTIONS), Conditions(disk=(disk, 350_000))
     code, shown = run(make_context(), arguments, tmp_path / "log", conditions)
     if code == UNAVAILABLE:
         pytest.skip(f"no private mounts here: {shown.strip()}")
