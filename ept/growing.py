@@ -21,6 +21,7 @@ def growing(name: str) -> property:
         if name not in module._parameters:
             raise AttributeError(name)
         kept, added = module._parameters[name], module._parameters.get(f"{name}_added")
+        assert kept is not None, "a growing parameter is set by its class"
         return kept if added is None else torch.cat([kept, added])
 
     return property(rows, doc=f"All rows of ``{name}``; a parameter only while none have been added.")
@@ -63,8 +64,9 @@ class GrowingModule(nn.Module):
         """As in ``nn.Module``, but finished rows never require a gradient."""
         super().requires_grad_(requires_grad)
         for name in self.grows:
-            if self._parameters.get(f"{name}_added") is not None:
-                self._parameters[name].requires_grad_(False)
+            finished, *added = self.row_parameters(name)
+            if added:
+                finished.requires_grad_(False)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

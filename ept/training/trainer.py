@@ -157,7 +157,7 @@ class EPTTrainer(CheckpointingTrainer):
         # A loss over num_items_in_batch is a share of the accumulated batch's; a batch mean is yet to be divided.
         accumulated = self.current_gradient_accumulation_steps
         is_share = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        if is_share and self._means_tokens:
+        if is_share and num_items_in_batch is not None and self._means_tokens:
             loss = loss * (inputs["labels"] != -100).sum() / num_items_in_batch
         self._add_to_log("task_loss", loss if is_share else loss / accumulated)
         if self._adapter_config is not None:
