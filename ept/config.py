@@ -139,9 +139,6 @@ class EPTConfig(ContrastiveConfig):
             all(is_int(task) and 0 < task < self.num_tasks for task in tasks) and tasks == sorted(set(tasks)),
             f"{wanted}: tasks must be different, from 1 to {self.num_tasks - 1}, and in their order",
         )
-        for sizes in (self.kernel_sizes, *(self.kernel_pattern or {}).values()):
-            missing = sorted({k for _, own in pairs for k in own} - set(sizes))
-            check(not missing, f"added_kernels must be of scales that every layer has, but {sizes} lacks {missing}")
         self.added_kernels = pairs or None
 
     @property

@@ -63,11 +63,15 @@ class GrowingModule(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> GrowingModule:
         """As in ``nn.Module``, but finished rows never require a gradient."""
         super().requires_grad_(requires_grad)
-        for name in self.grows:
-            finished, *added = self.row_parameters(name)
-            if added:
-                finished.requires_grad_(False)
+        self.freeze_finished_rows()
         return self
+
+    def freeze_finished_rows(self) -> None:
+        """Rows that others have been added to do not train."""
+        for name in self.grows:
+            finished, added = self._parameters.get(name), self._parameters.get(f"{name}_added")
+            if finished is not None and added is not None:
+                finished.requires_grad_(False)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

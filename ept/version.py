@@ -1,8 +1,7 @@
 """The package version, alone so that a build can read it without importing torch.
 
 Semantic versioning. What is promised is what ``ept.__all__``, ``ept_kernels.__all__``, ``ept.training.__all__`` and
-``ept.data.__all__`` name, the options of the commands, and the files that are written: adapters,
-exports and checkpoints.
+``ept.data.__all__`` name, the options of the commands, and the files that are written: adapters, exports, checkpoints.
 
 - A patch release (0.1.1) fixes errors; numbers may change in their last bits where that is the fix.
 - A minor release (0.2.0) adds. Before 1.0 it may also change or remove what is promised, and CHANGELOG.md says how to

@@ -280,8 +280,6 @@ class EPTModel(BaseTuner):
         )
         if self.training:
             checkpoint_with_tasks(module)
-            if not torch.compiler.is_compiling():
-                self._freeze_finished()
             self._observe(resolved, args, kwargs)
         push(context)
         if takes_task_ids(module):
@@ -362,7 +360,8 @@ class EPTModel(BaseTuner):
             name: of the task, where the adapter names its tasks; None where it does not.
             like: the task whose embedding it starts from. None: the mean of all.
             new_kernels: kernel sizes of experts that this task and later ones may use beside the others, in every
-                layer; of scales that every layer has, since the seed is cut for those.
+                layer; of scales that every layer has, since the seed is cut for those. They begin at zero and with
+                half of the task's weight or more: ``like`` is where its embedding starts then, not its output.
             adapter_name: default: the active one.
 
         Returns:
@@ -406,32 +405,42 @@ class EPTModel(BaseTuner):
             raise ValueError(f"name must be None, since the adapter's tasks have no names, got {name!r}")
         if names is not None and (not isinstance(name, str) or name in ("", AUTO, *names)):
             raise ValueError(f'name must be a new name, none of "", "auto", {", ".join(names)}; got {name!r}')
-        start = None if like is None else shared.resolve(like)
+        try:
+            start = None if like is None else shared.resolve(like)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"like={like!r} must be None or one of the tasks: {error}") from None
         if not (start is None or isinstance(start, int)):
             raise ValueError(f"like must be one id or name, got {like!r}")
-        sizes = check_kernel_sizes(new_kernels) if len(new_kernels) else ()
         layers: Any = self.adapters(adapter_name)  # pyramids, as ``finished_tasks`` shows
+        try:
+            sizes = check_kernel_sizes(new_kernels) if new_kernels != () else ()
+        except ValueError as error:
+            raise ValueError(f"new_kernels={new_kernels!r} must hold kernel sizes: {error}") from None
         for layer, adapter in layers.items():
-            if not set(sizes) <= set(adapter.geometry.scales):
-                raise ValueError(
-                    f"new_kernels must be of scales that every layer has, but {layer} has {adapter.geometry.scales}, "
-                    f"got {new_kernels!r}"
-                )
+            try:
+                adapter.check_scales(sizes)
+            except ValueError as error:
+                raise ValueError(f"new_kernels={new_kernels!r} does not fit layer {layer!r}: {error}") from None
         finished = shared.num_tasks
         task = shared.add_task(name, start)
         config.num_tasks, config.finished_tasks = finished + 1, finished
         if names is not None:
             config.task_names = [*names, name]
+        trains = adapter_name in self.active_adapters and not config.inference_mode
         if sizes:
             config.added_kernels = (*(config.added_kernels or ()), (task, sizes))
             for adapter in layers.values():
                 adapter.add_experts(task, sizes)
-        self._freeze_finished()
-        shared.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+                if not trains:
+                    adapter.requires_grad_(False)
+        self.freeze_finished()
+        shared.requires_grad_(trains)
         return task
 
-    def _freeze_finished(self) -> None:
-        """Freeze what finished tasks use, again: PEFT makes all of an adapter trainable whenever it activates one.
+    def freeze_finished(self) -> None:
+        """Freeze what finished tasks use, again: PEFT makes all of an adapter trainable when it loads or activates one.
+
+        Done wherever that happens, and when training begins (``train()``, ``ept.parameter_groups``).
 
         A module to save that has parts of its own for every task says so by ``finish(count)``.
         """
@@ -439,6 +448,8 @@ class EPTModel(BaseTuner):
         for name, count in counts.items():
             if not count:
                 continue
+            table: Any = self.ept_task_tables[name]
+            table.freeze_finished_rows()
             pyramids: Any = self.adapters(name).values()
             for adapter in pyramids:
                 adapter.finish(count)
@@ -458,7 +469,18 @@ class EPTModel(BaseTuner):
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for name, shared in self.ept_task_tables.items():
             shared.requires_grad_(name in names and not inference_mode)
-        self._freeze_finished()
+        self.freeze_finished()
+
+    def enable_adapter_layers(self) -> None:
+        super().enable_adapter_layers()
+        self.freeze_finished()
+
+    def train(self, mode: bool = True) -> EPTModel:
+        """As in ``nn.Module``; what finished tasks use stays frozen."""
+        super().train(mode)
+        if mode:
+            self.freeze_finished()
+        return self
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -468,7 +490,7 @@ class EPTModel(BaseTuner):
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         self._set_table_gradients()
-        self._freeze_finished()
+        self.freeze_finished()
 
     def _set_table_gradients(self) -> None:
         for name, shared in self.ept_task_tables.items():
@@ -480,6 +502,7 @@ class EPTModel(BaseTuner):
         for name in names:
             if name in self.ept_task_tables:
                 self.ept_task_tables[name].requires_grad_(requires_grad)
+        self.freeze_finished()
 
     # ---- merging
 
@@ -569,6 +592,7 @@ class EPTModel(BaseTuner):
             if any(part + marker in key for part in (".ept_adapters", "ept_task_tables", ".modules_to_save"))
         }
         check_adapter_state(expected, remapped)
+        ept_model(model).freeze_finished()  # of modules that are saved with the adapter, too: they are there only now
         return remapped
 
 
