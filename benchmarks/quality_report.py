@@ -195,7 +195,8 @@ def write_report(folder: Path, bench: Bench, log: RunLog, command: str) -> list[
 def _setting(results: Results, command: str) -> str:
     bench, record = results.bench, results.any
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    rows = ", ".join(f"{task} {train:,} + {validation:,}" for task, (train, validation) in record["rows"].items())
+    scored = {task: min(rows, bench.eval_limit or rows) for task, (_, rows) in record["rows"].items()}
+    rows = ", ".join(f"{task} {record['rows'][task][0]:,} + {count:,}" for task, count in scored.items())
     return (
         f"`{command}`\n\n{bench.model}, {bench.steps} steps of {bench.batch_size} samples, {bench.max_length} tokens, "
         f"{'bf16 autocast' if bench.bf16 else 'fp32'}; {record['device']}; {versions}. "
