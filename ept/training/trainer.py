@@ -180,7 +180,8 @@ class EPTTrainer(CheckpointingTrainer):
                 gate_lr_ratio=self.args.gate_lr_ratio,
             )
             self.optimizer = optimizer_class(groups, **options)
-        return super().create_optimizer(model)
+        # Without an argument where there is none: transformers 5.0 takes no model.
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
 
     def model_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch as the model takes it: with ``task_ids``, if it has a use for them."""
