@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
@@ -25,11 +26,12 @@ def is_int(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether ``value`` is a finite number in fp32, and not a truth value."""
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_real and abs(value) <= torch.finfo(torch.float32).max
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= torch.finfo(torch.float32).max
 
 
-def check_size(name: str, value: object, allowed: str = "an integer >= 1") -> None:
+def check_size(name: str, value: Any, allowed: str = "an integer >= 1") -> None:
     """Raise a ValueError unless ``value`` is an integer from 1 to ``LARGEST_SIZE``."""
     check(is_int(value) and value >= 1, f"{name} must be {allowed}, got {value!r}")
     check(value <= LARGEST_SIZE, f"{name} must be at most {LARGEST_SIZE}, got {value!r}")

@@ -21,6 +21,7 @@ def growing(name: str) -> property:
         if name not in module._parameters:
             raise AttributeError(name)
         kept, added = module._parameters[name], module._parameters.get(f"{name}_added")
+        assert kept is not None, "a growing parameter is set by its class"
         return kept if added is None else torch.cat([kept, added])
 
     return property(rows, doc=f"All rows of ``{name}``; a parameter only while none have been added.")
@@ -68,8 +69,9 @@ class GrowingModule(nn.Module):
     def freeze_finished_rows(self) -> None:
         """Rows that others have been added to do not train."""
         for name in self.grows:
-            if self._parameters.get(f"{name}_added") is not None:
-                self._parameters[name].requires_grad_(False)
+            finished, added = self._parameters.get(name), self._parameters.get(f"{name}_added")
+            if finished is not None and added is not None:
+                finished.requires_grad_(False)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

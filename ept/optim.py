@@ -45,9 +45,10 @@ def parameter_groups(
     for name, rate in (("lr", lr), ("kernel_lr_ratio", kernel_lr_ratio), ("gate_lr_ratio", gate_lr_ratio)):
         if not rate > 0:
             raise ValueError(f"{name} must be > 0, got {rate!r}")
-    for module in model.modules():  # PEFT makes all of an adapter trainable when it loads or activates one
-        if hasattr(module, "freeze_finished"):
-            module.freeze_finished()
+    owner: Any
+    for owner in model.modules():  # PEFT makes all of an adapter trainable when it loads or activates one
+        if hasattr(owner, "freeze_finished"):
+            owner.freeze_finished()
     kernels: dict[int, nn.Parameter] = {}
     gates: dict[int, dict[int, nn.Parameter]] = {}
     shared: dict[int, nn.Parameter] = {}

@@ -117,7 +117,7 @@ def _costs(
 def _collect(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], names: Sequence[str], tasks: TaskNames
 ) -> _Gradients:
-    layers = {name: model.get_submodule(name) for name in names}
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
         if not (isinstance(layer, (nn.Linear, Conv1D)) and has_dense_weight(layer)):
             raise ValueError(f"model: {name!r} is no linear layer with a dense float weight: it has no gradient")
@@ -159,7 +159,7 @@ def _only_trainable(model: nn.Module, weights: Sequence[nn.Parameter]):
 
 def _by_task(batch: Mapping[str, Any], tasks: TaskNames) -> Iterable[tuple[int, Mapping[str, Any]]]:
     """The rows of each task, as a batch of their own."""
-    ids = tasks.resolve(batch.get("task_ids"))
+    ids: Any = tasks.resolve(batch.get("task_ids"))  # a mixture is no label, and int() refuses it
     if not isinstance(ids, Tensor) or not ids.dim():
         yield int(ids), {**batch, "task_ids": ids}
         return

@@ -200,7 +200,7 @@ class TaskTable(GrowingModule, TaskSet):
         self.append_rows("weight", weight.mean(0, keepdim=True) if like is None else weight[like : like + 1])
         self.num_tasks += 1
         if self.names is not None:
-            self.names = (*self.names, name)
+            self.names = (*self.names, str(name))
         if self.prototypes is not None:
             self.prototypes.add_task()
         return self.num_tasks - 1
@@ -232,6 +232,7 @@ class TaskNames(TaskSet):
     """The tasks of a method that treats them all alike: ids are checked where given, and never needed."""
 
     routes = False
+    _place: Tensor
 
     def __init__(
         self, num_tasks: int, names: Sequence[str] | None = None, *, device: torch.device | None = None

@@ -16,7 +16,9 @@ from .geometry import PyramidGeometry
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _check_tensors(geometry: PyramidGeometry, groups: Tensor | None, active: Tensor | None, **floats: Tensor) -> None:
+def _check_tensors(
+    geometry: PyramidGeometry, groups: Tensor | None, active: Tensor | None, **floats: Tensor | None
+) -> None:
     """What backends take on trust: dense tensors on one device, numbers in a dtype that they compute in."""
     if not isinstance(geometry, PyramidGeometry):
         raise TypeError(f"geometry must be a PyramidGeometry, got {type(geometry).__name__}")

@@ -82,7 +82,7 @@ def licences() -> str:
     lines = [
         "# Licences of the dependencies",
         "",
-        "Read from the metadata of the packages that CI installs, by `make lock`. This package is Apache-2.0 and contains",
+        "Read from the metadata of the packages that CI installs, by `make lock`. This package is Apache-2.0 and holds",
         "none of them. The CUDA builds of torch bring NVIDIA's libraries, under NVIDIA's own terms.",
         "",
         "| package | version | needed by | licence |",

@@ -70,13 +70,14 @@ def export_merged(
     saved = saved_modules(twin, name)
     plain = twin.merge_and_unload(adapter_names=[name], task=resolved)
     parts = take_parts(plain, saved, resolved)
-    if not isinstance(parts.model, PreTrainedModel):
+    whole = parts.model
+    if not isinstance(whole, PreTrainedModel):
         raise TypeError(
             f"model must adapt a transformers model, which has save_pretrained; its base is {type(plain).__name__}"
         )
 
     def write(folder: Path) -> None:
-        parts.model.save_pretrained(folder, **save_options)
+        whole.save_pretrained(folder, **save_options)
         write_head(folder, parts)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

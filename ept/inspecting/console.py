@@ -98,8 +98,8 @@ def _gates(inspection: Inspection) -> Table:
         table.add_column(escape(task))
     for layer in inspection.layers:
         cells = []
-        for task in range(len(inspection.tasks)):
-            cells.append(", ".join(f"{layer.labels[place]}: {weight:.2f}" for place, weight in chosen(layer, task)))
+        for number in range(len(inspection.tasks)):
+            cells.append(", ".join(f"{layer.labels[place]}: {weight:.2f}" for place, weight in chosen(layer, number)))
         table.add_row(escape(layer.name), *cells)
     return table
 

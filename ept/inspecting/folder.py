@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -41,7 +42,7 @@ class SavedAdapter:
     """
 
     folder: Path
-    config: PeftConfig
+    config: Any  # of a method of this package (AdapterConfig), or of PEFT
     layers: Mapping[str, Mapping[str, Tensor]]
     shared: Mapping[str, Tensor]
     other: Mapping[str, Tensor]

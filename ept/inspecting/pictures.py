@@ -30,7 +30,7 @@ def draw_inspection(folder: str | Path, inspection: Inspection, saved: SavedAdap
     if any(layer.updates for layer in layers):
         written.append(_update_ranks(inspection, folder / "update_ranks.png"))
     if len(inspection.tasks) > 1 and inspection.similarity:
-        embeddings = saved.shared.get("weight", saved.shared.get("embedding"))
+        embeddings = saved.shared["weight" if "weight" in saved.shared else "embedding"]
         written.append(plots.task_map(embeddings, inspection.tasks, folder / "task_embeddings.png"))
     return written
 

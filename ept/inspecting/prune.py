@@ -69,7 +69,8 @@ def prune_experts(source: str | Path, output: str | Path) -> Pruned:
             f"(added_kernels={saved.config.added_kernels}), whose places tell which tasks know them"
         )
     gates, _ = task_gates(saved)
-    tensors, sizes = {}, {}
+    tensors: dict[str, Tensor] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
     before = 0
     for name in saved.layers:
         pyramid = saved_pyramid(saved, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer
@@ -20,6 +20,9 @@ from ept.training.checkpoints import (
 )
 from ept.training.finite import refuse_nonfinite
 
+if TYPE_CHECKING:
+    from ept.training.arguments import EPTTrainingArguments
+
 
 class CheckpointingTrainer(Trainer):
     """transformers' Trainer, whose processes write a checkpoint in a folder of its own, which the main one then moves.
@@ -27,6 +30,8 @@ class CheckpointingTrainer(Trainer):
     transformers writes ``checkpoint-<step>`` in place, so that a process killed meanwhile leaves half of one.
     """
 
+    args: EPTTrainingArguments
+    model: Any  # of any library
     _unfinished = False  # whether a checkpoint is being written
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
@@ -37,10 +42,11 @@ class CheckpointingTrainer(Trainer):
             WriteError: a checkpoint cannot be written; earlier ones are intact.
             FloatingPointError: a weight to be saved is not finite.
         """
+        output_dir: Any = self.args.output_dir  # set, whatever transformers declares
         if self.args.should_save:
-            clear_unfinished(self.args.output_dir)
+            clear_unfinished(output_dir)
         if resume_from_checkpoint is True:
-            newest = newest_checkpoint(self.args.output_dir)
+            newest = newest_checkpoint(output_dir)
             if newest is None:
                 raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {str(self.args.output_dir)!r}")
             resume_from_checkpoint = str(newest)

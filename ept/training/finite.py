@@ -62,7 +62,7 @@ class FiniteSteps(TrainerCallback):
             return
         trainer.model.zero_grad()
         message, hopeless = self._explain(batches, state.global_step + 1)
-        if args.nan_policy == "stop" or hopeless:
+        if trainer.args.nan_policy == "stop" or hopeless:
             raise FloatingPointError(message)
         trainer.end_step(skipped=True)
         if state.is_world_process_zero:
@@ -128,7 +128,9 @@ class FiniteSteps(TrainerCallback):
                 whose = "its input is finite" if fine else "its input is not finite either"
                 found.append((_of_samples(output, tasks), f"the output of {_short(name)} ({whose})"))
 
-        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        layers: list[tuple[str, Any]] = [
+            (name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+        ]
         hooks = [
             module.register_forward_hook(lambda _, args, output, name=name: look(name, args, output))
             for name, module in layers

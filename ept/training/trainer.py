@@ -157,7 +157,7 @@ class EPTTrainer(CheckpointingTrainer):
         # A loss over num_items_in_batch is a share of the accumulated batch's; a batch mean is yet to be divided.
         accumulated = self.current_gradient_accumulation_steps
         is_share = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        if is_share and self._means_tokens:
+        if is_share and num_items_in_batch is not None and self._means_tokens:
             loss = loss * (inputs["labels"] != -100).sum() / num_items_in_batch
         self._add_to_log("task_loss", loss if is_share else loss / accumulated)
         if self._adapter_config is not None:
@@ -180,7 +180,8 @@ class EPTTrainer(CheckpointingTrainer):
                 gate_lr_ratio=self.args.gate_lr_ratio,
             )
             self.optimizer = optimizer_class(groups, **options)
-        return super().create_optimizer(model)
+        # Without an argument where there is none: transformers 5.0 takes no model.
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
 
     def model_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch as the model takes it: with ``task_ids``, if it has a use for them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
@@ -22,7 +24,8 @@ def target_features(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[
     _maybe_include_all_linear_layers(config, model)
     if every and not isinstance(config.target_modules, str):  # "all-linear", in a model that an adapter has wrapped
         parts = (".original_module", ".modules_to_save.")
-        config.target_modules = {name for name in config.target_modules if not any(part in name for part in parts)}
+        found: Any = config.target_modules  # a set, which PEFT does not declare
+        config.target_modules = type(found)(name for name in found if not any(part in name for part in parts))
     inside_tuner = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     names = [name for name, _ in model.named_modules() if name and not name.startswith(inside_tuner)]
     matched = [name for name in names if check_target_module_exists(config, name)]

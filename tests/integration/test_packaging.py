@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -17,16 +18,22 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree as git has it: a build leaves folders behind."""
+    source = tmp_path_factory.mktemp("source") / "source"
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
-    for name in listed.stdout.splitlines():  # a copy: a build leaves folders behind
+    for name in listed.stdout.splitlines():
         if (REPOSITORY / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((REPOSITORY / name).read_bytes())
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
     command = [
         sys.executable,
         "-m",
@@ -58,6 +65,26 @@ def test_wheel_holds_the_two_packages_and_the_commands(wheel: Path) -> None:
     for command in ("train = ept.train:main", "export = ept.export.cli:main", "inspect = ept.inspecting.cli:main"):
         assert f"ept-{command}" in entry_points
     assert {"ept/inspecting/page.css", "ept/inspecting/page.js"} <= set(names)
+    assert {"ept/py.typed", "ept_kernels/py.typed"} <= set(names)
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_sdist_builds_and_tests_itself(source: Path, tmp_path: Path) -> None:
+    """All that git has but what belongs to a clone alone, and no product of a build."""
+    (source / "ept_kernels" / "_C.so").touch()  # as a build in place leaves it
+    script = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=source, capture_output=True, text=True)
+    (source / "ept_kernels" / "_C.so").unlink()
+    assert done.returncode == 0, done.stderr
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md", "pyproject.toml", "Makefile"} <= names
+    for folder in ("csrc", "docs", "ept", "ept_kernels", "requirements", "tests"):
+        expected = {str(p.relative_to(source)) for p in (source / folder).rglob("*") if p.is_file()}
+        expected = {name for name in expected if not name.endswith((".pyc", ".so"))}
+        assert expected <= names, f"the sdist lacks {sorted(expected - names)}"
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
 def test_wheel_imports_by_itself_without_cuda_or_triton(wheel: Path, tmp_path: Path) -> None:
@@ -66,11 +93,20 @@ def test_wheel_imports_by_itself_without_cuda_or_triton(wheel: Path, tmp_path: P
     script = """
 import sys
 sys.modules["triton"] = None  # importing it would raise
-import ept, ept_kernels, torch
+import peft, torch
+before = set(sys.modules)
+
+def refuse(*args, **kwargs):
+    raise AssertionError("importing ept asked torch for a GPU")
+
+for name in ("_lazy_init", "is_available", "device_count", "current_device", "get_device_capability"):
+    setattr(torch.cuda, name, refuse)
+import ept, ept_kernels
+added = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert not {"datasets", "matplotlib", "pyarrow", "rich", "sklearn", "scipy"} & added, added
+assert "torch.utils.cpp_extension" not in set(sys.modules) - before
 assert ept.__file__.startswith(sys.argv[1]), ept.__file__
 assert not torch.cuda.is_initialized()
-for optional in ("matplotlib", "datasets", "sklearn", "rich"):
-    assert optional not in sys.modules, f"import ept pulls in {optional}"
 layer = ept.EPTLinear(12, 16, config=ept.EPTConfig(num_tasks=1))
 print(layer(torch.ones(2, 12)).shape)
 """

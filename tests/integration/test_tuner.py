@@ -247,6 +247,9 @@ def test_autocast(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="torch 2.6 cannot trace the context manager that PEFT's forward enters"
+)
 def test_compiles_without_a_graph_break(name: str) -> None:
     torch.manual_seed(6)
     torch._dynamo.reset()
