@@ -29,7 +29,7 @@ def data_aware_centroids(total: Tensor, tokens: Tensor, count: int, noise: float
 
     In a ``torch.distributed`` job the noise is that of rank 0: it sends the finished centroids, so that all have the
     same bits. The default group of processes takes part; every one of them must see its first training batch in the
-    same step. Noise comes from torch's generator on the device of ``total``.
+    same step. Noise comes from torch's generator on the device of ``total``, which it leaves as it was.
 
     Args:
         total: ``[d]``, sum over the tokens of all ranks' batches. tokens: ``[]``, their number.
@@ -38,7 +38,10 @@ def data_aware_centroids(total: Tensor, tokens: Tensor, count: int, noise: float
         ``[count, d]``.
     """
     mean = total / tokens.clamp_min(1)
-    offsets = torch.empty(count, len(mean), dtype=mean.dtype, device=mean.device).uniform_(-noise, noise)
+    offsets = torch.empty(count, len(mean), dtype=mean.dtype, device=mean.device)
+    devices = [mean.device] if mean.is_cuda else []
+    with torch.random.fork_rng(devices):  # a checkpointed pass draws no centroids when it is repeated: same masks after
+        offsets.uniform_(-noise, noise)
     offsets[0] = 0
     centroids = mean + offsets
     if number_of_ranks() > 1:
