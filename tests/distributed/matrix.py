@@ -25,7 +25,6 @@ EXACT = (1e-9, 5e-6)
 ROUNDED = (2e-2, 1e-3)  # fp32: AdamW makes steps of the rate out of gradients that are rounding
 # A mean over a decoder's tokens counts padding, since no mask reaches its layers, and how much depends on the batch.
 PADDED = {"ept seq2seq": (0.1, 0.3), "more seq2seq": (0.1, 0.3), "mixlora seq2seq": (0.1, 0.3)}
-PADDED["ept seq2seq, accumulated"] = PADDED["ept seq2seq"]
 
 REFUSED = ("unused", "tucka encoder FSDP2, not started")
 

@@ -90,7 +90,6 @@ def make_trainer(model: PeftModel, kind: str, folder: Path, **options: Any) -> E
         "logging_steps": 1,
         "save_strategy": "no",
         "max_new_tokens": 3,
-        "use_cpu": True,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "report_to": "none",
@@ -274,7 +273,8 @@ def _named() -> dict[str, Run]:
         "tucka encoder, single-task batches": Run(data_parallel, ("tucka", "encoder"), {"task_batching": "single"}),
     }
     for kind in TASK_TYPES:
-        runs[f"ept {kind}, accumulated"] = Run(data_parallel, ("ept", kind), {"gradient_accumulation_steps": 2})
+        options = {"gradient_accumulation_steps": 2, **(without if kind == "seq2seq" else {})}
+        runs[f"ept {kind}, accumulated"] = Run(data_parallel, ("ept", kind), options)
     for value in (None, True):
         options = {"ddp_find_unused_parameters": value}
         runs[f"ept encoder, find_unused {value}"] = Run(data_parallel, ("ept", "encoder"), options)

@@ -34,7 +34,6 @@ EQUAL = (
     "ept encoder, own seeds",
     "tucka encoder, own seeds",
     "ept causal, accumulated",
-    "ept seq2seq, accumulated",
     "tucka encoder, single-task batches",
 )
 SHARDED = ("ept encoder FSDP2", "ept causal FSDP2")
