@@ -230,9 +230,9 @@ def unused(folder: Path) -> Result:
     return {"error": None}
 
 
-def command_line(folder: Path, *flags: str) -> Result:
+def command_line(folder: Path) -> Result:
     """``ept-train``; it ends the job's group of processes, so this is the last run of a launch."""
-    if rank() == 0 and not folder.exists():
+    if rank() == 0:
         write_source(folder / "source", TASKS)
     if world_size() > 1:
         dist.barrier()
@@ -240,7 +240,7 @@ def command_line(folder: Path, *flags: str) -> Result:
     options |= {"r": 2, "kernel_sizes": "1,2,2", "dropout": 0.1, "lr": 0.01, "max_length": 32}
     options |= {"max_steps": 6, "save_steps": 3, "batch_size": GLOBAL_BATCH // world_size()}
     named = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    train.main([*named, "--quiet", *flags])
+    train.main([*named, "--quiet"])
     return {}
 
 
@@ -290,7 +290,6 @@ def _named() -> dict[str, Run]:
         "mixlora blocks fully_shard": Run(own_loop, ("mixlora",)),
         "unused": Run(unused),
         "ept-train": Run(command_line),
-        "ept-train resumed": Run(command_line, ("--resume",)),
     }
     return runs
 
@@ -304,7 +303,7 @@ def perform(name: str, folder: Path) -> Result:
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
     try:
-        return run.make(folder / name.split(" resumed")[0].replace(" ", "-"), *run.arguments, **run.options)
+        return run.make(folder / name.replace(" ", "-"), *run.arguments, **run.options)
     except ValueError as error:
         return {"error": str(error)}
 
