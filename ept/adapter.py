@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ept_kernels import (
 from .config import EPTConfig
 from .growing import GrowingModule, growing
 from .mixture import TaskMixture
-from .router import fold_routed, route, route_stages
+from .router import fold_routed, route, route_rows, route_stages
 from .task_routed import TaskRoutedAdapter
 from .tasks import ResolvedTasks, TaskIds, TaskNames, TaskSet
 from .token_routing import UNMERGEABLE, fold_tokens, rows_of
@@ -72,6 +72,7 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
             (first, PyramidGeometry(in_features, out_features, config.r, sizes[:experts], config.alp_scaling))
             for first, experts in config.stages
         ]
+        self.check_scales(sizes)
         self.geometry = self._stages[-1][1]
         self.scaling = config.lora_alpha / config.r
         self.top_k = config.top_k
@@ -80,11 +81,11 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         if self.by_token and shared.routes:
             raise ValueError("task_table must be left out with routing='token', which has no task embeddings")
         self.unmergeable = UNMERGEABLE if self.by_token else None
-        factory = {"device": device, "dtype": dtype}
+        factory: Any = {"device": device, "dtype": dtype}
         self.A = nn.Parameter(torch.empty(config.r, self.geometry.seed_width, **factory))
         self.B = nn.Parameter(torch.empty(self.geometry.seed_height, config.r, **factory))
         self.kernels = nn.ParameterList(nn.Parameter(torch.empty(k, k, **factory)) for k in sizes)
-        width = in_features if self.by_token else shared.dim
+        width: Any = in_features if self.by_token else shared.dim
         self.gate = nn.Parameter(torch.empty(self.geometry.num_experts, width, **factory))
         self.kept = Kept()
         self.reset_adapter_parameters()
@@ -112,21 +113,36 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
             parameter.requires_grad_(False)
             parameter.grad = None  # an optimizer that was made before would still apply it
 
+    def check_scales(self, sizes: Sequence[int]) -> None:
+        """Raise ValueError if an expert of one of these sizes could not be added."""
+        missing = sorted(set(sizes) - set(self._stages[0][1].scales))
+        if missing:
+            raise ValueError(
+                f"added experts must be of the layer's scales {self._stages[0][1].scales}, for which its seed is cut; "
+                f"{missing} are not"
+            )
+
     @torch.no_grad()
     def add_experts(self, task: int, sizes: tuple[int, ...]) -> None:
         """Experts for ``task``, the newest, and tasks to come; whatever there is gets frozen.
 
-        Their kernels are zero, and their gate rows all but that of the expert which the task wants most: it begins with
-        as many new experts as ``top_k`` leaves room for beside that one, and at least with one.
+        Their kernels are zero. Their gate rows are almost that of the expert which the task wants most: the first ones,
+        as many as ``top_k`` leaves room for beside it and at least one, are wanted a little more, the others a little
+        less. So the task begins with these and, if ``top_k`` allows, with the best expert that there was.
 
         Args:
-            sizes: kernel sizes, all among the layer's scales.
+            sizes: kernel sizes.
+
+        Raises:
+            ValueError: a size that is not among the layer's scales, for which the seed is cut.
         """
+        self.check_scales(sizes)
         embedding = self.task_table.weight[task]
         best = self.gate[(self.gate @ embedding).argmax()]
         step = _STEP_BETWEEN_NEW_EXPERTS * embedding / embedding.square().sum()
-        ahead = 1 if self.top_k == 1 else -1
-        self.append_rows("gate", torch.stack([best + (ahead - place) * step for place in range(len(sizes))]))
+        first = max(1, self.top_k - 1)
+        steps = [first - place if place < first else first - 1 - place for place in range(len(sizes))]
+        self.append_rows("gate", torch.stack([best + count * step for count in steps]))
         self.kernels.extend(nn.Parameter(self.A.new_zeros(k, k)) for k in sizes)
         old = self.geometry
         self.geometry = PyramidGeometry(
@@ -185,12 +201,13 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         """
         if not self.by_token:
             raise ValueError("routing='task' gives experts to tasks, not to tokens; route(task_ids) says to which")
-        index, gates = route(self.gate, rows_of(x, self.in_features), self.top_k)
+        index, gates = route_rows(self.gate, rows_of(x, self.in_features), self.top_k)
         return index.view(*x.shape[:-1], self.top_k), gates.view(*x.shape[:-1], self.top_k)
 
     def _kernels(self) -> tuple[Tensor, ...]:
         own = self.kernels._parameters  # a ParameterList looks every item up by name, which a small layer would notice
-        return tuple(own.values()) if len(own) == self.geometry.num_experts else tuple(self.kernels)
+        found: Any = own.values() if len(own) == self.geometry.num_experts else self.kernels
+        return tuple(found)
 
     def fold(self, tasks: ResolvedTasks) -> tuple[Tensor, Tensor | None, Tensor]:
         """Folded kernels ``[G, folded_size]`` of resolved tasks, ``groups`` and ``active`` as the ops take them.
@@ -205,11 +222,12 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         self.check_mergeable()
         if isinstance(tasks, TaskMixture):
             folded, _, active = self.fold(tasks.every_task())
-            groups = torch.arange(len(tasks), device=folded.device)
-            return tasks.mix(folded), groups, tasks.mix_any(active)
+            return tasks.mix(folded), torch.arange(len(tasks), device=folded.device), tasks.mix_any(active)
         if len(self._stages) > 1:
             return self._fold_stages(tasks)
-        table, groups, routed = self.task_table, None, tasks
+        table = self.task_table
+        groups: Tensor | None = None
+        routed: int | Tensor | None = tasks
         kernels = self._kernels()
         plan = (kernels, self.top_k, self.scaling, self.geometry)
         if not self.training:

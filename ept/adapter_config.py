@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass, field
 
+import torch
 from peft.config import PeftConfig
+
+#: No size of an adapter is larger: that of a damaged config is refused before anybody asks for so much memory.
+LARGEST_SIZE = 2**16
 
 
 def check(condition: bool, message: str) -> None:
@@ -20,8 +24,15 @@ def is_int(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is a finite number, and not a truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether ``value`` is a finite number in fp32, and not a truth value."""
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and abs(value) <= torch.finfo(torch.float32).max
+
+
+def check_size(name: str, value: object, allowed: str = "an integer >= 1") -> None:
+    """Raise a ValueError unless ``value`` is an integer from 1 to ``LARGEST_SIZE``."""
+    check(is_int(value) and value >= 1, f"{name} must be {allowed}, got {value!r}")
+    check(value <= LARGEST_SIZE, f"{name} must be at most {LARGEST_SIZE}, got {value!r}")
 
 
 @dataclass
@@ -57,7 +68,7 @@ class AdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(is_int(self.r) and self.r >= 1, f"r must be an integer >= 1, got {self.r!r}")
+        check_size("r", self.r)
         check(
             is_number(self.lora_alpha) and self.lora_alpha > 0,
             f"lora_alpha must be a number > 0, got {self.lora_alpha!r}",
@@ -67,18 +78,39 @@ class AdapterConfig(PeftConfig):
             is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,
             f"lora_dropout must be a number in [0, 1), got {self.lora_dropout!r}",
         )
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
+        self._check_targets()
 
     def for_layer(self, name: str) -> AdapterConfig:
         """The config of the layer ``name`` of a model: this one, unless a method lets layers differ."""
         return self
 
+    def _check_targets(self) -> None:
+        """What PEFT takes on trust."""
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if value is None or (isinstance(value, str) and name != "modules_to_save"):
+                continue
+            names = isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value)
+            check(names, f"{name} must be None or a list of strings, got {value!r}")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"{name}={value!r} is not a regular expression: {error}") from None
+            elif value is not None:
+                setattr(self, name, set(value))
+        layers = self.layers_to_transform
+        check(
+            layers is None or is_int(layers) or (isinstance(layers, (list, tuple, set)) and all(map(is_int, layers))),
+            f"layers_to_transform must be None, an integer or a list of integers, got {layers!r}",
+        )
+
     def _check_tasks(self) -> None:
         if self.task_names is not None:
-            names = [self.task_names] if isinstance(self.task_names, str) else list(self.task_names)
+            given = self.task_names
+            names = [given] if isinstance(given, str) else list(given) if isinstance(given, (list, tuple)) else []
             check(
                 bool(names) and all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names),
                 f"task_names must be distinct, non-empty strings, got {self.task_names!r}",
@@ -91,7 +123,4 @@ class AdapterConfig(PeftConfig):
                 f"num_tasks={self.num_tasks!r} contradicts the {len(names)} task_names; leave one of them out",
             )
             self.num_tasks = len(names)
-        check(
-            is_int(self.num_tasks) and self.num_tasks >= 1,
-            f"num_tasks must be an integer >= 1, got {self.num_tasks!r}",
-        )
+        check_size("num_tasks", self.num_tasks)

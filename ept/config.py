@@ -91,8 +91,14 @@ class EPTConfig(ContrastiveConfig):
             is_int(self.finished_tasks) and 0 <= self.finished_tasks <= self.num_tasks,
             f"finished_tasks must be an integer from 0 to num_tasks={self.num_tasks}, got {self.finished_tasks!r}",
         )
-        check(self.init_seed in ("gaussian", "zero"), f"init_seed must be 'gaussian' or 'zero', got {self.init_seed!r}")
-        check(self.routing in ("task", "token"), f"routing must be 'task' or 'token', got {self.routing!r}")
+        check(
+            isinstance(self.init_seed, str) and self.init_seed in ("gaussian", "zero"),
+            f"init_seed must be 'gaussian' or 'zero', got {self.init_seed!r}",
+        )
+        check(
+            isinstance(self.routing, str) and self.routing in ("task", "token"),
+            f"routing must be 'task' or 'token', got {self.routing!r}",
+        )
         if self.routing == "token":
             check(self.added_kernels is None, "added_kernels must be None with routing='token', which has no tasks")
             check(not self.auto_routing, "auto_routing must be False with routing='token', which asks for no tasks")
@@ -133,9 +139,6 @@ class EPTConfig(ContrastiveConfig):
             all(is_int(task) and 0 < task < self.num_tasks for task in tasks) and tasks == sorted(set(tasks)),
             f"{wanted}: tasks must be different, from 1 to {self.num_tasks - 1}, and in their order",
         )
-        for sizes in (self.kernel_sizes, *(self.kernel_pattern or {}).values()):
-            missing = sorted({k for _, own in pairs for k in own} - set(sizes))
-            check(not missing, f"added_kernels must be of scales that every layer has, but {sizes} lacks {missing}")
         self.added_kernels = pairs or None
 
     @property
@@ -153,7 +156,7 @@ class EPTConfig(ContrastiveConfig):
 
     def for_layer(self, name: str) -> EPTConfig:
         """This config with the kernel sizes that ``kernel_pattern`` gives the layer ``name``."""
-        key = get_pattern_key(self.kernel_pattern or (), name)
+        key = get_pattern_key(list(self.kernel_pattern or ()), name)
         if self.kernel_pattern is None or key not in self.kernel_pattern:
             return self
         config = copy.copy(self)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .adapter_config import AdapterConfig, check, is_int, is_number
+from .adapter_config import AdapterConfig, check, check_size, is_number
+
+#: Below it, logits (a cosine over the temperature) and their gradients leave the range of fp32.
+LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass
@@ -27,10 +30,8 @@ class ContrastiveConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            self.task_embedding_dim is None or (is_int(self.task_embedding_dim) and self.task_embedding_dim >= 1),
-            f"task_embedding_dim must be None or an integer >= 1, got {self.task_embedding_dim!r}",
-        )
+        if self.task_embedding_dim is not None:
+            check_size("task_embedding_dim", self.task_embedding_dim, "None or an integer >= 1")
         check(
             is_number(self.task_similarity) and 0 <= self.task_similarity < 1,
             f"task_similarity must be a number in [0, 1), got {self.task_similarity!r}",
@@ -38,6 +39,10 @@ class ContrastiveConfig(AdapterConfig):
         check(
             is_number(self.temperature) and self.temperature > 0,
             f"temperature must be a number > 0, got {self.temperature!r}",
+        )
+        check(
+            self.temperature >= LEAST_TEMPERATURE,
+            f"temperature must be at least {LEAST_TEMPERATURE}, got {self.temperature!r}",
         )
         check(
             is_number(self.contrastive_weight) and self.contrastive_weight >= 0,

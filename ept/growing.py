@@ -62,10 +62,14 @@ class GrowingModule(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> GrowingModule:
         """As in ``nn.Module``, but finished rows never require a gradient."""
         super().requires_grad_(requires_grad)
+        self.freeze_finished_rows()
+        return self
+
+    def freeze_finished_rows(self) -> None:
+        """Rows that others have been added to do not train."""
         for name in self.grows:
             if self._parameters.get(f"{name}_added") is not None:
                 self._parameters[name].requires_grad_(False)
-        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

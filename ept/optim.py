@@ -45,6 +45,9 @@ def parameter_groups(
     for name, rate in (("lr", lr), ("kernel_lr_ratio", kernel_lr_ratio), ("gate_lr_ratio", gate_lr_ratio)):
         if not rate > 0:
             raise ValueError(f"{name} must be > 0, got {rate!r}")
+    for module in model.modules():  # PEFT makes all of an adapter trainable when it loads or activates one
+        if hasattr(module, "freeze_finished"):
+            module.freeze_finished()
     kernels: dict[int, nn.Parameter] = {}
     gates: dict[int, dict[int, nn.Parameter]] = {}
     shared: dict[int, nn.Parameter] = {}
@@ -58,14 +61,14 @@ def parameter_groups(
             shared |= {id(rows): rows for rows in module.row_parameters("weight")}
     adapter = {*kernels, *shared, *(key for group in gates.values() for key in group)}
     others = [parameter for parameter in model.parameters() if id(parameter) not in adapter]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"name": "seed and task embeddings", "params": list(shared.values()), "lr": lr, "weight_decay": 0.0},
         {"name": "other", "params": others, "lr": lr, "weight_decay": weight_decay},
         {"name": "kernels", "params": list(kernels.values()), "lr": lr * kernel_lr_ratio, "weight_decay": 0.0},
     ]
-    for width, group in gates.items():
+    for width, rows_of_gates in gates.items():
         name, rate = f"gates of width {width}", lr * gate_lr_ratio / width
-        groups.append({"name": name, "params": list(group.values()), "lr": rate, "weight_decay": 0.0})
+        groups.append({"name": name, "params": list(rows_of_gates.values()), "lr": rate, "weight_decay": 0.0})
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     groups = [group for group in groups if group["params"]]

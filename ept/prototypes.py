@@ -64,6 +64,10 @@ class TaskPrototypes(nn.Module):
         count ``[T]`` int64, mean and variance ``[T, width]``: of the samples of each task that were observed.
     """
 
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+
     def __init__(self, num_tasks: int, width: int, *, device: torch.device | None = None) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros(num_tasks, dtype=torch.long, device=device))

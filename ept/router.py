@@ -11,22 +11,33 @@ from ept_kernels import PyramidGeometry, active_scales, fold_kernels, without_au
 
 
 def route(gate: Tensor, embeddings: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Top-k of ``embeddings @ gate.T`` and the softmax over the selected logits; never below fp32.
+    """Top-k of the tasks' logits ``embeddings @ gate.T`` and the softmax over the selected ones; never below fp32.
 
     With ``top_k = 1`` the softmax of one logit is the constant 1: the value stays 1 and the gradient is that of the
     full softmax (straight-through), so that the gate learns.
 
     Args:
         gate: ``[E, d]``.
-        embeddings: ``[G, d]``, of tasks; or tokens' own inputs ``[T, in]``, for a gate ``[E, in]``.
+        embeddings: ``[G, d]``, of tasks.
         top_k: experts to select, 1 to E.
 
     Returns:
         ``(index [G, top_k] int64, gates [G, top_k])``, best expert first; gates sum to 1.
     """
     dtype = torch.promote_types(gate.dtype, torch.float32)
+    # Row by row: a matrix product would round in an order that hangs on how many tasks there are.
+    return _select((embeddings.to(dtype)[:, None] * gate.to(dtype)).sum(-1), top_k)
+
+
+def route_rows(gate: Tensor, rows: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """``route`` of tokens by their own inputs, ``rows [T, in]``, for a gate ``[E, in]``."""
+    dtype = torch.promote_types(gate.dtype, torch.float32)
     with without_autocast(gate.device):
-        logits = embeddings.to(dtype) @ gate.to(dtype).T
+        logits = rows.to(dtype) @ gate.to(dtype).T
+    return _select(logits, top_k)
+
+
+def _select(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     selected, index = logits.topk(top_k, dim=-1)
     if top_k == 1:
         probability = logits.softmax(-1).gather(-1, index)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ept_kernels import PyramidGeometry, fold_tasks
 
-from .router import fold_routed, route
+from .router import fold_routed, route_rows
 
 UNMERGEABLE = (
     "EPT with routing='token' chooses experts for every token, so no one weight does what it does: it can be neither "
@@ -57,5 +57,5 @@ def fold_tokens(
         fused = fold_tasks(gate, rows, None, kernels, top_k, scaling, geometry)
         if fused is not None:
             return fused[0], groups, fused[1]
-    folded, active = fold_routed(kernels, *route(gate, rows, top_k), scaling, geometry)
+    folded, active = fold_routed(kernels, *route_rows(gate, rows, top_k), scaling, geometry)
     return folded, groups, active

@@ -9,6 +9,11 @@ from torch import Tensor
 
 from .geometry import PyramidGeometry
 
+#: Up to so many groups, which are tasks, a group's result does not depend, to the bit, on how many there are: a task's
+#: output stays the same when others are added. A matrix product rounds in an order that hangs on its number of rows; it
+#: is left to larger numbers of groups, which are tokens.
+MOST_TASKS = 1024
+
 
 def _by_scale(geometry: PyramidGeometry) -> list[int]:
     """The experts, those of the smallest scale first."""
@@ -52,10 +57,10 @@ def fold_kernels(kernels: Sequence[Tensor], gates: Tensor, scaling: float, geome
     counts = [sizes.count(k) for k in geometry.scales]
     entries = torch.cat([kernels[expert].reshape(-1) for expert in _by_scale(geometry)]).to(gates.dtype)
     tables = entries.split([count * k * k for count, k in zip(counts, geometry.scales, strict=True)])
-    blocks = [
-        (gate * (scaling * alp)) @ table.view(count, -1)
-        for gate, table, count, alp in zip(_split(gates, geometry), tables, counts, geometry.alp_factors, strict=True)
-    ]
+    blocks = []
+    for gate, table, count, alp in zip(_split(gates, geometry), tables, counts, geometry.alp_factors, strict=True):
+        gate, table = gate * (scaling * alp), table.view(count, -1)
+        blocks.append((gate[:, :, None] * table).sum(1) if len(gate) <= MOST_TASKS else gate @ table)
     return torch.cat(blocks, dim=1)
 
 

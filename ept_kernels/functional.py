@@ -13,6 +13,28 @@ from .dispatch import backend_for
 from .eager import call
 from .geometry import PyramidGeometry
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_tensors(geometry: PyramidGeometry, groups: Tensor | None, active: Tensor | None, **floats: Tensor) -> None:
+    """What backends take on trust: dense tensors on one device, numbers in a dtype that they compute in."""
+    if not isinstance(geometry, PyramidGeometry):
+        raise TypeError(f"geometry must be a PyramidGeometry, got {type(geometry).__name__}")
+    device = None
+    for name, tensor in (*floats.items(), ("groups", groups), ("active", active)):
+        if tensor is None and name in ("bias", "groups", "active"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got one of layout {tensor.layout}")
+        if name in floats and tensor.dtype not in _FLOATS:
+            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}; allowed: 16 to 64 bits")
+        if device is None:
+            device, first = tensor.device, name
+        elif tensor.device != device:
+            raise ValueError(f"{name} must be on the device of {first}, {device}, got {tensor.device}")
+
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     if tuple(tensor.shape) != shape:
@@ -31,8 +53,6 @@ def _check_adapter(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeomet
 def _check_rows(x: Tensor, folded: Tensor, groups: Tensor | None, geometry: PyramidGeometry) -> None:
     if x.dim() == 0 or x.shape[-1] != geometry.in_features:
         raise ValueError(f"x must be [..., in_features={geometry.in_features}], got {list(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be a floating-point tensor, got {x.dtype}")
     if groups is None:
         if folded.shape[0] != 1:
             raise ValueError(f"groups may be None only for one folded kernel, got {folded.shape[0]} of them")
@@ -55,7 +75,7 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
 
 
 def _check_options(dropout_p: float, active: Tensor | None, folded: Tensor, geometry: PyramidGeometry) -> None:
-    if not 0 <= dropout_p < 1:
+    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
     if active is not None:
         _expect("active", active, (folded.shape[0], len(geometry.scales)), "[groups, scales] =")
@@ -85,8 +105,10 @@ def pyramid_weight(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeomet
         ``[G, out, in]`` in the dtype of A, differentiable once in A, B and folded.
 
     Raises:
-        ValueError: a shape or dtype that does not fit the geometry.
+        ValueError: a shape or dtype that does not fit the geometry, tensors on several devices or not dense.
+        TypeError: neither a tensor nor a geometry.
     """
+    _check_tensors(geometry, None, None, A=A, B=B, folded=folded)
     _check_adapter(A, B, folded, geometry)
     _refuse_tangents(A, B, folded)
     with without_autocast(A.device):  # a merge is exact in the dtype of A, whatever surrounds it
@@ -111,13 +133,13 @@ def pyramid_merge(weight: Tensor, A: Tensor, B: Tensor, folded: Tensor, geometry
         (``triton``), no dense update is in memory beside it.
 
     Raises:
-        ValueError: a shape or dtype that does not fit the geometry.
+        ValueError: a shape or dtype that does not fit the geometry, tensors on several devices or not dense.
+        TypeError: neither a tensor nor a geometry.
         RuntimeError: an input requires a gradient and autograd is on.
     """
+    _check_tensors(geometry, None, None, weight=weight, A=A, B=B, folded=folded)
     _check_adapter(A, B, folded, geometry)
     _expect("weight", weight, (geometry.out_features, geometry.in_features), "[out, in] =")
-    if not weight.is_floating_point():
-        raise ValueError(f"weight must be a floating-point tensor, got {weight.dtype}")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (weight, A, B, folded)):
         raise RuntimeError(
             "pyramid_merge has no gradient; call it under torch.no_grad(), or add pyramid_weight to the weight"
@@ -155,8 +177,12 @@ def pyramid_delta(
         ``[..., out]`` in the dtype of x (autocast's, where that is on), differentiable once in x, A, B and folded.
 
     Raises:
-        ValueError: a shape or dtype that does not fit, groups that do not divide the rows, dropout_p out of range.
+        ValueError: a shape or dtype that does not fit, tensors on several devices or not dense, groups that do not
+            divide the rows, dropout_p out of range.
+        TypeError: neither a tensor nor a geometry.
+        IndexError: on a CPU, a group that ``folded`` lacks; on a GPU the backend's device assertion, where it has one.
     """
+    _check_tensors(geometry, groups, active, x=x, A=A, B=B, folded=folded)
     _check_adapter(A, B, folded, geometry)
     _check_rows(x, folded, groups, geometry)
     _check_options(dropout_p, active, folded, geometry)
@@ -214,6 +240,7 @@ def pyramid_linear(
     Raises:
         ValueError: as ``pyramid_delta``, and a weight or bias of another shape or dtype.
     """
+    _check_tensors(geometry, groups, active, x=x, weight=weight, bias=bias, A=A, B=B, folded=folded)
     _check_adapter(A, B, folded, geometry)
     _check_rows(x, folded, groups, geometry)
     _check_options(dropout_p, active, folded, geometry)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+
+#: Experts of a layer at most: every one has parameters of its own.
+MOST_EXPERTS = 2**12
 
 
 def _positive_int(name: str, value: object) -> int:
@@ -32,7 +36,8 @@ class PyramidGeometry:
         seed_width, seed_height: ``A`` is ``[rank, seed_width]``, ``B`` is ``[seed_height, rank]``.
 
     Raises:
-        ValueError: a size is not a positive integer, ``kernel_sizes`` is empty, or a scale is larger than the layer.
+        ValueError: a size is not a positive integer, ``kernel_sizes`` is empty or too long, or a scale is larger than
+            the layer.
     """
 
     in_features: int
@@ -57,6 +62,8 @@ class PyramidGeometry:
         _positive_int("out_features", self.out_features)
         _positive_int("rank", self.rank)
         sizes = check_kernel_sizes(self.kernel_sizes)
+        if not isinstance(self.alp_scaling, bool):
+            raise ValueError(f"alp_scaling must be True or False, got {self.alp_scaling!r}")
         smaller = min(self.in_features, self.out_features)
         if max(sizes) > smaller:
             raise ValueError(
@@ -100,11 +107,13 @@ class PyramidGeometry:
 def check_kernel_sizes(kernel_sizes: Sequence[int]) -> tuple[int, ...]:
     """Return ``kernel_sizes`` as a tuple of integers >= 1, or raise a ValueError that names the argument."""
     try:
-        sizes = tuple(kernel_sizes)
+        sizes = tuple(islice(kernel_sizes, MOST_EXPERTS + 1))
     except TypeError:
         raise ValueError(f"kernel_sizes must be a sequence of integers >= 1, got {kernel_sizes!r}") from None
     if not sizes:
         raise ValueError("kernel_sizes must name at least one expert, got an empty sequence")
+    if len(sizes) > MOST_EXPERTS:
+        raise ValueError(f"kernel_sizes must name at most {MOST_EXPERTS} experts, got more")
     for size in sizes:
         _positive_int("every entry of kernel_sizes", size)
     return sizes

@@ -18,12 +18,14 @@ from .tracing import is_eager
 
 def _run_backward(op: str, grad: Tensor, *args: Any) -> Sequence[Tensor | None]:
     """The backward op; without the detour through torch's dispatcher where nobody could tell."""
-    if torch.is_grad_enabled() or not is_eager(grad):  # with gradients on, the op itself refuses a second derivative
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    # with gradients on, the op itself refuses a second derivative
+    if torch.is_grad_enabled() or not is_eager(grad, *tensors):
         return getattr(torch.ops.ept, op)(grad, *args)
     return run(op, grad, *args)
 
 
-def _asked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+def _asked(gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 

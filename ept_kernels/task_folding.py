@@ -38,16 +38,43 @@ def _module(modules: dict[str, str], device: torch.device) -> ModuleType | None:
     return module
 
 
-def _check(geometry: PyramidGeometry, top_k: int, gate: Tensor, table: Tensor, kernels: Sequence[Tensor]) -> None:
+def _check_tasks(tasks: int | Tensor | None) -> None:
+    """Ids that native code would read as others: truth values, fractions, numbers of numpy."""
+    if isinstance(tasks, Tensor):
+        if tasks.is_meta:
+            raise ValueError("tasks must hold ids, got a tensor on the meta device, which holds nothing")
+        if tasks.dtype not in (torch.int64, torch.int32) or tasks.dim() > 1:
+            raise ValueError(
+                f"tasks must be a scalar or 1-D tensor of int64 or int32, got {list(tasks.shape)} of {tasks.dtype}"
+            )
+    elif tasks is not None and (isinstance(tasks, bool) or not isinstance(tasks, int)):
+        raise TypeError(f"tasks must be an integer, an integer tensor or None, got {tasks!r}")
+
+
+def _check(
+    geometry: PyramidGeometry,
+    top_k: int,
+    scaling: float,
+    gate: Tensor,
+    table: Tensor,
+    kernels: Sequence[Tensor],
+) -> None:
     """What the native code takes on trust."""
+    if not isinstance(geometry, PyramidGeometry):
+        raise TypeError(f"geometry must be a PyramidGeometry, got {type(geometry).__name__}")
+    for name, tensor in (("gate", gate), ("table", table), *(("every entry of kernels", kernel) for kernel in kernels)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     sizes = geometry.kernel_sizes
-    if gate.shape[0] != len(sizes) or gate.dim() != 2:
+    if gate.dim() != 2 or gate.shape[0] != len(sizes):
         raise ValueError(f"gate must be [{len(sizes)} experts, d], got {list(gate.shape)}")
     if table.dim() != 2 or table.shape[1] != gate.shape[1]:
         raise ValueError(f"table must be [tasks, d={gate.shape[1]}], got {list(table.shape)}")
-    if not 1 <= top_k <= len(sizes):
-        raise ValueError(f"top_k must be from 1 to {len(sizes)}, got {top_k}")
-    if tuple(kernel.numel() for kernel in kernels) != tuple(k * k for k in sizes):
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(sizes):
+        raise ValueError(f"top_k must be from 1 to {len(sizes)}, got {top_k!r}")
+    if not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling must be a number, got {scaling!r}")
+    if tuple(tuple(kernel.shape) for kernel in kernels) != tuple((k, k) for k in sizes):
         raise ValueError(f"kernels must be [k, k] with k in {sizes}, got {[list(kernel.shape) for kernel in kernels]}")
 
 
@@ -92,10 +119,12 @@ def fold_tasks(
 
     Raises:
         IndexError: a task that the table lacks; for a tensor on a GPU the result is NaN instead.
-        ValueError: a shape that does not fit the geometry, top_k out of range.
+        ValueError: a shape that does not fit the geometry, top_k out of range, tasks of another shape or dtype.
+        TypeError: another type than these.
         ValueError, RuntimeError: as ``backend_for``.
     """
-    _check(geometry, top_k, gate, table, kernels)
+    _check_tasks(tasks)
+    _check(geometry, top_k, scaling, gate, table, kernels)
     folder = _server(gate, table, kernels)
     return None if folder is None else folder.fold_tasks(gate, table, tasks, kernels, top_k, scaling, geometry)
 
@@ -124,8 +153,9 @@ def fold_kept(
             None, all T without ``groups``.
 
     Raises:
-        IndexError, ValueError, RuntimeError: as ``fold_tasks``.
+        IndexError, ValueError, TypeError, RuntimeError: as ``fold_tasks``.
     """
+    _check_tasks(tasks)
     if not is_eager() or torch.is_grad_enabled() or not gate.is_cpu:
         return None
     cache = _module(_CACHES, gate.device)
@@ -134,7 +164,7 @@ def fold_kept(
     parameters = (gate, *kernels, table)
     fold = cache.unchanged(kept, tasks, parameters, top_k, scaling, geometry)
     if fold is None:
-        _check(geometry, top_k, gate, table, kernels)
+        _check(geometry, top_k, scaling, gate, table, kernels)
         if len(table) > cache.MOST_TASKS or _server(gate, table, kernels) is None:
             return None
         fold = cache.renew(kept, kept_table, parameters, top_k, scaling, geometry)

@@ -14,8 +14,8 @@ def is_eager(*tensors: Tensor | None) -> bool:
 
     Then an op may be called without ``torch.library``, whose detour costs several times as much as a small layer:
     there is no ``torch.compile`` or ``torch.jit.trace`` to write it into a graph, no ``torch.func`` transform, no
-    dispatch mode (fake tensors, op counters), no forward-mode differentiation, no batched gradient and no tensor
-    subclass.
+    dispatch mode (fake tensors, op counters), no forward-mode differentiation, no batched gradient, no tensor subclass
+    and no lazy negation, whose memory holds other numbers than the tensor.
     """
     if (
         torch.compiler.is_compiling()
@@ -24,7 +24,9 @@ def is_eager(*tensors: Tensor | None) -> bool:
     ):
         return False
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or torch._C._functorch.is_legacy_batchedtensor(tensor)):
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.is_neg() or torch._C._functorch.is_legacy_batchedtensor(tensor):
             return False
     return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
 

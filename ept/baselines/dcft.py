@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ept_kernels import PyramidGeometry, fold_kernels, pyramid_delta, pyramid_linear, pyramid_merge, pyramid_weight
 
 from ..adapted_linear import AdaptedLinear
-from ..adapter_config import AdapterConfig, check, is_int, is_number
+from ..adapter_config import AdapterConfig, check, check_size, is_number
 from ..context import TaskContext
 from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..peft_type import TaskRoutedPeftType
@@ -39,10 +40,7 @@ class DCFTConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = DCFT
-        check(
-            is_int(self.kernel_size) and self.kernel_size >= 1,
-            f"kernel_size must be an integer >= 1, got {self.kernel_size!r}",
-        )
+        check_size("kernel_size", self.kernel_size)
         check(
             is_number(self.orthogonality_weight) and self.orthogonality_weight >= 0,
             f"orthogonality_weight must be a number >= 0, got {self.orthogonality_weight!r}",
@@ -70,7 +68,7 @@ class DCFTAdapter(LayerAdapter):
         super().__init__(in_features, out_features, config, shared, name=name)
         self.geometry = self._geometry(config, in_features, out_features)
         self.scaling = config.lora_alpha / config.r
-        factory = {"device": device, "dtype": dtype}
+        factory: Any = {"device": device, "dtype": dtype}
         self.A = nn.Parameter(torch.empty(config.r, self.geometry.seed_width, **factory))
         self.B = nn.Parameter(torch.empty(self.geometry.seed_height, config.r, **factory))
         self.c = nn.Parameter(torch.empty(config.kernel_size, config.kernel_size, **factory))
@@ -121,7 +119,8 @@ class DCFTAdapter(LayerAdapter):
         """
         if config.orthogonality_weight == 0:
             return {}
-        vectors = [rows for adapter in adapters.values() for rows in (adapter.A, adapter.B.T)]
+        factors: Any = adapters.values()  # all of this class
+        vectors = [rows for adapter in factors for rows in (adapter.A, adapter.B.T)]
         distances = torch.cat([rows.float().square().sum(1) - 1 for rows in vectors])
         return {"orthogonality_loss": (config.orthogonality_weight, distances.abs().mean())}
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ept_kernels import without_autocast
 
 from ..adapted_linear import AdaptedLinear
-from ..adapter_config import AdapterConfig, check, is_int, is_number
+from ..adapter_config import AdapterConfig, check, check_size, is_int, is_number
 from ..context import TaskContext
 from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..peft_type import TaskRoutedPeftType
 from ..tasks import TaskIds
-from .ffn_blocks import ENTRY, EXIT, ffn_places
+from .ffn_blocks import ENTRY, EXIT, Place, ffn_places
 from .mixlora_router import TokenRoute, TokenRouters, load_balance
 
 MIXLORA = TaskRoutedPeftType("MIXLORA")
@@ -43,10 +43,7 @@ class MixLoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MIXLORA
-        check(
-            is_int(self.num_experts) and self.num_experts >= 1,
-            f"num_experts must be an integer >= 1, got {self.num_experts!r}",
-        )
+        check_size("num_experts", self.num_experts)
         check(
             is_int(self.top_k) and 1 <= self.top_k <= self.num_experts,
             f"top_k must be an integer from 1 to num_experts={self.num_experts}, got {self.top_k!r}",
@@ -131,7 +128,7 @@ class MixLoRAAdapter(LayerAdapter):
         if self.place is None:
             return _add(base(x), self._expand(self._shrink(x)))
         if self.place.role == EXIT:
-            return self._leave(base, x)
+            return self._leave(self.place, base, x)
         route = self.shared.route(self.place.block, x)
         chosen = self._chosen(route)
         hidden = self._shrink(x)
@@ -139,9 +136,9 @@ class MixLoRAAdapter(LayerAdapter):
             return _add(base(x), self._expand(hidden * chosen.unsqueeze(-1)))  # [k, ..., out]
         return _add(base(x), self._expand(hidden * self._mixed(chosen, route).unsqueeze(-1)))
 
-    def _leave(self, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _leave(self, place: Place, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """x ``[k, ..., hidden]``, a copy for each of a token's experts -> ``[..., out]``."""
-        route = self.shared.last_route(self.place.block)
+        route = self.shared.last_route(place.block)
         chosen = self._chosen(route)
         weights = route.weights.movedim(-1, 0)  # [k, ...]
         with without_autocast(x.device):

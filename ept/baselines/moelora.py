@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapted_linear import AdaptedLinear
-from ..adapter_config import AdapterConfig, check, is_int
+from ..adapter_config import AdapterConfig, check, check_size
 from ..peft_type import TaskRoutedPeftType
 from ..tasks import TaskIds, TaskSet
 from .low_rank import DiagonalAdapter
@@ -39,8 +39,7 @@ class MOELoRAConfig(AdapterConfig):
         super().__post_init__()
         self.peft_type = MOELORA
         for name in ("num_experts", "task_embedding_dim"):
-            value = getattr(self, name)
-            check(is_int(value) and value >= 1, f"{name} must be an integer >= 1, got {value!r}")
+            check_size(name, getattr(self, name))
         check(
             self.r % self.num_experts == 0,
             f"r must be a multiple of num_experts={self.num_experts}, so that experts have one rank, got {self.r}",

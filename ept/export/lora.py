@@ -121,7 +121,7 @@ def export_lora(
     config = _config(parts, layers, tuner.peft_config[name])
 
     def write(folder: Path) -> None:
-        config.save_pretrained(folder)
+        config.save_pretrained(str(folder))
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         write_head(folder, parts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from peft import PeftModel
 
@@ -29,10 +30,11 @@ def add_task(
     Raises:
         ValueError: as ``model.add_task`` of the adapter, or a task that a head cannot learn; nothing has changed then.
     """
-    base = base_model(model)
+    base: Any = base_model(model)
+    tuner: Any = model.base_model
     if not isinstance(base, MultiTaskEncoder):
-        return model.base_model.add_task(spec.name, like=like, new_kernels=new_kernels)
+        return tuner.add_task(spec.name, like=like, new_kernels=new_kernels)
     check_specs([*base.specs, spec])
-    task = model.base_model.append_task(spec.name, like=like, new_kernels=new_kernels)
+    task = tuner.append_task(spec.name, like=like, new_kernels=new_kernels)
     base.add_task(spec)
     return task

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from ept.optim import GATE_LR_RATIO, KERNEL_LR_RATIO
+from ept.training.finite import NAN_POLICIES
 from ept.training.sampler import TASK_BATCHING
 
 
@@ -23,7 +24,11 @@ class EPTTrainingArguments(TrainingArguments):
         max_length: tokens of a row at most.
         max_new_tokens: length limit of a generated answer (text-to-label models under evaluation).
         eval_limit: score this many validation rows a task at most; None: all.
+        nan_policy: what to do with a step whose loss or gradient is not finite: ``stop`` with an error that names the
+            tasks and the layer, or ``skip`` it, count it in the log and go on (not with DeepSpeed, which hides the
+            gradients). Either way no such step is applied or saved.
 
+    ``logging_nan_inf_filter`` is off with ``stop``, where it could only cost: two host synchronisations a batch.
     ``metric_for_best_model`` is the mean of the tasks' headline metrics (``mean``) if ``load_best_model_at_end`` is
     set.
 
@@ -52,10 +57,15 @@ class EPTTrainingArguments(TrainingArguments):
     max_length: int = field(default=128, metadata={"help": "Tokens of a row at most."})
     max_new_tokens: int = field(default=16, metadata={"help": "Length limit of a generated answer."})
     eval_limit: int | None = field(default=None, metadata={"help": "Validation rows scored per task; None: all."})
+    nan_policy: str = field(default="stop", metadata={"help": "A step that is not finite: 'stop', or 'skip' it."})
 
     def __post_init__(self) -> None:
         if self.task_batching not in TASK_BATCHING:
             raise ValueError(f"task_batching must be one of {', '.join(TASK_BATCHING)}, got {self.task_batching!r}")
+        if self.nan_policy not in NAN_POLICIES:
+            raise ValueError(f"nan_policy must be one of {', '.join(NAN_POLICIES)}, got {self.nan_policy!r}")
+        if self.nan_policy == "stop":
+            self.logging_nan_inf_filter = False
         for name in ("kernel_lr_ratio", "gate_lr_ratio"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be a number > 0, got {getattr(self, name)!r}")

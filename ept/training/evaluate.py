@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def evaluate_tasks(
 
 @torch.no_grad()
 def predict_batch(
-    model: nn.Module,
+    model: Any,
     batch: Mapping[str, Tensor],
     spec: TaskSpec,
     tokenizer: PreTrainedTokenizerBase,
@@ -75,8 +76,9 @@ def predict_batch(
     inputs = {name: value for name, value in batch.items() if name != "task_ids" or takes_task_ids(model)}
     labels = inputs.pop("labels")
     if model_kind(model) == "encoder":
-        logits, base = model(**inputs).logits, base_model(model)
-        return base.predict(logits, batch["task_ids"]), base.sample_losses(logits, labels, batch["task_ids"])
+        logits = model(**inputs).logits
+        encoder: Any = base_model(model)
+        return encoder.predict(logits, batch["task_ids"]), encoder.sample_losses(logits, labels, batch["task_ids"])
     prompt_length = 0 if model_kind(model) == "seq2seq" else batch["input_ids"].shape[1]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     generated = model.generate(

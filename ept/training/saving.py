@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ept import models
 from ept.data import TaskSpec
 from ept.files import ADAPTER_FOLDER, TASKS_FILE, read_json, write_atomically, write_json
+from ept.training.finite import first_nonfinite, trained_parameters
 from ept.training.multitask import MultiTaskEncoder
 
 _FORMAT = 1
@@ -41,10 +44,17 @@ def save_trained(
     """Write ``<output_dir>/adapter``: PEFT's adapter files, the tokenizer, and the tasks and base model's name.
 
     Either the whole folder is replaced or nothing is. Returns its path.
+
+    Raises:
+        FloatingPointError: a trained weight is not finite.
+        ept.files.WriteError: the folder cannot be written.
     """
+    name = first_nonfinite(trained_parameters(model))
+    if name is not None:
+        raise FloatingPointError(f"the weight {name} is not finite; nothing was saved")
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
         tokenizer.save_pretrained(folder)
         content = {"format": _FORMAT, "base_model": base_model, "tasks": [asdict(spec) for spec in specs]}
         write_json(folder / TASKS_FILE, content)
@@ -60,7 +70,7 @@ def load_trained(output_dir: str | Path) -> tuple[PeftModel, PreTrainedTokenizer
 
     Raises:
         FileNotFoundError: no trained adapter there.
-        ValueError: its task file is damaged or of another format.
+        ValueError: its task file is damaged or of another format, or its weights are not stored as safetensors.
     """
     folder = Path(output_dir)
     if not (folder / TASKS_FILE).is_file():
@@ -72,10 +82,19 @@ def load_trained(output_dir: str | Path) -> tuple[PeftModel, PreTrainedTokenizer
     content = read_json(folder / TASKS_FILE)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{str(folder / TASKS_FILE)!r} is not of format {_FORMAT}")
-    specs = [_spec(entry) for entry in content["tasks"]]
-    base, tokenizer, _ = load_base(content["base_model"], specs)
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ValueError(f"{str(folder)!r} has no {SAFETENSORS_WEIGHTS_NAME}; no other weights are read")
+    base_model, tasks = content.get("base_model"), content.get("tasks")
+    if not isinstance(base_model, str) or not isinstance(tasks, list) or not tasks:
+        raise ValueError(f"{str(folder / TASKS_FILE)!r} must hold base_model, a string, and tasks, a list")
+    try:
+        specs = [_spec(entry) for entry in tasks]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(folder / TASKS_FILE)!r} holds a damaged task: {error}") from error
+    base, tokenizer, _ = load_base(base_model, specs)
     return PeftModel.from_pretrained(base, folder).eval(), tokenizer, specs
 
 
-def _spec(entry: dict[str, object]) -> TaskSpec:
-    return TaskSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
+def _spec(entry: dict[str, Any]) -> TaskSpec:
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    return TaskSpec(**fields)

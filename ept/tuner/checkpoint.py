@@ -12,11 +12,12 @@ def check_adapter_state(expected: Mapping[str, Tensor], found: Mapping[str, Tens
     """Refuse a checkpoint that is not of this adapter: nothing has been loaded yet.
 
     Args:
-        expected: the model's adapter tensors, by checkpoint key.
+        expected: the tensors of the model that are its adapter's, ``modules_to_save`` included, by their key there.
         found: the checkpoint's tensors.
 
     Raises:
-        ValueError: missing tensors, tensors of another shape (another pyramid or rank), or values that are not finite.
+        ValueError: missing tensors, tensors of another shape (another pyramid or rank), integers in place
+            of numbers, or values that are not finite in fp32.
     """
     missing = sorted(set(expected) - set(found))
     wrong = [
@@ -31,6 +32,11 @@ def check_adapter_state(expected: Mapping[str, Tensor], found: Mapping[str, Tens
         )
         shown = "; ".join(details[:3]) + (f"; and {len(details) - 3} more" if len(details) > 3 else "")
         raise ValueError(f"the checkpoint was made for another pyramid, rank, set of tasks or model: {shown}")
-    for key in expected:
-        if not torch.isfinite(found[key]).all():
+    for key, tensor in expected.items():
+        if found[key].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(
+                f"the checkpoint holds {key} as {found[key].dtype}, not {tensor.dtype}; nothing was loaded"
+            )
+        # A module that somebody else wrote may well keep an infinity, in a mask.
+        if ".modules_to_save." not in key and not torch.isfinite(found[key].float()).all():
             raise ValueError(f"the checkpoint holds values that are not finite in {key}; nothing was loaded")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ept_kernels.geometry import check_kernel_sizes
 
 from ..adapter_config import AdapterConfig
-from ..context import TaskContext, activate, checkpoint_with_tasks, current, pop, push
+from ..context import TaskContext, activate, checkpoint_with_tasks, current, pop, push, restore
 from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..merging import check_merged_task
 from ..methods import method_of
@@ -42,8 +42,11 @@ class EPTModel(BaseTuner):
 
     uses_shared_state = True
     prefix = "ept_"
+    model: Any  # of any library
+    peft_config: dict[str, Any]  # of one method's config; PEFT's own class says less
+    ept_task_tables: Any  # an nn.ModuleDict of TaskSets
     tuner_layer_cls = EPTLinearLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
 
     # ---- injection
 
@@ -51,7 +54,7 @@ class EPTModel(BaseTuner):
         self.ept_task_tables = nn.ModuleDict()
         self._trained: TaskContext | None = None
 
-    def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
+    def _post_injection_hook(self, model: Any, config: AdapterConfig, adapter_name: str) -> None:
         self._hooks = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
@@ -84,8 +87,9 @@ class EPTModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        layer = target
-        if not isinstance(target, EPTLinearLayer):
+        if isinstance(target, EPTLinearLayer):
+            layer = target
+        else:
             layer = EPTLinearLayer(target)
             layer.train(target.training)
             layer.set_adapter(self.active_adapters)
@@ -123,7 +127,7 @@ class EPTModel(BaseTuner):
         return any(shared.routes for shared in self.ept_task_tables.values())
 
     def _new_prototypes(self, shared: TaskSet) -> TaskPrototypes:
-        weight = embedding_layer(self.model).weight
+        weight: Any = embedding_layer(self.model).weight
         return TaskPrototypes(shared.num_tasks, weight.shape[1], device=weight.device)
 
     def find_out(self, task_ids: TaskIds | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskIds | None:
@@ -156,10 +160,11 @@ class EPTModel(BaseTuner):
         found = shared.prototypes.mixture(input_representation(self.model, args, kwargs), config.temperature)
         if isinstance(task_ids, str):
             return found
-        if len(task_ids) != len(found):
-            raise ValueError(f"task_ids must hold one id for each of the {len(found)} samples, got {len(task_ids)}")
-        unknown = torch.tensor([task == AUTO for task in task_ids], device=found.weights.device)
-        given = shared.resolve([0 if task == AUTO else task for task in task_ids]).to(found.weights.device)
+        each: Any = task_ids  # a sequence that holds "auto"
+        if len(each) != len(found):
+            raise ValueError(f"task_ids must hold one id for each of the {len(found)} samples, got {len(each)}")
+        unknown = torch.tensor([task == AUTO for task in each], device=found.weights.device)
+        given = shared.resolve([0 if task == AUTO else task for task in each]).to(found.weights.device)
         known = torch.nn.functional.one_hot(given, shared.num_tasks).to(found.weights.dtype)
         return TaskMixture(torch.where(unknown[:, None], found.weights, known))
 
@@ -247,6 +252,9 @@ class EPTModel(BaseTuner):
         several = any(shared.num_tasks > 1 for shared in self.ept_task_tables.values())
         needs_tasks = several and task_ids is None and self.routes_by_task
         outer = current() if needs_tasks or not torch.compiler.is_compiling() else None  # Dynamo cannot read it
+        if outer is not None and outer.owner is module:  # left by a pass that Ctrl-C ended: hooks see no such end
+            pop(outer)
+            outer = current()
         if outer is not None and several and task_ids is None:
             task_ids, batch = outer.task_ids, None if outer.expands else batch
         if self.merged_task is not None and self._disabled():
@@ -257,7 +265,7 @@ class EPTModel(BaseTuner):
         resolved = merged_task if by_merge else self._resolve(task_ids, batch)
         if merged_task is not None and resolved is not None and self.routes_by_task:
             check_merged_task(resolved, merged_task)
-        config = self.peft_config.get(next(iter(self.active_adapters), None))
+        config = self.peft_config.get(next(iter(self.active_adapters), ""))
         pools, sums = (False, False)
         if self.training and config is not None:
             pools, sums = method_of(config).adapter.collects(config)
@@ -272,8 +280,6 @@ class EPTModel(BaseTuner):
         )
         if self.training:
             checkpoint_with_tasks(module)
-            if not torch.compiler.is_compiling():
-                self._freeze_finished()
             self._observe(resolved, args, kwargs)
         push(context)
         if takes_task_ids(module):
@@ -298,11 +304,23 @@ class EPTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's door for per-sample adapters, which no method here offers: tasks are routed by ``task_ids``."""
+        """Around every pass and generation of the ``PeftModel``: one that fails leaves no tasks behind.
+
+        Also PEFT's door for per-sample adapters, which no method here offers: tasks are routed by ``task_ids``.
+        """
         if kwargs.get("adapter_names") is not None:
             method = self.peft_config[self.active_adapters[0]].peft_type
             raise ValueError(f"adapter_names is not supported by {method}: mix tasks in a batch with task_ids")
-        yield
+        if torch.compiler.is_compiling():
+            yield
+            return
+        before = current()
+        try:
+            yield
+        except BaseException:
+            restore(before)  # `_leave` is not called where Ctrl-C ends a pass
+            self._trained = None  # it may hold on to the graph of the failed pass
+            raise
 
     # ---- losses
 
@@ -342,7 +360,8 @@ class EPTModel(BaseTuner):
             name: of the task, where the adapter names its tasks; None where it does not.
             like: the task whose embedding it starts from. None: the mean of all.
             new_kernels: kernel sizes of experts that this task and later ones may use beside the others, in every
-                layer; of scales that every layer has, since the seed is cut for those.
+                layer; of scales that every layer has, since the seed is cut for those. They begin at zero and with
+                half of the task's weight or more: ``like`` is where its embedding starts then, not its output.
             adapter_name: default: the active one.
 
         Returns:
@@ -386,32 +405,42 @@ class EPTModel(BaseTuner):
             raise ValueError(f"name must be None, since the adapter's tasks have no names, got {name!r}")
         if names is not None and (not isinstance(name, str) or name in ("", AUTO, *names)):
             raise ValueError(f'name must be a new name, none of "", "auto", {", ".join(names)}; got {name!r}')
-        start = None if like is None else shared.resolve(like)
+        try:
+            start = None if like is None else shared.resolve(like)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"like={like!r} must be None or one of the tasks: {error}") from None
         if not (start is None or isinstance(start, int)):
             raise ValueError(f"like must be one id or name, got {like!r}")
-        sizes = check_kernel_sizes(new_kernels) if len(new_kernels) else ()
-        layers = self.adapters(adapter_name)
+        layers: Any = self.adapters(adapter_name)  # pyramids, as ``finished_tasks`` shows
+        try:
+            sizes = check_kernel_sizes(new_kernels) if new_kernels != () else ()
+        except ValueError as error:
+            raise ValueError(f"new_kernels={new_kernels!r} must hold kernel sizes: {error}") from None
         for layer, adapter in layers.items():
-            if not set(sizes) <= set(adapter.geometry.scales):
-                raise ValueError(
-                    f"new_kernels must be of scales that every layer has, but {layer} has {adapter.geometry.scales}, "
-                    f"got {new_kernels!r}"
-                )
+            try:
+                adapter.check_scales(sizes)
+            except ValueError as error:
+                raise ValueError(f"new_kernels={new_kernels!r} does not fit layer {layer!r}: {error}") from None
         finished = shared.num_tasks
         task = shared.add_task(name, start)
         config.num_tasks, config.finished_tasks = finished + 1, finished
         if names is not None:
             config.task_names = [*names, name]
+        trains = adapter_name in self.active_adapters and not config.inference_mode
         if sizes:
             config.added_kernels = (*(config.added_kernels or ()), (task, sizes))
             for adapter in layers.values():
                 adapter.add_experts(task, sizes)
-        self._freeze_finished()
-        shared.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+                if not trains:
+                    adapter.requires_grad_(False)
+        self.freeze_finished()
+        shared.requires_grad_(trains)
         return task
 
-    def _freeze_finished(self) -> None:
-        """Freeze what finished tasks use, again: PEFT makes all of an adapter trainable whenever it activates one.
+    def freeze_finished(self) -> None:
+        """Freeze what finished tasks use, again: PEFT makes all of an adapter trainable when it loads or activates one.
+
+        Done wherever that happens, and when training begins (``train()``, ``ept.parameter_groups``).
 
         A module to save that has parts of its own for every task says so by ``finish(count)``.
         """
@@ -419,12 +448,15 @@ class EPTModel(BaseTuner):
         for name, count in counts.items():
             if not count:
                 continue
-            for adapter in self.adapters(name).values():
+            table: Any = self.ept_task_tables[name]
+            table.freeze_finished_rows()
+            pyramids: Any = self.adapters(name).values()
+            for adapter in pyramids:
                 adapter.finish(count)
             for wrapper in self.model.modules():
                 if not isinstance(wrapper, ModulesToSaveWrapper) or name not in wrapper.modules_to_save:
                     continue
-                copy = wrapper.modules_to_save[name]
+                copy: Any = wrapper.modules_to_save[name]
                 if hasattr(copy, "finish"):
                     copy.finish(count)
                 else:
@@ -437,7 +469,18 @@ class EPTModel(BaseTuner):
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for name, shared in self.ept_task_tables.items():
             shared.requires_grad_(name in names and not inference_mode)
-        self._freeze_finished()
+        self.freeze_finished()
+
+    def enable_adapter_layers(self) -> None:
+        super().enable_adapter_layers()
+        self.freeze_finished()
+
+    def train(self, mode: bool = True) -> EPTModel:
+        """As in ``nn.Module``; what finished tasks use stays frozen."""
+        super().train(mode)
+        if mode:
+            self.freeze_finished()
+        return self
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -447,7 +490,7 @@ class EPTModel(BaseTuner):
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         self._set_table_gradients()
-        self._freeze_finished()
+        self.freeze_finished()
 
     def _set_table_gradients(self) -> None:
         for name, shared in self.ept_task_tables.items():
@@ -459,6 +502,7 @@ class EPTModel(BaseTuner):
         for name in names:
             if name in self.ept_task_tables:
                 self.ept_task_tables[name].requires_grad_(requires_grad)
+        self.freeze_finished()
 
     # ---- merging
 
@@ -487,7 +531,7 @@ class EPTModel(BaseTuner):
         try:
             for layer in layers:
                 layer.merge(safe_merge, adapter_names, task=tasks[0])
-        except Exception:
+        except BaseException:  # Ctrl-C as well: half a merged model would answer for another task
             self.unmerge_adapter()
             raise
 
@@ -522,7 +566,7 @@ class EPTModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         for hook in self._hooks:
             hook.remove()
         model.__dict__.pop("generate", None)
@@ -545,9 +589,10 @@ class EPTModel(BaseTuner):
         expected = {
             key: tensor
             for key, tensor in model.state_dict().items()
-            if (".ept_adapters" + marker) in key or ("ept_task_tables" + marker) in key
+            if any(part + marker in key for part in (".ept_adapters", "ept_task_tables", ".modules_to_save"))
         }
         check_adapter_state(expected, remapped)
+        ept_model(model).freeze_finished()  # of modules that are saved with the adapter, too: they are there only now
         return remapped
 
 

@@ -18,7 +18,11 @@ def target_features(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[
             does not fit ``config``, such as a scale larger than it.
         TypeError: a targeted module that cannot be adapted.
     """
+    every = isinstance(config.target_modules, str)
     _maybe_include_all_linear_layers(config, model)
+    if every and not isinstance(config.target_modules, str):  # "all-linear", in a model that an adapter has wrapped
+        parts = (".original_module", ".modules_to_save.")
+        config.target_modules = {name for name in config.target_modules if not any(part in name for part in parts)}
     inside_tuner = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     names = [name for name, _ in model.named_modules() if name and not name.startswith(inside_tuner)]
     matched = [name for name in names if check_target_module_exists(config, name)]

@@ -209,3 +209,15 @@ def test_lora_is_untouched_by_the_import_of_ept() -> None:
     assert model(**case.batch()).logits.shape == (3, 2)
     with pytest.raises(ValueError, match="EPT adapter"):
         ept.contrastive_loss(model)
+
+
+def test_all_linear_twice_beside_a_saved_head(tmp_path: Path) -> None:
+    case = CASES["bert"]
+    base = case.build()
+    config = case.config(target_modules="all-linear", task_type="SEQ_CLS")
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    model.add_adapter("second", case.config(target_modules="all-linear", task_type="SEQ_CLS"))
+    assert set(ept.adapters(model, "second")) == set(ept.adapters(model, "default"))
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "second")
+    assert set(ept.adapters(loaded)) == set(ept.adapters(model, "default"))

@@ -139,7 +139,7 @@ def test_errors_change_nothing() -> None:
     for name in (None, "", "auto", "beta", 3):
         with pytest.raises(ValueError, match='name must be a new name, none of "", "auto", alpha, beta, gamma'):
             model.add_task(name)
-    with pytest.raises(ValueError, match="unknown task 'omega'"):
+    with pytest.raises(ValueError, match=r"like='omega' must be None or one of the tasks: .*unknown task 'omega'"):
         model.add_task("delta", like="omega")
     with pytest.raises(ValueError, match="like must be one id or name"):
         model.add_task("delta", like=[0, 1])

@@ -145,6 +145,7 @@ def toys() -> SimpleNamespace:
     """The makers above and their vocabulary, for tests that need more than the ready tasks."""
     return SimpleNamespace(
         vocabulary=VOCABULARY,
+        specs=(POLARITY, TOPIC, DEGREE, CHOICE),
         make_task=make_task,
         make_tokenizer=make_tokenizer,
         make_base=make_base,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ept.adapter_config import AdapterConfig, check, is_int, is_number
+from ept.adapter_config import AdapterConfig, check, check_size, is_number
 from ept.peft_type import TaskRoutedPeftType
 
 TUCKA = TaskRoutedPeftType("TUCKA")
@@ -41,8 +41,7 @@ class TuckAConfig(AdapterConfig):
         super().__post_init__()
         self.peft_type = TUCKA
         for name in ("num_groups", "group_size", "core_rank"):
-            value = getattr(self, name)
-            check(is_int(value) and value >= 1, f"{name} must be an integer >= 1, got {value!r}")
+            check_size(name, getattr(self, name))
         check(
             self.group_size >= 2 or self.num_groups == 1,
             f"group_size must be at least 2 where num_groups is {self.num_groups} (one score divided by its norm is "
@@ -52,7 +51,10 @@ class TuckAConfig(AdapterConfig):
             is_number(self.centroid_noise) and self.centroid_noise > 0,
             f"centroid_noise must be a number > 0, got {self.centroid_noise!r}",
         )
-        check(self.init in INITS, f"init must be one of {', '.join(INITS)}, got {self.init!r}")
+        check(
+            isinstance(self.init, str) and self.init in INITS,
+            f"init must be one of {', '.join(INITS)}, got {self.init!r}",
+        )
         check(
             self.init != "centred" or self.core_rank >= 2,
             f"core_rank must be at least 2 where init is 'centred', got {self.core_rank!r}",

@@ -41,6 +41,8 @@ class CentroidRouter(nn.Module):
             data-parallel training would overwrite it with rank 0's.
     """
 
+    initialised: Tensor
+
     def __init__(
         self,
         dim: int,
