@@ -39,9 +39,11 @@ def data_aware_centroids(total: Tensor, tokens: Tensor, count: int, noise: float
     """
     mean = total / tokens.clamp_min(1)
     offsets = torch.empty(count, len(mean), dtype=mean.dtype, device=mean.device)
-    devices = [mean.device] if mean.is_cuda else []
-    with torch.random.fork_rng(devices):  # a checkpointed pass draws no centroids when it is repeated: same masks after
+    if torch.compiler.is_compiling():  # a graph has no such context, and repeats no part of itself
         offsets.uniform_(-noise, noise)
+    else:  # a checkpointed pass draws no centroids when it is repeated: what is drawn after them must not have moved
+        with torch.random.fork_rng([mean.device] if mean.is_cuda else []):
+            offsets.uniform_(-noise, noise)
     offsets[0] = 0
     centroids = mean + offsets
     if number_of_ranks() > 1:
