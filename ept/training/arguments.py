@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from ept.optim import GATE_LR_RATIO, KERNEL_LR_RATIO
@@ -76,4 +77,6 @@ class EPTTrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns must be False: rows are text, which no model's forward takes")
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "mean"
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # left out, accelerate would take each process of torchrun for the only one
         super().__post_init__()

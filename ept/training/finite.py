@@ -73,6 +73,7 @@ class FiniteSteps(TrainerCallback):
         numbers = [loss.float() for _, loss in batches]
         if accelerator.scaler is None:
             grads = [_local(p.grad) for p in self.trainer.model.parameters() if p.grad is not None]
+            grads = [grad for grad in grads if grad.numel()]  # a process may have nothing of a small sharded parameter
             # the largest entry, since a norm of finite numbers may overflow
             numbers.append(torch.nn.utils.get_total_norm(grads, float("inf")).float())
         device = accelerator.device

@@ -21,11 +21,12 @@ from runs import RUNS, checkpointed, command_line, data_parallel, own_loop, shar
 from safetensors.torch import load_file
 
 # Limits on (adapter over the way trained, loss); the log of losses is fp32.
-EXACT = (1e-12, 5e-6)
-ROUNDED = (2e-2, 1e-3)  # fp32: AdamW makes steps of the rate out of gradients that are rounding
+EXACT = (1e-9, 5e-6)
+ROUNDED = (1e-3, 1e-4)  # fp32: AdamW makes steps of the rate out of gradients that are rounding
 # A mean over a decoder's tokens counts padding, since no mask reaches its layers, and how much depends on the batch.
 PADDED = {"ept seq2seq": (0.1, 0.3), "more seq2seq": (0.1, 0.3), "mixlora seq2seq": (0.1, 0.3)}
-PADDED["ept seq2seq, accumulated"] = PADDED["ept seq2seq"]
+
+REFUSED = ("unused", "tucka encoder FSDP2, not started")
 
 
 def limits(name: str) -> tuple[float, float]:
@@ -41,9 +42,9 @@ def compare(
 ) -> tuple[str, bool]:
     """What was found, in words, and whether it is as it should be."""
     make = RUNS[name].make
-    if "error" in ranks[0]:
-        errors = {result["error"] for result in ranks}
-        return f"error on every rank: {str(errors.pop())[:60]}...", None not in errors and len(errors) == 0
+    errors = [result.get("error") for result in ranks]
+    if any(errors) or name in REFUSED:
+        return f"error on every rank: {str(errors[0])[:70]}...", name in REFUSED and all(errors)
     if make is command_line:
         return "ran to its end", True
     if make is checkpointed:
@@ -70,7 +71,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--only", default="", help="runs with this in their name")
     options = parser.parse_args()
-    names = [name for name in RUNS if options.only in name and name != "ept-train resumed"]
+    names = [name for name in RUNS if options.only in name]
     failed = 0
     print("| run | processes | against one process | |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as root:

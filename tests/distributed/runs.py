@@ -90,7 +90,6 @@ def make_trainer(model: PeftModel, kind: str, folder: Path, **options: Any) -> E
         "logging_steps": 1,
         "save_strategy": "no",
         "max_new_tokens": 3,
-        "use_cpu": True,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "report_to": "none",
@@ -231,9 +230,9 @@ def unused(folder: Path) -> Result:
     return {"error": None}
 
 
-def command_line(folder: Path, *flags: str) -> Result:
+def command_line(folder: Path) -> Result:
     """``ept-train``; it ends the job's group of processes, so this is the last run of a launch."""
-    if rank() == 0 and not folder.exists():
+    if rank() == 0:
         write_source(folder / "source", TASKS)
     if world_size() > 1:
         dist.barrier()
@@ -241,7 +240,7 @@ def command_line(folder: Path, *flags: str) -> Result:
     options |= {"r": 2, "kernel_sizes": "1,2,2", "dropout": 0.1, "lr": 0.01, "max_length": 32}
     options |= {"max_steps": 6, "save_steps": 3, "batch_size": GLOBAL_BATCH // world_size()}
     named = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    train.main([*named, "--quiet", *flags])
+    train.main([*named, "--quiet"])
     return {}
 
 
@@ -274,7 +273,8 @@ def _named() -> dict[str, Run]:
         "tucka encoder, single-task batches": Run(data_parallel, ("tucka", "encoder"), {"task_batching": "single"}),
     }
     for kind in TASK_TYPES:
-        runs[f"ept {kind}, accumulated"] = Run(data_parallel, ("ept", kind), {"gradient_accumulation_steps": 2})
+        options = {"gradient_accumulation_steps": 2, **(without if kind == "seq2seq" else {})}
+        runs[f"ept {kind}, accumulated"] = Run(data_parallel, ("ept", kind), options)
     for value in (None, True):
         options = {"ddp_find_unused_parameters": value}
         runs[f"ept encoder, find_unused {value}"] = Run(data_parallel, ("ept", "encoder"), options)
@@ -290,7 +290,6 @@ def _named() -> dict[str, Run]:
         "mixlora blocks fully_shard": Run(own_loop, ("mixlora",)),
         "unused": Run(unused),
         "ept-train": Run(command_line),
-        "ept-train resumed": Run(command_line, ("--resume",)),
     }
     return runs
 
@@ -304,7 +303,7 @@ def perform(name: str, folder: Path) -> Result:
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
     try:
-        return run.make(folder / name.split(" resumed")[0].replace(" ", "-"), *run.arguments, **run.options)
+        return run.make(folder / name.replace(" ", "-"), *run.arguments, **run.options)
     except ValueError as error:
         return {"error": str(error)}
 

@@ -29,7 +29,7 @@ def data_aware_centroids(total: Tensor, tokens: Tensor, count: int, noise: float
 
     In a ``torch.distributed`` job the noise is that of rank 0: it sends the finished centroids, so that all have the
     same bits. The default group of processes takes part; every one of them must see its first training batch in the
-    same step. Noise comes from torch's generator on the device of ``total``.
+    same step. Noise comes from torch's generator on the device of ``total``, which it leaves as it was.
 
     Args:
         total: ``[d]``, sum over the tokens of all ranks' batches. tokens: ``[]``, their number.
@@ -38,7 +38,12 @@ def data_aware_centroids(total: Tensor, tokens: Tensor, count: int, noise: float
         ``[count, d]``.
     """
     mean = total / tokens.clamp_min(1)
-    offsets = torch.empty(count, len(mean), dtype=mean.dtype, device=mean.device).uniform_(-noise, noise)
+    offsets = torch.empty(count, len(mean), dtype=mean.dtype, device=mean.device)
+    if torch.compiler.is_compiling():  # a graph has no such context, and repeats no part of itself
+        offsets.uniform_(-noise, noise)
+    else:  # a checkpointed pass draws no centroids when it is repeated: what is drawn after them must not have moved
+        with torch.random.fork_rng([mean.device] if mean.is_cuda else []):
+            offsets.uniform_(-noise, noise)
     offsets[0] = 0
     centroids = mean + offsets
     if number_of_ranks() > 1:
