@@ -2,20 +2,31 @@
 # make test   set up everything in .venv, then run the tests
 # make static compile every shipped Triton configuration without a GPU and check the machine code (half an hour on one core);
 #             STATIC="--cover all" adds every variant (hours), STATIC="--target sm_90 --sample 100" narrows it
-# make lint   style checks        make clean   remove .venv and build products
+# make scaleout  training on 1, 2 and 4 processes (DDP, FSDP2, checkpointing): a table of how far apart the results are
+# make faults kill -9 a training run at 50 random moments; make faults KILLS=200 for more, SEED=1 for others
+# make lint   style checks and types   make clean   remove .venv and build products
+# make compat the same tests with the oldest and newest versions that are supported, each in an environment of its own
+#             (COMPAT="oldest bare" chooses); make coverage the share of lines that the tests run
+# make lock   record this environment's versions for CI, and the licences of the dependencies; make audit asks for known
+#             vulnerabilities of the recorded versions
 # make memcheck   on a machine with an NVIDIA GPU and the CUDA toolkit: the GPU tests under compute-sanitizer
 #
 # PYTHON    interpreter to start from, >= 3.10 (default python3)
 # TORCH     what to install as torch; by default a CPU build where no NVIDIA GPU is found
+# LOCK      exact versions of everything else, recorded for CI's Python; LOCK= takes the newest that pyproject.toml allows,
+#           as any other Python does
 
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
+VERSION_OF_PYTHON := $(shell $(PYTHON) -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null)
+LOCK ?= $(wildcard requirements/ci-python$(VERSION_OF_PYTHON).lock)
+LOCKED := $(if $(LOCK),-c $(LOCK))
 VENV := .venv
 BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test static lint memcheck clean setup
+.PHONY: demo test static faults scaleout lint compat coverage lock audit memcheck clean setup
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -37,9 +48,36 @@ memcheck: setup
 static: setup
 	$(BIN)/python benchmarks/static_report.py --cover configurations --output runs/static.csv $(STATIC)
 
+KILLS ?= 50
+SEED ?= 0
+faults: setup
+	OMP_NUM_THREADS=1 EPT_KILLS=$(KILLS) EPT_KILL_SEED=$(SEED) $(BIN)/python -m pytest -n 0 tests/faults/test_kills.py
+
+scaleout: setup
+	$(BIN)/python tests/distributed/matrix.py $(SCALEOUT)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+compat: setup
+	$(BIN)/python tests/compat/matrix.py $(COMPAT)
+
+# The C++ sources are not counted, nor kernels that only a GPU runs.
+coverage: setup
+	$(BIN)/python -m pip install -q $(LOCKED) pytest-cov
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 \
+	  $(BIN)/python -m pytest -q -n 2 --cov=ept --cov=ept_kernels --cov-report= tests/triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --cov=ept --cov=ept_kernels --cov-append --ignore=tests/triton
+
+lock: setup
+	$(BIN)/python requirements/dependencies.py lock > requirements/ci-python$(VERSION_OF_PYTHON).lock
+	$(BIN)/python requirements/dependencies.py licences > docs/licences.md
+
+audit: setup
+	$(BIN)/python -m pip install -q pip-audit
+	$(BIN)/pip-audit --no-deps --disable-pip -r requirements/ci-python$(VERSION_OF_PYTHON).lock
 
 setup: $(VENV)/installed
 
@@ -66,9 +104,9 @@ endif
 
 # Without build isolation the build sees the torch installed above, which the CUDA kernels need; those take minutes to
 # compile and are left out where there is no GPU to run them.
-$(VENV)/installed: $(VENV)/torch-ready pyproject.toml setup.py $(wildcard csrc/*.py csrc/*.cpp csrc/c*/*)
-	$(BIN)/python -m pip install -q "pybind11>=2.12" ninja
-	EPT_BUILD_CUDA=$${EPT_BUILD_CUDA-$(if $(HAS_GPU),,0)} $(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
+$(VENV)/installed: $(VENV)/torch-ready pyproject.toml setup.py $(LOCK) $(wildcard csrc/*.py csrc/*.cpp csrc/c*/*)
+	$(BIN)/python -m pip install -q $(LOCKED) "pybind11>=2.12" ninja
+	EPT_BUILD_CUDA=$${EPT_BUILD_CUDA-$(if $(HAS_GPU),,0)} $(BIN)/python -m pip install -q $(LOCKED) --no-build-isolation -e ".[test]"
 	@touch $@
 
 clean:

@@ -105,6 +105,17 @@ def ablation_table(results: Results) -> str:
     return _table(["variant", *tasks, "mean", "seeds"], rows)
 
 
+def rate_table(results: Results) -> str:
+    """What each method's learning rate was chosen by."""
+    found = {method: results.selection(method) for method in results.finals}
+    factors = [*results.bench.rates, 2 * results.bench.rates[-1]][: max(map(len, found.values()))]
+    rows = []
+    for method, scores in found.items():
+        cells = [f"{rate:g}: {score:.3f}" for rate, score in scores.items()]
+        rows.append([TITLES[method], *cells, *[""] * (len(factors) - len(cells))])
+    return _table(["method", *(f"default x {factor:g}" for factor in factors)], rows)
+
+
 def verdicts(results: Results) -> list[str]:
     """How EPT's mean compares with every other method's, seed by seed (the same data order for both)."""
     lines, own = [], results.finals["ept"]
@@ -166,13 +177,11 @@ def write_report(folder: Path, bench: Bench, log: RunLog, command: str) -> list[
         sections += ["## Which scales each task uses (EPT, seed 0)", "![Expert use by task](experts.png)"]
     if results.ablations:
         sections += ["## Ablations", ablation_table(results)]
-    rates = [
-        [TITLES[m], *(f"{rate:g}: {score:.3f}" for rate, score in results.selection(m).items())] for m in results.finals
-    ]
     sections += [
         "## Learning rates",
-        "Mean score on the held-out training rows, seed 0; the best rate is the one reported above.",
-        _table(["method", *(f"default x {factor:g}" for factor in bench.rates)], rates),
+        "Mean score on the held-out training rows, seed 0; the best rate is the one reported above. Where the largest "
+        "of the grid was the best, twice that was tried, too.",
+        rate_table(results),
         "## What this cannot show",
         _limits(bench),
     ]

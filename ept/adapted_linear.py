@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from .context import current
 from .layer_adapter import LayerAdapter
 from .merging import WeightStash, check_merged_task, keep_calling, merged_weight
 from .tasks import TaskIds, TaskSet
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class AdaptedLinear(LayerAdapter):
@@ -48,16 +51,17 @@ class AdaptedLinear(LayerAdapter):
         dtype: torch.dtype | None = None,
     ) -> None:
         weight_dtype = dtype or torch.get_default_dtype()
-        factory = {"device": device, "dtype": torch.promote_types(weight_dtype, torch.float32)}
-        owned = None
+        factory: Any = {"device": device, "dtype": torch.promote_types(weight_dtype, torch.float32)}
+        owned: TaskSet | None = None
         if shared is None:
             self.check_features(config, in_features, out_features)
-            owned = self.make_shared(config, {"": (in_features, out_features)}, **factory)
+            shared = owned = self.make_shared(config, {"": (in_features, out_features)}, **factory)
         elif shared.num_tasks != config.num_tasks:
             raise ValueError(
                 f"{self.shared_argument} has {shared.num_tasks} tasks, but config.num_tasks is {config.num_tasks}"
             )
-        super().__init__(in_features, out_features, config, shared or owned, **factory)
+        # A method's class, next in the order, takes a device and a dtype as well.
+        super().__init__(in_features, out_features, config, shared, **factory)
         setattr(self, self.own_name, owned)
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, device=device, dtype=weight_dtype), requires_grad=False
@@ -72,7 +76,7 @@ class AdaptedLinear(LayerAdapter):
         self._reset_base_parameters()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, config: AdapterConfig, shared: TaskSet | None = None) -> AdaptedLinear:
+    def from_linear(cls, linear: nn.Linear, config: Any, shared: Any = None) -> Self:
         """Adapt an existing ``nn.Linear``; its parameters are shared, not copied, and become frozen.
 
         Raises:
@@ -81,13 +85,14 @@ class AdaptedLinear(LayerAdapter):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         with torch.device("meta"):  # sizes are checked before anything is allocated or changed
+            own: dict[str, Any] = {cls.shared_argument: shared}
             layer = cls(
                 linear.in_features,
                 linear.out_features,
                 linear.bias is not None,
                 config=config,
                 dtype=linear.weight.dtype,
-                **{cls.shared_argument: shared},
+                **own,
             )
         frozen = {name: getattr(linear, name) for name in ("weight", "bias") if getattr(linear, name) is not None}
         for name, parameter in frozen.items():
@@ -139,17 +144,17 @@ class AdaptedLinear(LayerAdapter):
         Raises:
             ValueError, TypeError: missing or unknown task ids, a wrong number of them, x of another width.
         """
-        if self.merged:
-            return self._forward_merged(x, task_ids)
+        if self.merged_task is not None:
+            return self._forward_merged(x, task_ids, self.merged_task)
         return self.linear(x, self.weight, self.bias, task_ids)
 
-    def _forward_merged(self, x: Tensor, task_ids: TaskIds | None) -> Tensor:
+    def _forward_merged(self, x: Tensor, task_ids: TaskIds | None, merged_task: int) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must be [..., in_features={self.in_features}], got {list(x.shape)}")
         if self.shared.routes:
             context = current() if task_ids is None and self.shared.num_tasks > 1 else None
             if task_ids is not None or (context is not None and context.task_ids is not None):
-                check_merged_task(self.tasks_for(x, task_ids), self.merged_task)
+                check_merged_task(self.tasks_for(x, task_ids), merged_task)
         return F.linear(x, self.weight, self.bias)
 
     def merge(self, task: int | str | None = None) -> None:

@@ -21,14 +21,18 @@ from ept_kernels import (
 )
 
 from .config import EPTConfig
+from .growing import GrowingModule, growing
 from .mixture import TaskMixture
-from .router import fold_routed, route
+from .router import fold_routed, route, route_stages
 from .task_routed import TaskRoutedAdapter
 from .tasks import ResolvedTasks, TaskIds, TaskNames, TaskSet
 from .token_routing import UNMERGEABLE, fold_tokens, rows_of
 
+#: By how much less the new task wants one new expert than the one before: enough to leave no doubt about their order.
+_STEP_BETWEEN_NEW_EXPERTS = 1e-3
 
-class PyramidAdapter(TaskRoutedAdapter):
+
+class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
     """Parameters of Expert Pyramid Tuning for one linear map, without the map (spec section 1).
 
     Args:
@@ -48,6 +52,8 @@ class PyramidAdapter(TaskRoutedAdapter):
     """
 
     expert_kind = "kernel size"
+    grows = ("gate",)
+    gate = growing("gate")
 
     def __init__(
         self,
@@ -61,7 +67,12 @@ class PyramidAdapter(TaskRoutedAdapter):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, config, shared, name=name)
-        self.geometry = PyramidGeometry(in_features, out_features, config.r, config.kernel_sizes, config.alp_scaling)
+        sizes = config.all_kernel_sizes
+        self._stages = [
+            (first, PyramidGeometry(in_features, out_features, config.r, sizes[:experts], config.alp_scaling))
+            for first, experts in config.stages
+        ]
+        self.geometry = self._stages[-1][1]
         self.scaling = config.lora_alpha / config.r
         self.top_k = config.top_k
         self.init_seed = config.init_seed
@@ -69,23 +80,60 @@ class PyramidAdapter(TaskRoutedAdapter):
         if self.by_token and shared.routes:
             raise ValueError("task_table must be left out with routing='token', which has no task embeddings")
         self.unmergeable = UNMERGEABLE if self.by_token else None
-        self.expert_labels = None if self.by_token else config.kernel_sizes
-        factory = {"device": device, "dtype": dtype}
+        factory: Any = {"device": device, "dtype": dtype}
         self.A = nn.Parameter(torch.empty(config.r, self.geometry.seed_width, **factory))
         self.B = nn.Parameter(torch.empty(self.geometry.seed_height, config.r, **factory))
-        self.kernels = nn.ParameterList(nn.Parameter(torch.empty(k, k, **factory)) for k in config.kernel_sizes)
-        width = in_features if self.by_token else shared.dim
+        self.kernels = nn.ParameterList(nn.Parameter(torch.empty(k, k, **factory)) for k in sizes)
+        width: Any = in_features if self.by_token else shared.dim
         self.gate = nn.Parameter(torch.empty(self.geometry.num_experts, width, **factory))
         self.kept = Kept()
         self.reset_adapter_parameters()
         if config.finished_tasks:
-            self.finish()
+            experts = self._experts_of(config.finished_tasks)
+            if experts < self.geometry.num_experts:
+                self.split_rows("gate", experts)
+            self.finish(config.finished_tasks)
 
-    def finish(self) -> None:
-        """Freeze what all tasks use: a task that is added later has its embedding alone."""
-        for parameter in (self.A, self.B, self.gate, *self.kernels):
+    @property
+    def expert_labels(self) -> tuple[int, ...] | None:
+        return None if self.by_token else self.geometry.kernel_sizes
+
+    def _experts_of(self, tasks: int) -> int:
+        """How many experts the first ``tasks`` tasks know of."""
+        return [geometry.num_experts for first, geometry in self._stages if first < tasks][-1]
+
+    def finish(self, tasks: int) -> None:
+        """Freeze what the first ``tasks`` tasks use: a later one has its embedding, and experts that came with it."""
+        experts = self._experts_of(tasks)
+        gate = self.row_parameters("gate")
+        if experts < self.geometry.num_experts:
+            gate.pop()
+        for parameter in (self.A, self.B, *gate, *self.kernels[:experts]):
             parameter.requires_grad_(False)
             parameter.grad = None  # an optimizer that was made before would still apply it
+
+    @torch.no_grad()
+    def add_experts(self, task: int, sizes: tuple[int, ...]) -> None:
+        """Experts for ``task``, the newest, and tasks to come; whatever there is gets frozen.
+
+        Their kernels are zero, and their gate rows all but that of the expert which the task wants most: it begins with
+        as many new experts as ``top_k`` leaves room for beside that one, and at least with one.
+
+        Args:
+            sizes: kernel sizes, all among the layer's scales.
+        """
+        embedding = self.task_table.weight[task]
+        best = self.gate[(self.gate @ embedding).argmax()]
+        step = _STEP_BETWEEN_NEW_EXPERTS * embedding / embedding.square().sum()
+        ahead = 1 if self.top_k == 1 else -1
+        self.append_rows("gate", torch.stack([best + (ahead - place) * step for place in range(len(sizes))]))
+        self.kernels.extend(nn.Parameter(self.A.new_zeros(k, k)) for k in sizes)
+        old = self.geometry
+        self.geometry = PyramidGeometry(
+            self.in_features, self.out_features, old.rank, old.kernel_sizes + sizes, old.alp_scaling
+        )
+        self._stages.append((task, self.geometry))
+        self.finish(task)
 
     @classmethod
     def check_features(cls, config: EPTConfig, in_features: int, out_features: int) -> None:
@@ -109,7 +157,9 @@ class PyramidAdapter(TaskRoutedAdapter):
         nn.init.normal_(self.B, std=0.0 if zero_seed else self.geometry.out_features**-0.5)
         for kernel in self.kernels:
             nn.init.normal_(kernel, std=kernel.shape[0] ** -0.5 if zero_seed else 0.0)
-        nn.init.kaiming_uniform_(self.gate, a=math.sqrt(5))
+        gate = torch.empty_like(self.gate)
+        nn.init.kaiming_uniform_(gate, a=math.sqrt(5))
+        self.fill_rows("gate", gate)
 
     def route(self, task_ids: TaskIds | None = None) -> tuple[Tensor, Tensor]:
         """Experts and weights of each given task: ``(expert_index [G, top_k], gates [G, top_k])``.
@@ -119,7 +169,13 @@ class PyramidAdapter(TaskRoutedAdapter):
         """
         if self.by_token:
             raise ValueError("routing='token' gives experts to tokens, not to tasks; route_tokens(x) says to which")
-        return route(self.gate, self.task_table.embed(self.task_table.resolve(task_ids)), self.top_k)
+        tasks = self.task_table.resolve(task_ids)
+        embeddings = self.task_table.embed(tasks)
+        if len(self._stages) == 1:
+            return route(self.gate, embeddings, self.top_k)
+        ids = torch.as_tensor(tasks, device=embeddings.device).reshape(-1)
+        stages = [(first, geometry.num_experts) for first, geometry in self._stages]
+        return route_stages(self.gate, embeddings, ids, self.top_k, stages)
 
     def route_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Experts and weights of every row of x ``[..., in]``: ``(expert_index [..., top_k], gates [..., top_k])``.
@@ -134,7 +190,8 @@ class PyramidAdapter(TaskRoutedAdapter):
 
     def _kernels(self) -> tuple[Tensor, ...]:
         own = self.kernels._parameters  # a ParameterList looks every item up by name, which a small layer would notice
-        return tuple(own.values()) if len(own) == self.geometry.num_experts else tuple(self.kernels)
+        found: Any = own.values() if len(own) == self.geometry.num_experts else self.kernels
+        return tuple(found)
 
     def fold(self, tasks: ResolvedTasks) -> tuple[Tensor, Tensor | None, Tensor]:
         """Folded kernels ``[G, folded_size]`` of resolved tasks, ``groups`` and ``active`` as the ops take them.
@@ -149,9 +206,12 @@ class PyramidAdapter(TaskRoutedAdapter):
         self.check_mergeable()
         if isinstance(tasks, TaskMixture):
             folded, _, active = self.fold(tasks.every_task())
-            groups = torch.arange(len(tasks), device=folded.device)
-            return tasks.mix(folded), groups, tasks.mix_any(active)
-        table, groups, routed = self.task_table, None, tasks
+            return tasks.mix(folded), torch.arange(len(tasks), device=folded.device), tasks.mix_any(active)
+        if len(self._stages) > 1:
+            return self._fold_stages(tasks)
+        table = self.task_table
+        groups: Tensor | None = None
+        routed: int | Tensor | None = tasks
         kernels = self._kernels()
         plan = (kernels, self.top_k, self.scaling, self.geometry)
         if not self.training:
@@ -170,6 +230,30 @@ class PyramidAdapter(TaskRoutedAdapter):
         index, gates = route(self.gate, embeddings, self.top_k)
         folded, active = fold_routed(kernels, index, gates, self.scaling, self.geometry)
         return folded, groups, active
+
+    def _fold_stages(self, tasks: int | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """``fold`` with experts that some tasks do not know: the tasks of every stage for themselves, in one piece.
+
+        Masking the others' logits would be shorter; but a sum over more experts rounds in another way.
+        """
+        weight, stages = self.task_table.weight, self._stages
+        if isinstance(tasks, int):
+            known = [geometry for first, geometry in stages if first <= tasks][-1]
+            folded, active = self._fold_rows(weight[tasks : tasks + 1], known)
+            return folded, None, active
+        ends = [*(first for first, _ in stages[1:]), len(weight)]
+        parts = [self._fold_rows(weight[first:end], known) for (first, known), end in zip(stages, ends, strict=True)]
+        folded, active = (torch.cat(part) for part in zip(*parts, strict=True))
+        return (folded, tasks, active) if tasks.dim() else (folded[tasks][None], None, active[tasks][None])
+
+    def _fold_rows(self, embeddings: Tensor, geometry: PyramidGeometry) -> tuple[Tensor, Tensor]:
+        """``(folded, active)`` of these embeddings with the experts of ``geometry``, the first ones of all."""
+        experts = geometry.num_experts
+        gate, kernels = self.gate[:experts], self._kernels()[:experts]
+        fused = fold_tasks(gate, embeddings, None, kernels, self.top_k, self.scaling, geometry)
+        if fused is not None:
+            return fused
+        return fold_routed(kernels, *route(gate, embeddings, self.top_k), self.scaling, geometry)
 
     def fold_for(self, x: Tensor, task_ids: TaskIds | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """``fold`` of the tasks of a call with x ``[..., in]``, or with ``routing="token"`` of its rows."""

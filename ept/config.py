@@ -41,6 +41,9 @@ class EPTConfig(ContrastiveConfig):
             find out the task of an unlabelled sample afterwards (``docs/tasks.md``).
         finished_tasks: the first so many tasks are finished: neither their embeddings nor anything that all tasks use
             trains. Set by ``model.add_task``.
+        added_kernels: experts that came with tasks added later, ``((task, kernel sizes), ...)``: they follow those of
+            ``kernel_sizes`` in every layer, and earlier tasks know nothing of them. Set by
+            ``model.add_task(new_kernels=...)``.
         init_seed: "gaussian" (the method) or "zero" (the paper's ablation: ``B`` starts at zero).
         routing: "task" (the method): a task's embedding selects its experts. "token": every token selects its own, by a
             gate ``[E, in]`` on its own input. Then there are no task embeddings, ``task_ids`` are optional and change
@@ -65,6 +68,9 @@ class EPTConfig(ContrastiveConfig):
     alp_scaling: bool = field(default=True, metadata={"help": "Dimension-aware scaling of the Adaptive LoRA Pruner."})
     auto_routing: bool = field(default=False, metadata={"help": "Learn to find out the task of unlabelled samples."})
     finished_tasks: int = field(default=0, metadata={"help": "Tasks that must stay as they are; add_task sets it."})
+    added_kernels: tuple[tuple[int, tuple[int, ...]], ...] | None = field(
+        default=None, metadata={"help": "Experts of tasks that were added later; add_task sets it."}
+    )
     init_seed: str = field(default="gaussian", metadata={"help": "'gaussian' or 'zero'."})
     routing: str = field(default="task", metadata={"help": "'task' or 'token': what selects experts."})
 
@@ -73,10 +79,11 @@ class EPTConfig(ContrastiveConfig):
         super().__post_init__()
         self.peft_type = EPT
         self._check_pattern()
-        experts = min(map(len, (self.kernel_sizes, *(self.kernel_pattern or {}).values())))
+        self._check_added()
+        fewest = min((self.kernel_sizes, *(self.kernel_pattern or {}).values()), key=len)
         check(
-            is_int(self.top_k) and 1 <= self.top_k <= experts,
-            f"top_k must be an integer from 1 to {experts} (the fewest experts of a layer), got {self.top_k!r}",
+            is_int(self.top_k) and 1 <= self.top_k <= len(fewest),
+            f"top_k must be an integer from 1 to {len(fewest)} (the experts of {fewest}), got {self.top_k!r}",
         )
         check(isinstance(self.alp_scaling, bool), f"alp_scaling must be True or False, got {self.alp_scaling!r}")
         check(isinstance(self.auto_routing, bool), f"auto_routing must be True or False, got {self.auto_routing!r}")
@@ -93,6 +100,7 @@ class EPTConfig(ContrastiveConfig):
             f"routing must be 'task' or 'token', got {self.routing!r}",
         )
         if self.routing == "token":
+            check(self.added_kernels is None, "added_kernels must be None with routing='token', which has no tasks")
             check(not self.auto_routing, "auto_routing must be False with routing='token', which asks for no tasks")
             check(self.finished_tasks == 0, "finished_tasks must be 0 with routing='token', which has no task table")
             default = type(self).__dataclass_fields__["contrastive_weight"].default
@@ -117,9 +125,41 @@ class EPTConfig(ContrastiveConfig):
                 raise ValueError(f"kernel_pattern[{key!r}]={value!r}: {error}") from None
         self.kernel_pattern = sizes or None
 
+    def _check_added(self) -> None:
+        added = self.added_kernels
+        if added is None:
+            return
+        wanted = f"added_kernels must be None or ((task, kernel sizes), ...), got {added!r}"
+        try:
+            pairs = tuple((task, check_kernel_sizes(sizes)) for task, sizes in added)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{wanted}: {error}") from None
+        tasks = [task for task, _ in pairs]
+        check(
+            all(is_int(task) and 0 < task < self.num_tasks for task in tasks) and tasks == sorted(set(tasks)),
+            f"{wanted}: tasks must be different, from 1 to {self.num_tasks - 1}, and in their order",
+        )
+        for sizes in (self.kernel_sizes, *(self.kernel_pattern or {}).values()):
+            missing = sorted({k for _, own in pairs for k in own} - set(sizes))
+            check(not missing, f"added_kernels must be of scales that every layer has, but {sizes} lacks {missing}")
+        self.added_kernels = pairs or None
+
+    @property
+    def all_kernel_sizes(self) -> tuple[int, ...]:
+        """Of every expert: ``kernel_sizes``, then those of ``added_kernels``."""
+        return self.kernel_sizes + tuple(k for _, sizes in self.added_kernels or () for k in sizes)
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """``(first task, number of experts)`` of each group of tasks that knows the same experts, in their order."""
+        found = [(0, len(self.kernel_sizes))]
+        for task, sizes in self.added_kernels or ():
+            found.append((task, found[-1][1] + len(sizes)))
+        return tuple(found)
+
     def for_layer(self, name: str) -> EPTConfig:
         """This config with the kernel sizes that ``kernel_pattern`` gives the layer ``name``."""
-        key = get_pattern_key(self.kernel_pattern or (), name)
+        key = get_pattern_key(list(self.kernel_pattern or ()), name)
         if self.kernel_pattern is None or key not in self.kernel_pattern:
             return self
         config = copy.copy(self)

@@ -146,6 +146,11 @@ def pop(context: TaskContext) -> None:
     context.shared = {}  # not cleared: the passes of a generation hold the same one
 
 
+def restore(context: TaskContext | None) -> None:
+    """Make ``context`` current, whatever has been pushed since it was."""
+    _current.set(context)
+
+
 @contextmanager
 def activate(context: TaskContext) -> Iterator[TaskContext]:
     """Make ``context`` current inside the block."""
@@ -209,6 +214,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
 
 def checkpoint_with_tasks(model: nn.Module) -> None:
     """Make every checkpointing function that transformers put on ``model`` recompute under the right tasks."""
+    module: Any  # with an attribute of transformers
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if function is not None and not isinstance(function, _CheckpointWithTasks):

@@ -126,9 +126,10 @@ def _check_merge(
     collate = make_collator("encoder", tokenizer, {task_id: task.spec}, max_length=max_length)
     batch = collate([rows[i] for i in range(len(rows))])
     before = model(**batch).logits
-    model.base_model.merge_adapter(task=task.spec.name)
+    tuner: Any = model.base_model
+    tuner.merge_adapter(task=task.spec.name)
     merged = model(**batch).logits
-    model.base_model.unmerge_adapter()
+    tuner.unmerge_adapter()
     after = model(**batch).logits
     real = torch.isfinite(before)  # labels that the task does not have are -inf
     largest = before[real].abs().max().item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .tuner.model import EPTModel, ept_model
 
 def _active(tuner: EPTModel, adapter_name: str | None) -> str:
     name = adapter_name or next(iter(tuner.active_adapters), None)
-    if name not in tuner.peft_config:
+    if name is None or name not in tuner.peft_config:
         raise ValueError(f"adapter_name must be one of {list(tuner.peft_config)}, got {name!r}")
     return name
 
@@ -61,7 +62,7 @@ def routing(model: nn.Module, adapter_name: str | None = None) -> dict[str, tupl
         ValueError: a method that does not give experts to tasks.
     """
     tuner = ept_model(model)
-    parts = adapters(model, adapter_name)
+    parts: dict[str, Any] = adapters(model, adapter_name)
     if not all(hasattr(adapter, "route") for adapter in parts.values()):
         raise ValueError(f"model has a {_method(tuner, adapter_name)} adapter, which does not give experts to tasks")
     tasks = list(range(tuner.ept_task_tables[_active(tuner, adapter_name)].num_tasks))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adapter_config import AdapterConfig
 from .context import TaskContext, current
+from .mixture import TaskMixture
 from .tasks import ResolvedTasks, TaskIds, TaskNames, TaskSet, count_samples
 
 #: A method's additional losses by name, each with the weight that it has in the total: ``{name: (weight, value)}``.
@@ -51,7 +52,8 @@ class LayerAdapter(nn.Module):
         self._shared = (shared,)
 
     @property
-    def shared(self) -> TaskSet:
+    def shared(self) -> Any:
+        """What ``make_shared`` made: a ``TaskSet`` of the method's own kind."""
         return self._shared[0]
 
     @classmethod
@@ -118,6 +120,10 @@ class LayerAdapter(nn.Module):
         wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), delta.dtype)
         return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
 
+    @classmethod
+    def check_shardable(cls, shared: TaskSet) -> None:
+        """Raise ValueError where something must happen before processes shard the parameters among them (FSDP)."""
+
     def resolve_one(self, task: int | str | None) -> int | Tensor:
         """The id of one task.
 
@@ -126,7 +132,10 @@ class LayerAdapter(nn.Module):
         """
         if task is not None and not isinstance(task, (int, str)):
             raise TypeError(f"task must be an id or a name, got {type(task).__name__}")
-        return self.shared.resolve(task)
+        resolved = self.shared.resolve(task)
+        if isinstance(resolved, TaskMixture):  # nothing in task is one
+            raise TypeError(f"task must be an id or a name, got {task!r}")
+        return resolved
 
     def tasks_for(self, x: Tensor, task_ids: TaskIds | None) -> ResolvedTasks:
         """Resolved tasks of a call: the argument, else the current context's, checked against the batch of x.
@@ -141,7 +150,7 @@ class LayerAdapter(nn.Module):
                 self.collect(context, x)
                 task_ids = context.task_ids
                 resolved = any(other is shared for other in context.tables)
-        tasks = task_ids if resolved else shared.resolve(task_ids)
+        tasks: Any = task_ids if resolved else shared.resolve(task_ids)
         samples = count_samples(tasks)
         if samples is not None:
             batch = x.shape[0] if x.dim() > 1 else 1

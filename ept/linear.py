@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -9,6 +11,9 @@ from .adapted_linear import AdaptedLinear
 from .adapter import PyramidAdapter
 from .config import EPTConfig
 from .tasks import TaskTable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class EPTLinear(AdaptedLinear, PyramidAdapter):
@@ -44,7 +49,7 @@ class EPTLinear(AdaptedLinear, PyramidAdapter):
         super().__init__(in_features, out_features, bias, config=config, shared=task_table, device=device, dtype=dtype)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, config: EPTConfig, task_table: TaskTable | None = None) -> EPTLinear:
+    def from_linear(cls, linear: nn.Linear, config: EPTConfig, task_table: TaskTable | None = None) -> Self:
         """Adapt an existing ``nn.Linear``; its parameters are shared, not copied, and become frozen.
 
         Raises:

@@ -49,10 +49,10 @@ def check_merged_task(tasks: ResolvedTasks, merged_task: int) -> None:
         if tasks != merged_task:
             raise ValueError(f"{message} (got {tasks})")
     elif torch.compiler.is_compiling():
-        torch._assert_async((tasks == merged_task).all(), message)
+        torch._assert_async(tasks.eq(merged_task).all(), message)
     else:
         try:
-            torch._assert_async((tasks == merged_task).all(), message)
+            torch._assert_async(tasks.eq(merged_task).all(), message)
         except RuntimeError as error:
             raise ValueError(f"{message} (got {tasks.tolist()})") from error
 
@@ -73,6 +73,7 @@ class WeightStash(nn.Module):
         self.original, parameter.data = parameter.data, merged
 
     def swap_out(self, parameter: nn.Parameter) -> None:
+        assert self.original is not None, "nothing was swapped in"
         parameter.data, self.original = self.original, None
 
 

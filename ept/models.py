@@ -125,7 +125,11 @@ def _load(name: str, source: str, dtype: torch.dtype | None, options: dict[str, 
         weights = {"config": config, **options, **({} if dtype is None else {"dtype": dtype})}
         if "gguf_file" not in options:
             weights["use_safetensors"] = True
+        elif hasattr(transformers, "GgufConfig"):  # otherwise 4-bit blocks could stay as they are
+            weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model = _AUTO_CLASS[kind].from_pretrained(source, **weights)
+        if "gguf_file" in options and getattr(model, "hf_quantizer", None) is not None:
+            model.hf_quantizer.remove_quantization_config(model)  # Trainer refuses what was quantised once
     except ModelError:
         raise
     except (OSError, ValueError, KeyError) as error:

@@ -51,20 +51,21 @@ def parameter_groups(
     for module in model.modules():
         if isinstance(module, PyramidAdapter):
             kernels |= {id(kernel): kernel for kernel in module.kernels}
-            gates.setdefault(module.gate.shape[1], {})[id(module.gate)] = module.gate
+            for rows in module.row_parameters("gate"):
+                gates.setdefault(rows.shape[1], {})[id(rows)] = rows
             shared |= {id(factor): factor for factor in (module.A, module.B)}
         elif isinstance(module, TaskTable):
             shared |= {id(rows): rows for rows in module.row_parameters("weight")}
     adapter = {*kernels, *shared, *(key for group in gates.values() for key in group)}
     others = [parameter for parameter in model.parameters() if id(parameter) not in adapter]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"name": "seed and task embeddings", "params": list(shared.values()), "lr": lr, "weight_decay": 0.0},
         {"name": "other", "params": others, "lr": lr, "weight_decay": weight_decay},
         {"name": "kernels", "params": list(kernels.values()), "lr": lr * kernel_lr_ratio, "weight_decay": 0.0},
     ]
-    for width, group in gates.items():
+    for width, rows_of_gates in gates.items():
         name, rate = f"gates of width {width}", lr * gate_lr_ratio / width
-        groups.append({"name": name, "params": list(group.values()), "lr": rate, "weight_decay": 0.0})
+        groups.append({"name": name, "params": list(rows_of_gates.values()), "lr": rate, "weight_decay": 0.0})
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     groups = [group for group in groups if group["params"]]

@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .context import masked_mean
 from .mixture import TaskMixture
+from .ranks import sum_over_ranks
 
 
 def embedding_layer(model: nn.Module) -> nn.Module:
@@ -64,6 +64,10 @@ class TaskPrototypes(nn.Module):
         count ``[T]`` int64, mean and variance ``[T, width]``: of the samples of each task that were observed.
     """
 
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+
     def __init__(self, num_tasks: int, width: int, *, device: torch.device | None = None) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros(num_tasks, dtype=torch.long, device=device))
@@ -81,9 +85,7 @@ class TaskPrototypes(nn.Module):
         members = F.one_hot(tasks, len(self.count)).float()  # [N, T]
         offset = z.float() - mean[tasks]  # from the mean so far: large common values do not cancel
         sums = torch.cat([members.sum(0)[:, None], members.T @ offset, members.T @ offset.square()], dim=1)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
-        added, first, second = sums.split([1, *[mean.shape[1]] * 2], dim=1)
+        added, first, second = sum_over_ranks(sums).split([1, *[mean.shape[1]] * 2], dim=1)
         total = (self.count[:, None] + added).clamp_min(1)
         shift = first / total
         spread = (variance * self.count[:, None] + second) / total - shift.square()

@@ -34,6 +34,21 @@ def route(gate: Tensor, embeddings: Tensor, top_k: int) -> tuple[Tensor, Tensor]
     return index, selected.softmax(-1)
 
 
+def route_stages(
+    gate: Tensor, embeddings: Tensor, tasks: Tensor, top_k: int, stages: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """``route``, where a task may use the experts of its stage alone: those that came with it or before.
+
+    Args:
+        tasks: ids of the embeddings, ``[G]``. stages: ``(first task, number of experts)`` of each, in their order.
+    """
+    index, gates = route(gate[: stages[0][1]], embeddings, top_k)
+    for first, experts in stages[1:]:
+        later, found = (tasks >= first)[:, None], route(gate[:experts], embeddings, top_k)
+        index, gates = torch.where(later, found[0], index), torch.where(later, found[1], gates)
+    return index, gates
+
+
 def fold_routed(
     kernels: Sequence[Tensor], index: Tensor, gates: Tensor, scaling: float, geometry: PyramidGeometry
 ) -> tuple[Tensor, Tensor]:

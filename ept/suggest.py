@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +19,7 @@ from ept_kernels.geometry import check_kernel_sizes
 
 from .config import EPTConfig
 from .pyramids import Sizes, shared_and_pattern
+from .tasks import TaskNames
 from .tuner.dense import has_dense_weight
 from .tuner.targets import target_features
 
@@ -66,16 +68,19 @@ def suggest_pyramid(
     Args:
         model: the base model, without adapter; its output has a ``loss``. It is left as it was; two copies of the
             targeted weights are held for each task.
-        batches: keyword arguments of the model, with at least two batches for each task. ``task_ids [batch]`` in them
-            tell the tasks apart; a model that does not take ``task_ids`` is called without.
+        batches: keyword arguments of the model, with at least two batches for each task. ``task_ids`` in them, ids or
+            names of ``config``, tell the tasks apart; a model that does not take ``task_ids`` is called without.
         config: rank, targets and ``alp_scaling``; its own ``kernel_sizes`` (and pattern) give the default budget.
         budget: numbers in the seeds and kernels of all layers (gates, of one row per expert, come on top).
         pyramids: kernel sizes to choose from.
 
     Raises:
-        ValueError: a budget below the cheapest choice, no pyramid that fits a layer, too few batches for a task, or a
-            targeted weight that is not a dense float; TypeError: a model without a loss.
+        ValueError: a model that has an adapter, task ids that ``config`` does not know, a budget below the cheapest
+            choice, no pyramid that fits a layer, too few batches for a task, or a targeted weight that is not a dense
+            float; TypeError: a model without a loss.
     """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("model must be the base model alone, got one with an adapter; unload() gives the base back")
     choices = [check_kernel_sizes(sizes) for sizes in pyramids]
     features = target_features(model, config)
     costs = {name: _costs(name, *size, choices, config) for name, size in features.items()}
@@ -87,7 +92,7 @@ def suggest_pyramid(
     least = sum(min(own.values()) for own in costs.values())
     if budget < least:
         raise ValueError(f"budget must be at least {least:,} (the cheapest pyramid in every layer), got {budget:,}")
-    gradients = _collect(model, batches, list(features))
+    gradients = _collect(model, batches, list(features), TaskNames(config.num_tasks, config.task_names))
     gains = _gains(gradients, costs, config.r)
     chosen, spent = _spend(budget, costs, gains)
     return SuggestedPyramid(*shared_and_pattern(chosen), spent, budget, gains)
@@ -109,7 +114,9 @@ def _costs(
 # ---- gradients
 
 
-def _collect(model: nn.Module, batches: Iterable[Mapping[str, Any]], names: Sequence[str]) -> _Gradients:
+def _collect(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], names: Sequence[str], tasks: TaskNames
+) -> _Gradients:
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
         if not (isinstance(layer, (nn.Linear, Conv1D)) and has_dense_weight(layer)):
@@ -119,7 +126,7 @@ def _collect(model: nn.Module, batches: Iterable[Mapping[str, Any]], names: Sequ
     seen: dict[int, int] = {}
     with _only_trainable(model, [layer.weight for layer in layers.values()]):
         for batch in batches:
-            for task, part in _by_task(batch):
+            for task, part in _by_task(batch, tasks):
                 output = model(**{key: value for key, value in part.items() if takes_tasks or key != "task_ids"})
                 loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
                 if loss is None:
@@ -150,13 +157,12 @@ def _only_trainable(model: nn.Module, weights: Sequence[nn.Parameter]):
             parameter.requires_grad_(flag)
 
 
-def _by_task(batch: Mapping[str, Any]) -> Iterable[tuple[int, Mapping[str, Any]]]:
+def _by_task(batch: Mapping[str, Any], tasks: TaskNames) -> Iterable[tuple[int, Mapping[str, Any]]]:
     """The rows of each task, as a batch of their own."""
-    ids = batch.get("task_ids")
-    if ids is None:
-        yield 0, batch
+    ids = tasks.resolve(batch.get("task_ids"))
+    if not isinstance(ids, Tensor) or not ids.dim():
+        yield int(ids), {**batch, "task_ids": ids}
         return
-    ids = torch.as_tensor(ids)
     for task in ids.unique().tolist():
         rows = ids == task
         yield (

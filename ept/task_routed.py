@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,5 +63,6 @@ class TaskRoutedAdapter(LayerAdapter):
             return {"contrastive_loss": (config.contrastive_weight, shared.weight.new_zeros(()))}
         if context is None:
             raise ValueError("model has no training forward yet: call it in training mode, then ept.contrastive_loss")
-        loss = contrastive_task_loss(context.pooled, context.task_ids, shared, config.temperature)
+        tasks: Any = context.task_ids  # a model's context holds resolved ones
+        loss = contrastive_task_loss(context.pooled or [], tasks, shared, config.temperature)
         return {"contrastive_loss": (config.contrastive_weight, loss)}

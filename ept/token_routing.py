@@ -12,8 +12,8 @@ from ept_kernels import PyramidGeometry, fold_tasks
 from .router import fold_routed, route
 
 UNMERGEABLE = (
-    "EPT with routing='token' chooses experts for every token, so no one weight does what it does and it cannot be "
-    "merged; unload() gives the base model back"
+    "EPT with routing='token' chooses experts for every token, so no one weight does what it does: it can be neither "
+    "merged nor exported; unload() gives the base model back"
 )
 
 #: Rows up to which one native call (on one thread) routes and folds faster than a dozen tensor operations.

@@ -15,7 +15,7 @@ with train_extra("ept-train"):
     from rich.console import Console
 
     from ept.data import DataError, load_tasks
-    from ept.files import read_json
+    from ept.files import WriteError, read_json
     from ept.models import ModelError
     from ept.training.checkpoints import newest_checkpoint
     from ept.training.console import quieten_libraries
@@ -23,14 +23,15 @@ with train_extra("ept-train"):
     from ept.training.run import CHECKPOINT_FOLDER, METRICS_FILE, SETTINGS_FILE, make_adapted, train
 
 # What may change between a run and its resumption; all else decides the result.
-_FREE = {"output", "save_steps", "resume", "overwrite", "quiet"}
+_FREE = {"output", "save_steps", "nan_policy", "resume", "overwrite", "quiet"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``ept-train`` with these arguments (None: the process's); 0 on success.
 
     Raises:
-        SystemExit: code 2, after a message that names the option, if one is bad; nothing has been written then.
+        SystemExit: code 2, after a message that names the option, if one is bad; nothing has been written then. Code 1,
+            after a message, if the training stopped at values that are not finite or something could not be written.
     """
     parser = build_parser()
     settings = parse(parser, argv)
@@ -46,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"argument --model: {error}")
     except ValueError as error:
         parser.error(f"argument --model, --tasks or --target-modules: {error}")
-    train(settings, tasks, model, tokenizer, Console())
+    try:
+        train(settings, tasks, model, tokenizer, Console())
+    except (FloatingPointError, WriteError) as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
     return 0
 
 

@@ -22,6 +22,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: The oldest compute capability that the kernels are written for.
 CAPABILITY = (7, 5)
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 
 @functools.cache
 def _load(library: Path) -> str | None:
@@ -78,11 +80,12 @@ def _groups(groups: Tensor | None) -> Tensor | None:
     return None if groups is None else groups.contiguous()
 
 
-def _asked(gradients: Sequence[Tensor], needs: Sequence[bool], like: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    return tuple(
+def _asked(gradients: Sequence[Tensor], needs: Sequence[bool], like: Sequence[Tensor]) -> Gradients:
+    grad_A, grad_B, grad_folded = (
         gradient.to(tensor.dtype) if need else None
         for gradient, need, tensor in zip(gradients, needs, like, strict=True)
     )
+    return grad_A, grad_B, grad_folded
 
 
 def pyramid_delta(

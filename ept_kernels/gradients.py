@@ -25,7 +25,7 @@ def _run_backward(op: str, grad: Tensor, *args: Any) -> Sequence[Tensor | None]:
     return run(op, grad, *args)
 
 
-def _asked(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+def _asked(gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 

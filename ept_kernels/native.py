@@ -50,7 +50,8 @@ def _thread_pool() -> tuple[int, int]:
     path = folder / libraries
     library = ctypes.CDLL(str(path if path.exists() else folder / "libtorch_cpu.dylib"))
     functions = (library.torch_parallel_for, library.torch_get_num_threads)
-    return tuple(ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+    loop, count = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+    return loop, count
 
 
 @lru_cache(maxsize=1)
@@ -230,7 +231,10 @@ def pyramid_delta_backward(
         False,
         *map(_address, sums),
     )
-    return grad_x, *(None if s is None else s.to(t.dtype) for s, t in zip(sums, (A, B, folded), strict=True))
+    grad_A, grad_B, grad_folded = (
+        None if s is None else s.to(t.dtype) for s, t in zip(sums, (A, B, folded), strict=True)
+    )
+    return grad_x, grad_A, grad_B, grad_folded
 
 
 def pyramid_linear_backward(
@@ -245,7 +249,7 @@ def pyramid_linear_backward(
     needs: Sequence[bool],
     active: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    grad_x, *rest = pyramid_delta_backward(grad, x, A, B, folded, groups, scales, needs, active)
+    grad_x, grad_A, grad_B, grad_folded = pyramid_delta_backward(grad, x, A, B, folded, groups, scales, needs, active)
     if grad_x is not None:
         grad_x.addmm_(grad, weight)
-    return grad_x, *rest
+    return grad_x, grad_A, grad_B, grad_folded

@@ -40,11 +40,15 @@ class _Call:
         table: Tensor,
         kernels: Sequence[Tensor],
     ) -> None:
-        several = isinstance(tasks, Tensor)
-        if several:
-            tasks = tasks.reshape(-1).to(gate.device, torch.int64).contiguous()
-        self.groups = len(tasks) if several else table.shape[0] if tasks is None else 1
-        self.tensors = (gate, table, tasks, *kernels)
+        several, first = None, 0
+        if isinstance(tasks, Tensor):
+            several = tasks.reshape(-1).to(gate.device, torch.int64).contiguous()
+            self.groups = len(several)
+        elif tasks is None:
+            self.groups = table.shape[0]
+        else:
+            self.groups, first = 1, tasks
+        self.tensors = (gate, table, several, *kernels)
         self.arguments = (
             _experts(geometry, scaling),
             top_k,
@@ -53,8 +57,8 @@ class _Call:
             table.data_ptr(),
             table.shape[0],
             self.groups,
-            tasks.data_ptr() if several else 0,
-            tasks if isinstance(tasks, int) else 0,
+            0 if several is None else several.data_ptr(),
+            first,
             [kernel.data_ptr() for kernel in kernels],
         )
 
@@ -99,7 +103,8 @@ class _FoldTasks(torch.autograd.Function):
         needs = ctx.needs_input_grad[4:]
         grads = [torch.empty_like(p) if need else None for p, need in zip(parameters, needs, strict=True)]
         grad = grad.to(torch.float32).contiguous()
-        call = _Call(*ctx.plan, tasks if ctx.task is None else ctx.task, gate, table, kernels)
+        geometry, scaling, top_k = ctx.plan
+        call = _Call(geometry, scaling, top_k, tasks if ctx.task is None else ctx.task, gate, table, kernels)
         grad_gate, grad_table, *grad_kernels = (0 if g is None else g.data_ptr() for g in grads)
         native.module().fold_tasks_backward(
             *call.arguments,

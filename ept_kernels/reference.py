@@ -66,7 +66,8 @@ def pyramid_weight(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeomet
     updates = []
     for group in range(folded.shape[0]):
         kernels = unpack_folded(folded[group : group + 1], geometry)
-        updates.append(sum(scale_weight(A, B, kernel[0].to(A.dtype), geometry) for kernel in kernels))
+        parts = [scale_weight(A, B, kernel[0].to(A.dtype), geometry) for kernel in kernels]
+        updates.append(sum(parts[1:], parts[0]))
     if not updates:
         return A.new_zeros(0, geometry.out_features, geometry.in_features)
     return torch.stack(updates)

@@ -64,8 +64,8 @@ def pyramid_weight_backward(
             seed = B[:height] @ A[:, :width]
             kernel_grad = torch.einsum("iajq,ij->aq", padded.view(height, k, width, k), seed)
             grad_folded[group, start : start + k * k] = kernel_grad.reshape(-1)
-    results = (grad_A, grad_B, grad_folded)
-    return tuple(result if need else None for result, need in zip(results, needs, strict=True))
+    need_A, need_B, need_folded = needs
+    return grad_A if need_A else None, grad_B if need_B else None, grad_folded if need_folded else None
 
 
 def pyramid_delta_backward(
@@ -100,5 +100,5 @@ def pyramid_linear_backward(
     scales: Sequence[int],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    grad_x, *rest = pyramid_delta_backward(grad, x, A, B, folded, groups, scales, needs)
-    return None if grad_x is None else grad_x + grad @ weight, *rest
+    grad_x, grad_A, grad_B, grad_folded = pyramid_delta_backward(grad, x, A, B, folded, groups, scales, needs)
+    return None if grad_x is None else grad_x + grad @ weight, grad_A, grad_B, grad_folded

@@ -140,8 +140,8 @@ def pyramid_delta_backward(
         grad_folded = _sum_by_group(by_segment, groups, folded.shape[0])
     if need_x or need_A:
         cores = _kernels(folded, groups, scales, dV.dtype)
-        dU = [dv @ core for dv, core in zip(_by_scale(dV, segments, scales), cores, strict=True)]
-        dU = _joined(dU, len(x), scales, rank)
+        by_scale = [dv @ core for dv, core in zip(_by_scale(dV, segments, scales), cores, strict=True)]
+        dU = _joined(by_scale, len(x), scales, rank)
         if need_x:
             grad_x = dU.to(x.dtype) @ A_hat
         if need_A:
@@ -168,10 +168,10 @@ def pyramid_linear_backward(
     scales: Sequence[int],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    grad_x, *rest = pyramid_delta_backward(grad, x, A, B, folded, groups, scales, needs)
+    grad_x, grad_A, grad_B, grad_folded = pyramid_delta_backward(grad, x, A, B, folded, groups, scales, needs)
     if grad_x is not None:
         grad_x.addmm_(grad, weight)
-    return grad_x, *rest
+    return grad_x, grad_A, grad_B, grad_folded
 
 
 def _left_factor(B: Tensor, folded: Tensor, out_features: int, scales: Sequence[int]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class DCFTAdapter(LayerAdapter):
         super().__init__(in_features, out_features, config, shared, name=name)
         self.geometry = self._geometry(config, in_features, out_features)
         self.scaling = config.lora_alpha / config.r
-        factory = {"device": device, "dtype": dtype}
+        factory: Any = {"device": device, "dtype": dtype}
         self.A = nn.Parameter(torch.empty(config.r, self.geometry.seed_width, **factory))
         self.B = nn.Parameter(torch.empty(self.geometry.seed_height, config.r, **factory))
         self.c = nn.Parameter(torch.empty(config.kernel_size, config.kernel_size, **factory))
@@ -118,7 +119,8 @@ class DCFTAdapter(LayerAdapter):
         """
         if config.orthogonality_weight == 0:
             return {}
-        vectors = [rows for adapter in adapters.values() for rows in (adapter.A, adapter.B.T)]
+        factors: Any = adapters.values()  # all of this class
+        vectors = [rows for adapter in factors for rows in (adapter.A, adapter.B.T)]
         distances = torch.cat([rows.float().square().sum(1) - 1 for rows in vectors])
         return {"orthogonality_loss": (config.orthogonality_weight, distances.abs().mean())}
 

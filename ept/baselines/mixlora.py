@@ -18,8 +18,8 @@ from ..context import TaskContext
 from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..peft_type import TaskRoutedPeftType
 from ..tasks import TaskIds
-from .ffn_blocks import ENTRY, EXIT, ffn_places
-from .mixlora_router import TokenRoute, TokenRouters
+from .ffn_blocks import ENTRY, EXIT, Place, ffn_places
+from .mixlora_router import TokenRoute, TokenRouters, load_balance
 
 MIXLORA = TaskRoutedPeftType("MIXLORA")
 
@@ -71,8 +71,8 @@ class MixLoRAAdapter(LayerAdapter):
     """
 
     unmergeable = (
-        "MixLoRA chooses experts for every token, so no one weight does what it does and it cannot be merged; "
-        "unload() gives the base model back"
+        "MixLoRA chooses experts for every token, so no one weight does what it does: it can be neither merged nor "
+        "exported; unload() gives the base model back"
     )
     stacks = False
 
@@ -128,7 +128,7 @@ class MixLoRAAdapter(LayerAdapter):
         if self.place is None:
             return _add(base(x), self._expand(self._shrink(x)))
         if self.place.role == EXIT:
-            return self._leave(base, x)
+            return self._leave(self.place, base, x)
         route = self.shared.route(self.place.block, x)
         chosen = self._chosen(route)
         hidden = self._shrink(x)
@@ -136,9 +136,9 @@ class MixLoRAAdapter(LayerAdapter):
             return _add(base(x), self._expand(hidden * chosen.unsqueeze(-1)))  # [k, ..., out]
         return _add(base(x), self._expand(hidden * self._mixed(chosen, route).unsqueeze(-1)))
 
-    def _leave(self, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _leave(self, place: Place, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """x ``[k, ..., hidden]``, a copy for each of a token's experts -> ``[..., out]``."""
-        route = self.shared.last_route(self.place.block)
+        route = self.shared.last_route(place.block)
         chosen = self._chosen(route)
         weights = route.weights.movedim(-1, 0)  # [k, ...]
         with without_autocast(x.device):
@@ -185,7 +185,7 @@ class MixLoRAAdapter(LayerAdapter):
             return {}
         if context is None or not context.terms:
             raise ValueError("model has no training forward yet: call it in training mode, then ept.auxiliary_losses")
-        loss = torch.stack(context.terms).mean()
+        loss = load_balance(torch.stack(context.terms)).mean()
         learns = any(router.requires_grad for router in shared.routers.values())
         if torch.is_grad_enabled() and learns and not loss.requires_grad:
             raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ept_kernels import without_autocast
 
 from ..context import TaskContext, current
+from ..ranks import number_of_ranks, sum_over_ranks
 from ..tasks import TaskNames
 from .ffn_blocks import Place
 
@@ -90,17 +91,15 @@ class TokenRouters(TaskNames):
             probabilities = (x.to(dtype) @ router.to(dtype).T).softmax(-1)
             best, experts = probabilities.topk(self.top_k, dim=-1)
             if context is not None and context.terms is not None:
-                context.terms.append(load_balance(probabilities, experts[..., 0], context.attention_mask))
+                context.terms.append(expert_load(probabilities, experts[..., 0], context.attention_mask))
             return TokenRoute(experts, best / best.sum(-1, keepdim=True))
 
     def part_sizes(self) -> dict[str, int]:
         return {"routers": sum(router.numel() for router in self.routers.values())}
 
 
-def load_balance(probabilities: Tensor, best: Tensor, mask: Tensor | None) -> Tensor:
-    """``E sum_e f_e P_e``: 1 where experts share the tokens evenly, E where one has them all.
-
-    f_e is the share of tokens whose best expert is e (no gradient), P_e the mean probability of e.
+def expert_load(probabilities: Tensor, best: Tensor, mask: Tensor | None) -> Tensor:
+    """Of every expert, how many tokens have it as their best (no gradient), and its probabilities' sum: ``[2, E]``.
 
     Args:
         probabilities: ``[..., E]``. best: ``[...]``.
@@ -109,10 +108,22 @@ def load_balance(probabilities: Tensor, best: Tensor, mask: Tensor | None) -> Te
     weights = torch.ones_like(best, dtype=probabilities.dtype)
     if mask is not None and mask.shape == best.shape:
         weights = mask.to(probabilities)
-    weights = (weights / weights.sum().clamp_min(1)).flatten()
+    weights = weights.flatten()
     chosen = nn.functional.one_hot(best.flatten(), probabilities.shape[-1]).to(probabilities)
-    share, mean = weights @ chosen, weights @ probabilities.flatten(0, -2)
-    return probabilities.shape[-1] * (share * mean).sum()
+    return torch.stack([weights @ chosen, weights @ probabilities.flatten(0, -2)])
+
+
+def load_balance(loads: Tensor) -> Tensor:
+    """``E sum_e f_e P_e`` of ``expert_load [..., 2, E]``: 1 where experts share the tokens evenly, E where one has all.
+
+    f_e is the share of tokens whose best expert is e (no gradient), P_e the mean probability of e, both over the tokens
+    of all processes of a ``torch.distributed`` job: f is the same on all of them, and the mean of what they return is
+    the loss of the whole batch. Every process must call this.
+    """
+    counts, sums = loads.unbind(-2)
+    counts = sum_over_ranks(counts.detach())
+    tokens = counts.sum(-1, keepdim=True).clamp_min(1)
+    return counts.shape[-1] * (counts * sums / tokens.square()).sum(-1) * number_of_ranks()
 
 
 def _key(block: str) -> str:

@@ -125,7 +125,7 @@ def _files(root: Path, spec: TaskSpec, splits: dict[str, dict[str, Any]]) -> dic
     missing = [split for split in ("train", "validation") if split not in splits]
     if missing:
         raise DataError(f"index.json, task {spec.name!r}: no split {', '.join(missing)}; there is: {', '.join(splits)}")
-    paths = {}
+    paths: dict[str, Path] = {}
     for split in ("train", "validation", "test"):
         if split in splits:
             where = f"task {spec.name!r}, split {split!r}"

@@ -24,7 +24,7 @@ def prompt(spec: TaskSpec, row: Mapping[str, Any]) -> str:
     """The question put to a text-to-label model; ``row`` has ``text``, ``text_pair`` and, if needed, ``choices``."""
     parts = [spec.name, f"{spec.text_columns[0]}: {row['text']}"]
     if spec.kind == "multiple_choice":
-        letters = spec.label_names[: len(row["choices"])]
+        letters = (spec.label_names or ())[: len(row["choices"])]
         options = " ".join(f"{letter}) {choice}" for letter, choice in zip(letters, row["choices"], strict=True))
         parts.append(f"{spec.text_columns[1]}: {options}")
     elif row["text_pair"] is not None:
@@ -38,7 +38,7 @@ def target(spec: TaskSpec, row: Mapping[str, Any]) -> str:
     The step is T5's 0.2 for ranges of about 2 to 15 (0..5, -4..4), and 0.2 times a power of ten for others, so that a
     range always has some 8 to 80 different answers.
     """
-    if spec.kind != "regression":
+    if spec.label_names is not None:
         return spec.label_names[row["label"]]
     exponent = _step_exponent(spec)
     steps = round(row["label"] / (0.2 * 10.0**exponent))
@@ -53,7 +53,7 @@ def parse_target(spec: TaskSpec, text: str) -> int | float | None:
     """
     if spec.kind == "regression":
         return _parse_number(spec, text)
-    names = [name.strip().casefold() for name in spec.label_names]
+    names = [name.strip().casefold() for name in spec.label_names or ()]
     answer = text.strip().casefold()
     for candidate in (answer, _LEAD.sub("", answer)):
         if candidate in names:

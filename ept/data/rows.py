@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Value
@@ -36,16 +38,24 @@ def make_split(
     if len(label) == 0:
         raise DataError(f"{where}: no rows; at least one is needed")
     for name, column in (("text", text), ("text_pair", text_pair)):
-        row = next((i for i, value in enumerate(column or ()) if not isinstance(value, str)), None)
-        if row is not None:
-            raise DataError(f"{where}, row {row}: {name} is {column[row]!r}; a string is needed")
+        wrong = next(((i, value) for i, value in enumerate(column or ()) if not isinstance(value, str)), None)
+        if wrong is not None:
+            raise DataError(f"{where}, row {wrong[0]}: {name} is {wrong[1]!r}; a string is needed")
     if spec.kind == "multiple_choice":
-        _check_choices(where, spec, choices)
+        _check_choices(where, spec, choices or ())
     labels = _check_labels(where, spec, label, choices)
-    columns = {"text": list(text), "text_pair": list(text_pair or [None] * len(labels)), "label": labels}
-    features = {"text": Value("string"), "text_pair": Value("string"), "label": Value(str(labels.dtype))}
+    columns: dict[str, Any] = {
+        "text": list(text),
+        "text_pair": list(text_pair or itertools.repeat(None, len(labels))),
+        "label": labels,
+    }
+    features: dict[str, Any] = {
+        "text": Value("string"),
+        "text_pair": Value("string"),
+        "label": Value(str(labels.dtype)),
+    }
     if spec.kind == "multiple_choice":
-        columns["choices"] = [list(options) for options in choices]
+        columns["choices"] = [list(options) for options in choices or ()]
         features["choices"] = ListOf(Value("string"))
     return Dataset.from_dict(columns, features=Features(features))
 
@@ -70,7 +80,7 @@ def _check_labels(
     if spec.kind != "regression":
         limits = [len(options) for options in choices] if choices is not None else spec.num_labels
         wrong |= (values != np.floor(values)) | (values < 0) | (values >= limits)
-        allowed = f"a class index 0..{spec.num_labels - 1} is needed ({', '.join(spec.label_names)})"
+        allowed = f"a class index 0..{spec.num_labels - 1} is needed ({', '.join(spec.label_names or ())})"
         if choices is not None:
             allowed = "an index into the row's choices is needed"
     elif spec.label_range is not None:

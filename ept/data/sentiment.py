@@ -105,7 +105,9 @@ def _read_member(tar: tarfile.TarFile, name: str) -> bytes:
     member = tar.getmember(name)
     if not member.isfile() or member.size > _LIMIT_BYTES:
         raise DataError(f"archive member {name!r} is not a plain file of at most {_LIMIT_BYTES} bytes")
-    return tar.extractfile(member).read()
+    file = tar.extractfile(member)
+    assert file is not None, "a plain file has content"
+    return file.read()
 
 
 def _build(register: _Register, content: bytes) -> TaskData:

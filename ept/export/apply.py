@@ -86,13 +86,14 @@ class TaskDeltas:
             weight = self._base_weight(model, name)
             dense = weight.T if layer.transposed else weight
             parts = (self._seed[f"{name}.A"], self._seed[f"{name}.B"], folded[name][None])
-            merged = pyramid_merge(dense, *(part.to(weight.device) for part in parts), layer.geometry)[0]
+            A, B, kernels = (part.to(weight.device) for part in parts)
+            merged = pyramid_merge(dense, A, B, kernels, layer.geometry)[0]
             yield f"{name}.weight", (merged.T if layer.transposed else merged).contiguous()
         yield from self._modules.items()
 
     def _base_weight(self, model: nn.Module, name: str) -> Tensor:
         try:
-            layer = model.get_submodule(name)
+            layer: Any = model.get_submodule(name)
         except AttributeError:
             raise ValueError(f"model has no layer {name!r}; the deltas are of {self.base_model!r}") from None
         if not has_dense_weight(layer):

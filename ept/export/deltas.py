@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import singledispatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -81,7 +82,7 @@ def export_deltas(
     ids = [resolve_task(tuner, name, task) for task in (range(shared.num_tasks) if tasks is None else tasks)]
     if not ids or len(set(ids)) != len(ids):
         raise ValueError(f"tasks must name at least one task, each once, got {tasks!r}")
-    adapters = tuner.adapters(name)
+    adapters: dict[str, Any] = tuner.adapters(name)  # folded_kernels refuses what has none
     folded = {task: {layer: folded_kernels(adapter, task) for layer, adapter in adapters.items()} for task in ids}
     check_untied(tuner, name)
     target = check_target(path, overwrite)

@@ -57,7 +57,7 @@ class LoraReport:
     @property
     def max_rank(self) -> int:
         """The largest rank of a layer: what a server must allow (``--max-lora-rank``)."""
-        return max(layer.rank for layer in self.layers.values())
+        return max(1, *(layer.rank for layer in self.layers.values()))  # PEFT has no rank 0
 
     @property
     def error(self) -> float:
@@ -121,7 +121,7 @@ def export_lora(
     config = _config(parts, layers, tuner.peft_config[name])
 
     def write(folder: Path) -> None:
-        config.save_pretrained(folder)
+        config.save_pretrained(str(folder))
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         write_head(folder, parts)
 

@@ -112,7 +112,7 @@ def saved_modules(tuner: EPTModel, adapter_name: str) -> list[str]:
     ]
 
 
-def take_parts(base: nn.Module, saved: list[str], task: int) -> Parts:
+def take_parts(base: Any, saved: list[str], task: int) -> Parts:
     """Split an unloaded base. One with a method ``export_parts(task)`` is asked for its model and the task's head.
 
     That method returns ``(model, head, description)``: a submodule, the head's tensors and their description as JSON.

@@ -17,7 +17,7 @@ from ept.inspecting.pyramid import SavedPyramid
 from ept.inspecting.ranks import ranks_of, tolerance
 from ept.layer_adapter import LayerAdapter
 from ept.methods import method_of
-from ept.router import route
+from ept.router import route, route_stages
 
 Gates = tuple[tuple[float, ...], ...]
 
@@ -56,7 +56,7 @@ def expert_labels(saved: SavedAdapter, layer: str) -> tuple[int, ...]:
     """What each expert of a layer is: its kernel size, rank or number; empty without experts for tasks."""
     config = saved.config
     if isinstance(config, EPTConfig):
-        return config.for_layer(layer).kernel_sizes
+        return config.for_layer(layer).all_kernel_sizes
     if isinstance(config, MoREConfig):
         return tuple(range(1, config.r + 1))
     return tuple(range(1, config.num_experts + 1)) if isinstance(config, MOELoRAConfig) else ()
@@ -79,24 +79,27 @@ def task_gates(saved: SavedAdapter) -> tuple[dict[str, Gates], tuple[str, ...]]:
         return {}, ("Experts are chosen by every token, not by task: no gates, no dead experts, no update of a task.",)
     try:
         if isinstance(config, (EPTConfig, MoREConfig)):
-            top_k = config.top_k if isinstance(config, EPTConfig) else 1
-            return {name: _routed(saved, name, top_k) for name in saved.layers}, ()
+            return {name: _routed(saved, name) for name in saved.layers}, ()
         if isinstance(config, MOELoRAConfig):
             weights = (saved.shared["embedding"][: config.num_tasks] @ saved.shared["gate"].T).softmax(-1)
             return dict.fromkeys(saved.layers, _tuples(weights)), ()
     except (KeyError, RuntimeError) as error:
         raise AdapterError(f"{str(saved.folder)!r}: gates do not fit the config: {error}") from error
-    return {}, (f"A {saved.method} adapter does not give experts to tasks: no gates, no dead experts.",)
+    return {}, (f"{saved.method} does not give experts to tasks: no gates, no dead experts.",)
 
 
-def _routed(saved: SavedAdapter, name: str, top_k: int) -> Gates:
+def _routed(saved: SavedAdapter, name: str) -> Gates:
     gate = saved.layers[name]["gate"]
     embeddings = saved.shared["weight"]
     if len(embeddings) != saved.config.num_tasks:
         raise AdapterError(
             f"{str(saved.folder)!r}: {len(embeddings)} task embeddings for {saved.config.num_tasks} tasks of the config"
         )
-    index, weights = route(gate, embeddings, top_k)
+    if isinstance(saved.config, EPTConfig):
+        stages = saved.config.for_layer(name).stages
+        index, weights = route_stages(gate, embeddings, torch.arange(len(embeddings)), saved.config.top_k, stages)
+    else:
+        index, weights = route(gate, embeddings, 1)
     weights = weights.clamp_min(torch.finfo(weights.dtype).tiny)  # 0 would say that the expert is not chosen
     return _tuples(torch.zeros(len(embeddings), len(gate), dtype=weights.dtype).scatter(1, index, weights))
 

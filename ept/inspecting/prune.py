@@ -49,7 +49,8 @@ def prune_experts(source: str | Path, output: str | Path) -> Pruned:
             (tokenizer, tasks) are copied there.
 
     Raises:
-        AdapterError: not an EPT adapter, one whose tasks do not choose experts, or ``output`` exists.
+        AdapterError: not an EPT adapter, one whose tokens choose experts, one with experts of added tasks, or
+            ``output`` exists.
     """
     saved = read_adapter(source)
     output = Path(output)
@@ -57,9 +58,17 @@ def prune_experts(source: str | Path, output: str | Path) -> Pruned:
         raise AdapterError(f"{str(saved.folder)!r} is a {saved.method} adapter; only EPT's experts can be pruned")
     if output.exists():
         raise AdapterError(f"{str(output)!r} exists already; name a new folder")
-    gates, notes = task_gates(saved)
-    if not gates:
-        raise AdapterError(" ".join(notes))
+    if saved.config.routing == "token":
+        raise AdapterError(
+            f"{str(saved.folder)!r} cannot be pruned: with routing='token' every token chooses among all experts, and "
+            "none can be said to be unused"
+        )
+    if saved.config.added_kernels:
+        raise AdapterError(
+            f"{str(saved.folder)!r} cannot be pruned: it has experts of tasks that were added later "
+            f"(added_kernels={saved.config.added_kernels}), whose places tell which tasks know them"
+        )
+    gates, _ = task_gates(saved)
     tensors, sizes = {}, {}
     before = 0
     for name in saved.layers:

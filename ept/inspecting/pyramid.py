@@ -47,7 +47,7 @@ def saved_pyramid(saved: SavedAdapter, name: str) -> SavedPyramid:
     tensors = saved.layers[name]
     config = saved.config.for_layer(name)
     assert isinstance(config, EPTConfig)
-    sizes = config.kernel_sizes
+    sizes = config.all_kernel_sizes
     smallest = min(sizes)
     where = f"{str(saved.folder)!r}, layer {name!r}"
     expected = {"A", "B", "gate", *(f"kernels.{place}" for place in range(len(sizes)))}

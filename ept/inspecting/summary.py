@@ -82,7 +82,17 @@ class Inspection:
         return asdict(self)
 
 
-_SETTINGS = ("r", "lora_alpha", "kernel_sizes", "kernel_pattern", "kernel_size", "top_k", "alp_scaling", "num_experts")
+_SETTINGS = (
+    "r",
+    "lora_alpha",
+    "kernel_sizes",
+    "kernel_pattern",
+    "added_kernels",
+    "kernel_size",
+    "top_k",
+    "alp_scaling",
+    "num_experts",
+)
 
 
 def inspect_adapter(saved: SavedAdapter) -> Inspection:
@@ -96,14 +106,14 @@ def inspect_adapter(saved: SavedAdapter) -> Inspection:
     pyramids = {name: saved_pyramid(saved, name) for name in saved.layers} if _is_pyramid(saved) else {}
     layers = tuple(_layer(saved, name, names, gates.get(name, ()), pyramids.get(name)) for name in saved.layers)
     if not pyramids:
-        notes = (*notes, f"Effective ranks and pruning are for EPT; a {saved.method} adapter has no pyramid.")
+        notes = (*notes, f"Effective ranks and pruning are for EPT; {saved.method} has no pyramid.")
     similarity: tuple[tuple[float, ...], ...] = ()
     embeddings = saved.shared.get("weight")
     if embeddings is not None and embeddings.dim() == 2 and len(embeddings) == len(names):
         unit = F.normalize(embeddings.double(), dim=-1)
         similarity = tuple(map(tuple, (unit @ unit.T).tolist()))
     elif names:
-        notes = (*notes, f"A {saved.method} adapter has no task embeddings to compare.")
+        notes = (*notes, "There are no task embeddings to compare.")
     settings = {name: getattr(saved.config, name) for name in _SETTINGS if hasattr(saved.config, name)}
     return Inspection(
         folder=str(saved.folder),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from ept.optim import GATE_LR_RATIO, KERNEL_LR_RATIO
+from ept.training.finite import NAN_POLICIES
 from ept.training.sampler import TASK_BATCHING
 
 
@@ -17,11 +18,16 @@ class EPTTrainingArguments(TrainingArguments):
     Args (beyond those of transformers):
         kernel_lr_ratio: learning rate of the deconvolution kernels relative to ``learning_rate``; EPT adapters only.
         gate_lr_ratio: that of the gates, divided by the width of a task embedding (``ept.parameter_groups``).
-        task_batching: ``mixed`` draws the task of every sample, ``single`` that of every batch.
+        task_batching: ``mixed`` draws the task of every sample, ``single`` that of every batch (of all
+            processes together).
         max_length: tokens of a row at most.
         max_new_tokens: length limit of a generated answer (text-to-label models under evaluation).
         eval_limit: score this many validation rows a task at most; None: all.
+        nan_policy: what to do with a step whose loss or gradient is not finite: ``stop`` with an error that names the
+            tasks and the layer, or ``skip`` it, count it in the log and go on (not with DeepSpeed, which hides the
+            gradients). Either way no such step is applied or saved.
 
+    ``logging_nan_inf_filter`` is off with ``stop``, where it could only cost: two host synchronisations a batch.
     ``metric_for_best_model`` is the mean of the tasks' headline metrics (``mean``) if ``load_best_model_at_end`` is
     set.
 
@@ -37,6 +43,9 @@ class EPTTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two entries of the log."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step as well."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: the collators need all columns."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Not needed: every expert gets a gradient in every step, if only zeros."}
+    )
     kernel_lr_ratio: float = field(
         default=KERNEL_LR_RATIO, metadata={"help": "Learning rate of the kernels relative to the rest."}
     )
@@ -47,10 +56,15 @@ class EPTTrainingArguments(TrainingArguments):
     max_length: int = field(default=128, metadata={"help": "Tokens of a row at most."})
     max_new_tokens: int = field(default=16, metadata={"help": "Length limit of a generated answer."})
     eval_limit: int | None = field(default=None, metadata={"help": "Validation rows scored per task; None: all."})
+    nan_policy: str = field(default="stop", metadata={"help": "A step that is not finite: 'stop', or 'skip' it."})
 
     def __post_init__(self) -> None:
         if self.task_batching not in TASK_BATCHING:
             raise ValueError(f"task_batching must be one of {', '.join(TASK_BATCHING)}, got {self.task_batching!r}")
+        if self.nan_policy not in NAN_POLICIES:
+            raise ValueError(f"nan_policy must be one of {', '.join(NAN_POLICIES)}, got {self.nan_policy!r}")
+        if self.nan_policy == "stop":
+            self.logging_nan_inf_filter = False
         for name in ("kernel_lr_ratio", "gate_lr_ratio"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be a number > 0, got {getattr(self, name)!r}")

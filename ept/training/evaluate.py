@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def evaluate_tasks(
         predictions, labels = [], []
         for batch in DataLoader(evaluation_rows(task, task_id, limit), batch_size=batch_size, collate_fn=collate):
             batch = {name: value.to(device) for name, value in batch.items()}
-            _, predicted = predict_batch(model, batch, task.spec, tokenizer, max_new_tokens=max_new_tokens)
+            predicted, _ = predict_batch(model, batch, task.spec, tokenizer, max_new_tokens=max_new_tokens)
             predictions.append(predicted.cpu())
             labels.append(batch["labels"].cpu())
         results[task.spec.name] = task_metrics(
@@ -61,22 +62,23 @@ def evaluate_tasks(
 
 @torch.no_grad()
 def predict_batch(
-    model: nn.Module,
+    model: Any,
     batch: Mapping[str, Tensor],
     spec: TaskSpec,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_new_tokens: int = 16,
-) -> tuple[Tensor | None, Tensor]:
-    """Loss (None for generated answers) and predictions, fp32 ``[batch]``, of one task's evaluation batch.
+) -> tuple[Tensor, Tensor | None]:
+    """Predictions and losses (None for generated answers), fp32 ``[batch]`` each, of one task's evaluation batch.
 
     A prediction is a class index, a choice's index or a number; NaN where a generated answer names no label.
     """
     inputs = {name: value for name, value in batch.items() if name != "task_ids" or takes_task_ids(model)}
+    labels = inputs.pop("labels")
     if model_kind(model) == "encoder":
-        outputs = model(**inputs)
-        return outputs.loss, base_model(model).predict(outputs.logits, batch["task_ids"])
-    inputs.pop("labels")
+        logits = model(**inputs).logits
+        encoder: Any = base_model(model)
+        return encoder.predict(logits, batch["task_ids"]), encoder.sample_losses(logits, labels, batch["task_ids"])
     prompt_length = 0 if model_kind(model) == "seq2seq" else batch["input_ids"].shape[1]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     generated = model.generate(
@@ -85,7 +87,7 @@ def predict_batch(
     texts = tokenizer.batch_decode(generated[:, prompt_length:], skip_special_tokens=True)
     values = [parse_target(spec, text) for text in texts]
     numbers = [float("nan") if value is None else float(value) for value in values]
-    return None, torch.tensor(numbers, dtype=torch.float32, device=generated.device)
+    return torch.tensor(numbers, dtype=torch.float32, device=generated.device), None
 
 
 def task_metrics(spec: TaskSpec, predictions: np.ndarray, labels: np.ndarray, *, generated: bool) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -27,7 +28,7 @@ def model_kind(model: nn.Module) -> str:
     Raises:
         TypeError: none of them.
     """
-    base = base_model(model)
+    base: Any = base_model(model)
     if isinstance(base, MultiTaskEncoder):
         return "encoder"
     if not hasattr(base, "generate"):
@@ -50,7 +51,8 @@ def trained_parameters(model: PeftModel) -> dict[str, int]:
     """Trained numbers by what they are: ``ept.parameter_breakdown``, or those of another adapter and the others."""
     if adapter_config(model) is not None:
         return ept.parameter_breakdown(model)
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[model.peft_config[model.active_adapter].peft_type]
+    method: Any = model.peft_config[model.active_adapter].peft_type
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[method]
     counts = {"adapter": 0, "other": 0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

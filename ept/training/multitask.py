@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ class TaskHeads(nn.Module):
     ``type`` apart from the attributes of ``nn.ModuleDict``.
     """
 
+    _exists: Tensor
+    _columns: Tensor
+
     def __init__(self, hidden_size: int, specs: Sequence[TaskSpec]) -> None:
         super().__init__()
         self.by_task = nn.ModuleDict({f"head_{spec.name}": nn.Linear(hidden_size, spec.num_labels) for spec in specs})
@@ -31,7 +35,7 @@ class TaskHeads(nn.Module):
 
     def add(self, spec: TaskSpec, *, trains: bool) -> None:
         """A fresh head for one more task."""
-        like = next(iter(self.by_task.values()))
+        like: Any = next(iter(self.by_task.values()))
         head = nn.Linear(like.in_features, spec.num_labels, device=like.weight.device, dtype=like.weight.dtype)
         self.by_task[f"head_{spec.name}"] = head.requires_grad_(trains)
         self._lay_out()
@@ -57,7 +61,7 @@ class TaskHeads(nn.Module):
 
         Labels that a sample's task does not have get -inf, so softmax and argmax need no further mask.
         """
-        heads = list(self.by_task.values())
+        heads: list[Any] = list(self.by_task.values())
         pooled = pooled.to(heads[0].weight.dtype)
         # A product for each: one for all would round a head's logits by how many heads there are.
         every = torch.cat([head(pooled) for head in heads], 1)  # [batch, sum of num_labels]
@@ -81,7 +85,11 @@ class MultiTaskEncoder(nn.Module):
         False  # the loss is the batch mean; transformers' Trainer divides it by the accumulation steps
     )
 
-    def __init__(self, encoder: nn.Module, specs: Sequence[TaskSpec]) -> None:
+    _is_regression: Tensor
+    _low: Tensor
+    _width: Tensor
+
+    def __init__(self, encoder: Any, specs: Sequence[TaskSpec]) -> None:
         super().__init__()
         check_specs(specs)
         self.encoder = encoder
@@ -155,8 +163,13 @@ class MultiTaskEncoder(nn.Module):
             ``last_hidden_state`` over the tokens that ``attention_mask`` keeps.
         """
         spec = self.specs[task_id]
-        head = self.heads.by_task[f"head_{spec.name}"]
-        description = {"task": spec.name, "kind": spec.kind, "pooling": "masked mean", "labels": spec.label_names}
+        head: Any = self.heads.by_task[f"head_{spec.name}"]
+        description: dict[str, object] = {
+            "task": spec.name,
+            "kind": spec.kind,
+            "pooling": "masked mean",
+            "labels": spec.label_names,
+        }
         if spec.kind == "regression":
             description |= {"label_range": spec.label_range, "output_range": REGRESSION_TARGETS}
         return self.encoder, {"weight": head.weight, "bias": head.bias}, description

@@ -11,6 +11,7 @@ from typing import Any
 
 from ept.training.ablations import ABLATIONS
 from ept.training.arguments import EPTTrainingArguments
+from ept.training.finite import NAN_POLICIES
 from ept.training.sampler import TASK_BATCHING
 from ept.training.systems import SYSTEMS, System
 
@@ -77,6 +78,7 @@ class RunSettings:
     seed: int = 0
     save_steps: int = 500
     eval_limit: int | None = None
+    nan_policy: str = _default(EPTTrainingArguments, "nan_policy")
     resume: bool = False
     overwrite: bool = False
     quiet: bool = False
@@ -173,6 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     running = parser.add_argument_group("running")
     _add(running, "save-steps", "steps between checkpoints; 0: none", type=_integer(0))
     _add(running, "eval-limit", "score this many validation rows a task at most (default: all)", type=_integer(1))
+    _add(running, "nan-policy", "a step whose loss or gradient is not finite: stop, or skip it", choices=NAN_POLICIES)
     _add(running, "resume", "go on from the newest checkpoint in --output", action="store_true")
     _add(running, "overwrite", "replace an earlier run in --output", action="store_true")
     _add(running, "quiet", "print the results only", action="store_true")
@@ -198,13 +201,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> RunSet
 
 
 def _check_experts(parser: argparse.ArgumentParser, settings: RunSettings) -> None:
-    experts = len(settings.kernel_sizes)
-    if settings.top_k > experts and settings.top_k == settings.system.default("top_k"):
+    sizes: Any = settings.kernel_sizes
+    experts = len(sizes)
+    top_k: Any = settings.top_k
+    if top_k > experts and top_k == settings.system.default("top_k"):
         parser.error(
             f"argument --kernel-sizes: must name at least {settings.top_k} experts, the number that --top-k mixes, "
-            f"got {','.join(map(str, settings.kernel_sizes))!r}; name more, or give a smaller --top-k"
+            f"got {','.join(map(str, sizes))!r}; name more, or give a smaller --top-k"
         )
-    if settings.top_k > experts:
+    if top_k > experts:
         parser.error(f"argument --top-k: must be at most {experts}, the number of --kernel-sizes, got {settings.top_k}")
 
 

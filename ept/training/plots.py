@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -111,7 +112,7 @@ def task_map(embeddings: Tensor, task_names: Sequence[str], path: str | Path) ->
     panel = figure.subplots()
     panel.axhline(0, color="0.85", linewidth=0.8, zorder=0)
     panel.axvline(0, color="0.85", linewidth=0.8, zorder=0)
-    panel.scatter(*points.T, c=_colours(len(points)), s=48, edgecolors="black", linewidths=0.5)
+    panel.scatter(points[:, 0], points[:, 1], c=_colours(len(points)), s=48, edgecolors="black", linewidths=0.5)
     panel.margins(0.25)
     panel.set_aspect("equal", adjustable="datalim")
     _label_points(panel, points, task_names)
@@ -140,9 +141,9 @@ def gate_shares(routing: Mapping[str, tuple[Tensor, Tensor]], labels: Labels) ->
     for layer, (experts, gates) in routing.items():
         own = labels[layer] if isinstance(labels, Mapping) else labels
         place_of_expert = np.array([distinct.index(label) for label in own])
-        experts, gates = experts.cpu().numpy(), gates.detach().float().cpu().numpy()
-        share = np.zeros((len(experts), len(distinct)))
-        np.add.at(share, (np.arange(len(experts))[:, None], place_of_expert[experts]), gates)
+        chosen = place_of_expert[experts.cpu().numpy()]
+        share = np.zeros((len(chosen), len(distinct)))
+        np.add.at(share, (np.arange(len(chosen))[:, None], chosen), gates.detach().float().cpu().numpy())
         shares[layer] = share
     return shares
 
@@ -176,11 +177,11 @@ def _principal_components(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _label_points(panel: Axes, points: np.ndarray, names: Sequence[str]) -> None:
     """Write each name beside its point, on the first side where it covers no other name or point."""
-    figure = panel.get_figure()
+    figure: Any = panel.get_figure()
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
     dots = panel.transData.transform(points)
-    taken = []
+    taken: list[Any] = []
     for name, point in zip(names, points, strict=True):
         for dx, dy, horizontal, vertical in _SIDES:
             text = panel.annotate(

@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from .sampler import TaskBalancedSampler
+
 _SHOWN = ("loss", "learning_rate", "eval_mean")
 
 
@@ -16,7 +18,7 @@ class LossProgress(ProgressCallback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._loader = None
+        self._loader: DataLoader | None = None
 
     def on_prediction_step(
         self,
@@ -26,7 +28,8 @@ class LossProgress(ProgressCallback):
         eval_dataloader: DataLoader | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.prediction_bar is not None and eval_dataloader is not self._loader:
+        is_new = eval_dataloader is not self._loader
+        if self.prediction_bar is not None and eval_dataloader is not None and is_new:
             self.prediction_bar.total += len(eval_dataloader)
         self._loader = eval_dataloader
         super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
@@ -56,7 +59,7 @@ class SamplerEpoch(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.sampler = None
+        self.sampler: TaskBalancedSampler | None = None
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

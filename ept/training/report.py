@@ -29,8 +29,8 @@ def results_table(specs: Sequence[TaskSpec], before: Results, after: Results, ba
     ``gain`` is the headline metric after training minus its baseline, what knowing only the labels would score.
     """
     table = Table(box=box.SIMPLE_HEAD, caption="baseline: best constant answer; gain: after - baseline")
-    for name, justify in (("task", "left"), ("metric", "left")):
-        table.add_column(name, justify=justify)
+    for name in ("task", "metric"):
+        table.add_column(name, justify="left")
     for name in ("baseline", "before", "after", "gain"):
         table.add_column(name, justify="right", no_wrap=True)
     for spec in specs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ import ept
 from ept import models
 from ept.contrastive_config import ContrastiveConfig
 from ept.data import TaskData
-from ept.files import write_atomically, write_json
+from ept.files import clear_leftovers, write_atomically, write_json
 from ept.training import plots
 from ept.training.arguments import EPTTrainingArguments
-from ept.training.checkpoints import newest_checkpoint
+from ept.training.checkpoints import clear_unfinished, newest_checkpoint, remove_checkpoint
 from ept.training.evaluate import baselines
 from ept.training.inspection import adapter_config, trained_parameters
 from ept.training.options import RunSettings
@@ -71,7 +70,7 @@ def training_arguments(settings: RunSettings) -> EPTTrainingArguments:
     """The trainer's arguments for these settings."""
     return EPTTrainingArguments(
         output_dir=str(Path(settings.output) / CHECKPOINT_FOLDER),
-        learning_rate=settings.lr,
+        learning_rate=settings.lr or settings.system.learning_rate,
         kernel_lr_ratio=settings.kernel_lr_ratio,
         gate_lr_ratio=settings.gate_lr_ratio,
         warmup_steps=settings.warmup,
@@ -83,6 +82,7 @@ def training_arguments(settings: RunSettings) -> EPTTrainingArguments:
         task_batching=settings.task_batching,
         seed=settings.seed,
         eval_limit=settings.eval_limit,
+        nan_policy=settings.nan_policy,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=2,
@@ -103,16 +103,26 @@ def train(
     ``model`` is freshly made by `make_adapted`. Files of an earlier run are replaced one by one as the new ones are
     ready. In a distributed run every process trains and only the first one writes and prints; the others' results have
     no files.
+
+    Raises:
+        ValueError: launched with FSDP.
     """
     output = Path(settings.output)
     trainer = EPTTrainer(model, training_arguments(settings), tasks=tasks, processing_class=tokenizer)
+    if trainer.is_fsdp_enabled:
+        raise ValueError(
+            "FSDP shards the model that this run saves, merges and draws: launch it with torchrun (data parallel), or "
+            "train with ept.training.EPTTrainer, whose save_model gathers the adapter"
+        )
     parameters = {**trained_parameters(model), "all": sum(p.numel() for p in model.parameters())}
     device = device_name(trainer.args.device)
     writes = trainer.is_world_process_zero()
     if writes:
+        clear_leftovers(output)
+        clear_unfinished(output / CHECKPOINT_FOLDER)
         if not settings.resume:
-            for checkpoint in (output / CHECKPOINT_FOLDER).glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+            for old in (output / CHECKPOINT_FOLDER).glob("checkpoint-*"):
+                remove_checkpoint(old)
         write_json(output / SETTINGS_FILE, asdict(settings))
     if writes and not settings.quiet:
         _print_start(console, device, parameters, tasks)
@@ -160,9 +170,9 @@ def draw(folder: Path, model: PeftModel, history: Sequence[Mapping[str, float]])
         names, adapters = ept.task_names(model), ept.adapters(model)
         adapter = next(iter(adapters.values()))
         if adapter.expert_labels is not None:
-            labels = {layer: part.expert_labels for layer, part in adapters.items()}
-            use = (ept.routing(model), labels, names, new / "expert_use.png")
-            plots.expert_use(*use, kind=adapter.expert_kind)
+            labels = {layer: part.expert_labels or () for layer, part in adapters.items()}
+            path = new / "expert_use.png"
+            plots.expert_use(ept.routing(model), labels, names, path, kind=adapter.expert_kind)
         if len(names) > 1 and isinstance(config, ContrastiveConfig) and adapter.shared.routes:
             plots.task_map(ept.task_embeddings(model), names, new / "task_embeddings.png")
 

@@ -13,8 +13,9 @@ TASK_BATCHING = ("mixed", "single")
 class TaskBalancedSampler(Sampler[int]):
     """Row indices into the concatenation of T tasks, each task drawn with probability 1/T.
 
-    ``mixed`` draws the task of every sample, ``single`` that of every batch. Within a task, rows come without
-    replacement in a fresh random order; a task drawn more often than it has rows starts over in another order.
+    ``mixed`` draws the task of every sample, ``single`` that of every global batch, the same for all processes. Within
+    a task, rows come without replacement in a fresh random order; a task drawn more often than it has rows starts over
+    in another order.
 
     The order is a pure function of (seed, epoch): every process of a distributed run builds the same global order, of
     which the data loader hands it every world_size-th batch, and skipping the batches that a resumed run has already
@@ -52,12 +53,11 @@ class TaskBalancedSampler(Sampler[int]):
         if task_batching not in TASK_BATCHING:
             raise ValueError(f"task_batching is {task_batching!r}; allowed: {', '.join(TASK_BATCHING)}")
         self.sizes = tuple(sizes)
-        self.batch_size = batch_size
         self.seed = seed
         self.task_batching = task_batching
         self.epoch = 0
-        global_batch = batch_size * world_size
-        self._length = -(-sum(sizes) // global_batch) * global_batch
+        self.global_batch = batch_size * world_size
+        self._length = -(-sum(sizes) // self.global_batch) * self.global_batch
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (from 0) whose order the next iteration yields."""
@@ -72,7 +72,7 @@ class TaskBalancedSampler(Sampler[int]):
     def order(self) -> np.ndarray:
         """The current epoch's row indices, int64 ``[len(self)]``."""
         random = np.random.default_rng([self.seed, self.epoch])
-        repeats = self.batch_size if self.task_batching == "single" else 1
+        repeats = self.global_batch if self.task_batching == "single" else 1
         tasks = random.integers(len(self.sizes), size=self._length // repeats).repeat(repeats)
         order = np.empty(self._length, dtype=np.int64)
         start = 0

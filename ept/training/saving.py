@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ept import models
 from ept.data import TaskSpec
 from ept.files import ADAPTER_FOLDER, TASKS_FILE, read_json, write_atomically, write_json
+from ept.training.finite import first_nonfinite, trained_parameters
 from ept.training.multitask import MultiTaskEncoder
 
 _FORMAT = 1
@@ -42,10 +44,17 @@ def save_trained(
     """Write ``<output_dir>/adapter``: PEFT's adapter files, the tokenizer, and the tasks and base model's name.
 
     Either the whole folder is replaced or nothing is. Returns its path.
+
+    Raises:
+        FloatingPointError: a trained weight is not finite.
+        ept.files.WriteError: the folder cannot be written.
     """
+    name = first_nonfinite(trained_parameters(model))
+    if name is not None:
+        raise FloatingPointError(f"the weight {name} is not finite; nothing was saved")
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
         tokenizer.save_pretrained(folder)
         content = {"format": _FORMAT, "base_model": base_model, "tasks": [asdict(spec) for spec in specs]}
         write_json(folder / TASKS_FILE, content)
@@ -86,5 +95,6 @@ def load_trained(output_dir: str | Path) -> tuple[PeftModel, PreTrainedTokenizer
     return PeftModel.from_pretrained(base, folder).eval(), tokenizer, specs
 
 
-def _spec(entry: dict[str, object]) -> TaskSpec:
-    return TaskSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
+def _spec(entry: dict[str, Any]) -> TaskSpec:
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    return TaskSpec(**fields)

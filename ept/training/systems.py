@@ -45,7 +45,7 @@ class System:
 
 
 #: Peak learning rates. EPT's is that of its seed; the kernels' is ten times that (``ept.parameter_groups``).
-_LEARNING_RATES = {
+_LEARNING_RATES: dict[str, Any] = {
     "ept": EPTTrainingArguments.__dataclass_fields__["learning_rate"].default,
     "lora": 5e-4,
     "more": 1e-3,

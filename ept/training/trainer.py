@@ -8,22 +8,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 import ept
 from ept.data import TaskData
+from ept.methods import method_of
 from ept.training.arguments import EPTTrainingArguments
+from ept.training.checkpointing import CheckpointingTrainer
 from ept.training.collator import make_collator
 from ept.training.evaluate import mean_headline, predict_batch, task_metrics
+from ept.training.finite import FiniteSteps
 from ept.training.inspection import adapter_config, ids_of_tasks, model_kind, takes_task_ids
 from ept.training.progress import LossProgress, SamplerEpoch
 from ept.training.rows import TaskRows, evaluation_rows, training_rows
 from ept.training.sampler import TaskBalancedSampler
+from ept.tuner.model import ept_model
 
 
-class EPTTrainer(Trainer):
+class EPTTrainer(CheckpointingTrainer):
     """Trains one adapter on several tasks, each drawn with probability 1/T.
 
     The total loss is the model's own loss plus the method's (``ept.auxiliary_losses``; for EPT ``contrastive_weight``
@@ -31,6 +35,7 @@ class EPTTrainer(Trainer):
     (``contrastive_loss``). Evaluation gives
     ``eval_<task>_<metric>`` for every task, ``eval_<task>_unparseable`` for text-to-label models, and ``eval_mean``,
     the mean headline metric. Any other PEFT adapter, or none, trains the same way without such a loss.
+    A checkpoint is complete or not there (``newest_checkpoint``), whenever the process is killed.
 
     Args:
         model: a MultiTaskEncoder, seq2seq or causal language model, with its adapter.
@@ -45,6 +50,10 @@ class EPTTrainer(Trainer):
         ValueError: the tasks do not fit the model, or one process sees several GPUs.
         TypeError: the model is of no supported kind.
     """
+
+    args: EPTTrainingArguments
+    model: Any  # of any library
+    train_dataset: Any  # TaskRows
 
     def __init__(
         self,
@@ -66,11 +75,14 @@ class EPTTrainer(Trainer):
         self._takes_task_ids = takes_task_ids(model)
         self._adapter_config = adapter_config(model)
         self._specs = {spec.name: spec for spec in specs.values()}
+        self._names = {task_id: spec.name for task_id, spec in specs.items()}
         self._evaluated = tasks[0].spec
         self._sampler_epoch = SamplerEpoch()
+        self._finite_steps = FiniteSteps(self)
+        self._step: dict[str, Tensor] = {}  # losses of the step under way; those of the steps since the last log entry
         self._sums: dict[str, Tensor] = {}
-        self._summed_from = 0
-        collator_options = {"max_length": args.max_length}
+        self._summed = self._skipped = 0
+        collator_options: dict[str, Any] = {"max_length": args.max_length}
         train_collator = make_collator(model_kind(model), processing_class, specs, **collator_options)
         self._eval_collator = make_collator(
             model_kind(model), processing_class, specs, generate=self._generates, **collator_options
@@ -87,27 +99,37 @@ class EPTTrainer(Trainer):
             compute_metrics=self._task_metrics,
             **options,
         )
-        if model_kind(model) == "seq2seq":
-            # T5 and its kin take any keyword but return the batch mean whatever num_items_in_batch says; Trainer would
-            # then not divide by the accumulation steps.
-            self.model_accepts_loss_kwargs = False
+        # T5 and its kin take any keyword but return the batch's mean over tokens whatever num_items_in_batch says.
+        self._means_tokens = model_kind(model) == "seq2seq" and self.model_accepts_loss_kwargs
         self.add_callback(self._sampler_epoch)
+        self.add_callback(self._finite_steps)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossProgress)
         self.remove_callback(PrinterCallback)
+
+    def train(self, *args: Any, **options: Any) -> TrainOutput:
+        """As in ``Trainer``.
+
+        Raises:
+            ValueError: an adapter that cannot be sharded yet, under FSDP.
+        """
+        if self.is_fsdp_enabled and self._adapter_config is not None:
+            for shared in ept_model(self.model).ept_task_tables.values():
+                method_of(self._adapter_config).adapter.check_shardable(shared)
+        return super().train(*args, **options)
 
     # ---- data
 
     def _get_train_sampler(self, train_dataset: TaskRows | None = None) -> TaskBalancedSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        self._sampler_epoch.sampler = TaskBalancedSampler(
+        sampler = self._sampler_epoch.sampler = TaskBalancedSampler(
             rows.sizes,
             self._train_batch_size,
             world_size=self.args.world_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             task_batching=self.args.task_batching,
         )
-        return self._sampler_epoch.sampler
+        return sampler
 
     def get_eval_dataloader(self, eval_dataset: str | TaskRows | None = None) -> torch.utils.data.DataLoader:
         """As in ``Trainer``, with prompts instead of prompts and answers for text-to-label models."""
@@ -126,24 +148,29 @@ class EPTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Task loss plus the method's weighted losses, with ``Trainer``'s rules for gradient accumulation."""
-        if not self._takes_task_ids:
-            inputs = {name: value for name, value in inputs.items() if name != "task_ids"}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        """Task loss plus the method's weighted losses, with ``Trainer``'s rules for gradient accumulation.
+
+        Every sample, or in a language model every answer token, of a step counts alike, however the step's batch is
+        divided among accumulated batches and processes.
+        """
+        loss, outputs = super().compute_loss(model, self.model_inputs(inputs), True, num_items_in_batch)
         # A loss over num_items_in_batch is a share of the accumulated batch's; a batch mean is yet to be divided.
         accumulated = self.current_gradient_accumulation_steps
         is_share = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        if is_share and self._means_tokens:
+            loss = loss * (inputs["labels"] != -100).sum() / num_items_in_batch
         self._add_to_log("task_loss", loss if is_share else loss / accumulated)
         if self._adapter_config is not None:
             for name, (weight, value) in ept.auxiliary_losses(self.model).items():
                 self._add_to_log(name, value / accumulated)
                 loss = loss + weight * value / (accumulated if is_share else 1)
+        self._finite_steps.see(inputs, loss)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of ``args.optim``, over ``ept.parameter_groups`` if the adapter is EPT."""
         if self.optimizer is None and isinstance(self._adapter_config, ept.EPTConfig):
-            trained = self.model if model is None else model
+            trained: Any = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             groups = ept.parameter_groups(
                 trained,
@@ -155,21 +182,41 @@ class EPTTrainer(Trainer):
             self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(model)
 
+    def model_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch as the model takes it: with ``task_ids``, if it has a use for them."""
+        return inputs if self._takes_task_ids else {name: v for name, v in inputs.items() if name != "task_ids"}
+
+    def task_name(self, task_id: int) -> str:
+        """The name of a task of this trainer."""
+        return self._names[task_id]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in ``Trainer``; training entries get the parts of the loss, averaged over the steps since the last one."""
-        steps = self.state.global_step - self._summed_from
-        if "loss" in logs and steps > 0:
+        """As in ``Trainer``; training entries get the parts of the loss, averaged over the steps since the last one.
+
+        ``skipped_steps`` counts the steps since the last entry that ``nan_policy="skip"`` left out, if there are any.
+        """
+        if "loss" in logs:
             for name, total in self._sums.items():
-                logs[name] = self.accelerator.reduce(total, "mean").item() / steps
-            self._sums.clear()
-            self._summed_from = self.state.global_step
+                logs[name] = self.accelerator.reduce(total, "mean").item() / self._summed
+            if self._skipped:
+                logs["skipped_steps"] = self._skipped
+            self._sums = {}
+            self._summed = self._skipped = 0
         super().log(logs, start_time)
 
+    def end_step(self, *, skipped: bool = False) -> None:
+        """Count the losses of the step under way for the log or, of one that is left out, forget them."""
+        if skipped:
+            self._skipped += 1
+        else:
+            self._summed += 1
+            for name, value in self._step.items():
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._step = {}
+
     def _add_to_log(self, name: str, value: Tensor) -> None:
-        if not self._sums:
-            self._summed_from = self.state.global_step
         value = value.detach().float()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._step[name] = self._step[name] + value if name in self._step else value
 
     # ---- evaluation
 
@@ -210,7 +257,8 @@ class EPTTrainer(Trainer):
             self._evaluated = self._specs[name]
             loader = self.get_eval_dataloader(name)
             output = self.evaluation_loop(loader, f"Evaluation of {name}", metric_key_prefix=metric_key_prefix)
-            found = {key.removeprefix(f"{metric_key_prefix}_"): value for key, value in output.metrics.items()}
+            metrics = output.metrics or {}
+            found = {key.removeprefix(f"{metric_key_prefix}_"): value for key, value in metrics.items()}
             found.pop("model_preparation_time", None)
             by_task[name] = found
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, by_task)
@@ -222,14 +270,24 @@ class EPTTrainer(Trainer):
         inputs: dict[str, Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Loss (None where answers are generated), predictions and labels, both ``[batch]``."""
+    ) -> tuple[None, Tensor | tuple[Tensor, Tensor], Tensor]:
+        """Predictions, with losses unless answers are generated, and labels; all ``[batch]``.
+
+        No mean loss: ``Trainer``'s mean over batches would count twice the samples that fill up the last batches of a
+        distributed run, while it takes them out of what is returned here.
+        """
         inputs = self._prepare_inputs(inputs)
+        tokenizer: Any = self.processing_class
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            loss, predictions = predict_batch(
-                self.model, inputs, self._evaluated, self.processing_class, max_new_tokens=self.args.max_new_tokens
+            predictions, losses = predict_batch(
+                self.model, inputs, self._evaluated, tokenizer, max_new_tokens=self.args.max_new_tokens
             )
-        return loss, predictions, inputs["labels"]
+        return None, predictions if losses is None else (predictions, losses), inputs["labels"]
 
     def _task_metrics(self, results: EvalPrediction) -> dict[str, float]:
-        return task_metrics(self._evaluated, results.predictions, results.label_ids, generated=self._generates)
+        labels: Any = results.label_ids  # one array each, as prediction_step gives
+        found: Any = results.predictions
+        if self._generates:
+            return task_metrics(self._evaluated, found, labels, generated=True)
+        predictions, losses = found
+        return {"loss": float(losses.mean()), **task_metrics(self._evaluated, predictions, labels, generated=False)}

@@ -18,7 +18,7 @@ def has_dense_weight(layer: nn.Module) -> bool:
     Quantised weights are not: bitsandbytes stores integers, torchao a tensor class of its own that says it is floating.
     """
     weight = getattr(layer, "weight", None)
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+    return isinstance(weight, Tensor) and type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -35,7 +35,7 @@ def is_repacked(module: nn.Module) -> bool:
     return getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False)
 
 
-def keep_differentiable(module: nn.Module, args: tuple[Any, ...]) -> None:
+def keep_differentiable(module: Any, args: tuple[Any, ...]) -> None:
     """A forward pre-hook for 4-bit layers: undo the CPU kernel's layout where a gradient for the input is wanted.
 
     That kernel has no backward pass: after one evaluation, training would go on without the gradients of all that lies
@@ -51,7 +51,7 @@ def watch_4bit_layers(model: nn.Module) -> list[RemovableHandle]:
     return [layer.register_forward_pre_hook(keep_differentiable) for layer in layers]
 
 
-def _unpacked(weight: Tensor) -> tuple[Tensor, Any]:
+def _unpacked(weight: Any) -> tuple[Tensor, Any]:
     """A 4-bit weight and its state in the layout of bitsandbytes' other functions; ``weight`` keeps its own."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as inverse
 
@@ -64,7 +64,7 @@ def _unpacked(weight: Tensor) -> tuple[Tensor, Any]:
 
 
 @torch.no_grad()
-def dequantised(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def dequantised(module: Any, dtype: torch.dtype) -> nn.Module:
     """``module`` with the values of its quantised weight in an ordinary one; its weight stays as it is.
 
     Args:

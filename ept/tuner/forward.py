@@ -31,7 +31,8 @@ def _forward_takes_task_ids(model_class: type[nn.Module]) -> bool:
 
 def takes_task_ids(model: nn.Module) -> bool:
     """Whether the wrapped model itself wants the task ids, for example to choose a head."""
-    return _forward_takes_task_ids(type(model))
+    kind: Any = type(model)
+    return _forward_takes_task_ids(kind)
 
 
 class TaskGenerate:
@@ -40,11 +41,11 @@ class TaskGenerate:
     An object, not a closure, so that ``copy.deepcopy`` of the model rebinds it to the copy.
     """
 
-    def __init__(self, model: nn.Module, tuner: EPTModel) -> None:
+    def __init__(self, model: Any, tuner: EPTModel) -> None:
         self.model, self.tuner = model, tuner
 
     def __call__(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
-        generate = type(self.model).generate
+        generate: Any = type(self.model).generate
         outer = current()
         if task_ids is None and outer is not None and wants_auto(outer.task_ids):
             task_ids = outer.task_ids  # decided here by the prompt, not by every pass anew

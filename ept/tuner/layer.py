@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..tasks import TaskSet
 from .dense import has_dense_weight
 
 
-def base_features(layer: nn.Module) -> tuple[int, int]:
+def base_features(layer: Any) -> tuple[int, int]:
     """``(in_features, out_features)`` of a layer that can be adapted.
 
     Raises:
@@ -45,6 +46,10 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("ept_adapters",)
     other_param_names: tuple[str, ...] = ()
+    base_layer: Any  # a layer of any library
+    ept_adapters: Any  # an nn.ModuleDict of LayerAdapters
+    in_features: int
+    out_features: int
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -69,7 +74,8 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         device, dtype = self._get_base_layer_device_and_dtype(base)
         half = dtype is None or not dtype.is_floating_point or dtype.itemsize < 4
-        adapter = method_of(config).adapter(
+        made: Any = method_of(config).adapter  # whose constructors take more than the base class's
+        adapter = made(
             self.in_features,
             self.out_features,
             config.for_layer(layer_name),
@@ -108,7 +114,7 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
             return adapters[0].linear(x, weight, base.bias)
         if len(adapters) > 1 and not adapters[0].stacks:
             raise ValueError(f"one adapter of this method may be active at a time, got {self.active_adapters}")
-        call = partial(_call, self.base_layer, args, kwargs)
+        call: Callable[[Tensor], Tensor] = partial(_call, self.base_layer, args, kwargs)
         for adapter in adapters:
             call = partial(adapter.around, call)
         return call(x)
@@ -141,7 +147,7 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         adapters[0].check_mergeable()
         if self.merged:
             raise ValueError(f"adapters {self.merged_adapters} are already merged; unmerge them first")
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if not has_dense_weight(base):
             held = type(getattr(base, "weight", None)).__name__
             raise ValueError(
@@ -158,7 +164,8 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Restore the base weight bit for bit; does nothing where nothing is merged."""
         if self.merged:
-            self.ept_stash.swap_out(self.get_base_layer().weight)
+            base: Any = self.get_base_layer()
+            self.ept_stash.swap_out(base.weight)
             self.merged_adapters, self.merged_task = [], None
 
     def get_delta_weight(self, adapter_name: str, task: int | str | None = None) -> Tensor:

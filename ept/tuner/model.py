@@ -12,8 +12,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ept_kernels.geometry import check_kernel_sizes
+
 from ..adapter_config import AdapterConfig
-from ..context import TaskContext, activate, checkpoint_with_tasks, current, pop, push
+from ..context import TaskContext, activate, checkpoint_with_tasks, current, pop, push, restore
 from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..merging import check_merged_task
 from ..methods import method_of
@@ -40,8 +42,11 @@ class EPTModel(BaseTuner):
 
     uses_shared_state = True
     prefix = "ept_"
+    model: Any  # of any library
+    peft_config: dict[str, Any]  # of one method's config; PEFT's own class says less
+    ept_task_tables: Any  # an nn.ModuleDict of TaskSets
     tuner_layer_cls = EPTLinearLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
 
     # ---- injection
 
@@ -49,7 +54,7 @@ class EPTModel(BaseTuner):
         self.ept_task_tables = nn.ModuleDict()
         self._trained: TaskContext | None = None
 
-    def _post_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
+    def _post_injection_hook(self, model: Any, config: AdapterConfig, adapter_name: str) -> None:
         self._hooks = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
@@ -82,8 +87,9 @@ class EPTModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        layer = target
-        if not isinstance(target, EPTLinearLayer):
+        if isinstance(target, EPTLinearLayer):
+            layer = target
+        else:
             layer = EPTLinearLayer(target)
             layer.train(target.training)
             layer.set_adapter(self.active_adapters)
@@ -121,7 +127,7 @@ class EPTModel(BaseTuner):
         return any(shared.routes for shared in self.ept_task_tables.values())
 
     def _new_prototypes(self, shared: TaskSet) -> TaskPrototypes:
-        weight = embedding_layer(self.model).weight
+        weight: Any = embedding_layer(self.model).weight
         return TaskPrototypes(shared.num_tasks, weight.shape[1], device=weight.device)
 
     def find_out(self, task_ids: TaskIds | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskIds | None:
@@ -154,10 +160,11 @@ class EPTModel(BaseTuner):
         found = shared.prototypes.mixture(input_representation(self.model, args, kwargs), config.temperature)
         if isinstance(task_ids, str):
             return found
-        if len(task_ids) != len(found):
-            raise ValueError(f"task_ids must hold one id for each of the {len(found)} samples, got {len(task_ids)}")
-        unknown = torch.tensor([task == AUTO for task in task_ids], device=found.weights.device)
-        given = shared.resolve([0 if task == AUTO else task for task in task_ids]).to(found.weights.device)
+        each: Any = task_ids  # a sequence that holds "auto"
+        if len(each) != len(found):
+            raise ValueError(f"task_ids must hold one id for each of the {len(found)} samples, got {len(each)}")
+        unknown = torch.tensor([task == AUTO for task in each], device=found.weights.device)
+        given = shared.resolve([0 if task == AUTO else task for task in each]).to(found.weights.device)
         known = torch.nn.functional.one_hot(given, shared.num_tasks).to(found.weights.dtype)
         return TaskMixture(torch.where(unknown[:, None], found.weights, known))
 
@@ -245,6 +252,9 @@ class EPTModel(BaseTuner):
         several = any(shared.num_tasks > 1 for shared in self.ept_task_tables.values())
         needs_tasks = several and task_ids is None and self.routes_by_task
         outer = current() if needs_tasks or not torch.compiler.is_compiling() else None  # Dynamo cannot read it
+        if outer is not None and outer.owner is module:  # left by a pass that Ctrl-C ended: hooks see no such end
+            pop(outer)
+            outer = current()
         if outer is not None and several and task_ids is None:
             task_ids, batch = outer.task_ids, None if outer.expands else batch
         if self.merged_task is not None and self._disabled():
@@ -255,7 +265,7 @@ class EPTModel(BaseTuner):
         resolved = merged_task if by_merge else self._resolve(task_ids, batch)
         if merged_task is not None and resolved is not None and self.routes_by_task:
             check_merged_task(resolved, merged_task)
-        config = self.peft_config.get(next(iter(self.active_adapters), None))
+        config = self.peft_config.get(next(iter(self.active_adapters), ""))
         pools, sums = (False, False)
         if self.training and config is not None:
             pools, sums = method_of(config).adapter.collects(config)
@@ -296,11 +306,23 @@ class EPTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's door for per-sample adapters, which no method here offers: tasks are routed by ``task_ids``."""
+        """Around every pass and generation of the ``PeftModel``: one that fails leaves no tasks behind.
+
+        Also PEFT's door for per-sample adapters, which no method here offers: tasks are routed by ``task_ids``.
+        """
         if kwargs.get("adapter_names") is not None:
             method = self.peft_config[self.active_adapters[0]].peft_type
             raise ValueError(f"adapter_names is not supported by {method}: mix tasks in a batch with task_ids")
-        yield
+        if torch.compiler.is_compiling():
+            yield
+            return
+        before = current()
+        try:
+            yield
+        except BaseException:
+            restore(before)  # `_leave` is not called where Ctrl-C ends a pass
+            self._trained = None  # it may hold on to the graph of the failed pass
+            raise
 
     # ---- losses
 
@@ -321,11 +343,17 @@ class EPTModel(BaseTuner):
     # ---- tasks added later
 
     def add_task(
-        self, name: str | None = None, *, like: int | str | None = None, adapter_name: str | None = None
+        self,
+        name: str | None = None,
+        *,
+        like: int | str | None = None,
+        new_kernels: Sequence[int] = (),
+        adapter_name: str | None = None,
     ) -> int:
-        """Add a task to a trained EPT adapter: its embedding alone will train, and no other task's output changes.
+        """Add a task to a trained EPT adapter: what is new will train alone, and no other task's output changes.
 
-        Seed, kernels, gates and the other tasks' embeddings are frozen, and stay so when the adapter is saved and
+        New are its embedding and, where ``new_kernels`` asks for them, experts of its own in every layer. Seed,
+        kernels, gates and the other tasks' embeddings are frozen, and stay so when the adapter is saved and
         loaded (``config.finished_tasks``). Make the optimizer afterwards: an earlier one does not know the embedding.
         So are other modules that train with the adapter (``modules_to_save``), but for a head of the new task's own
         (``ept.training.add_task`` makes one).
@@ -333,16 +361,39 @@ class EPTModel(BaseTuner):
         Args:
             name: of the task, where the adapter names its tasks; None where it does not.
             like: the task whose embedding it starts from. None: the mean of all.
+            new_kernels: kernel sizes of experts that this task and later ones may use beside the others, in every
+                layer; of scales that every layer has, since the seed is cut for those.
             adapter_name: default: the active one.
 
         Returns:
             The new task's id.
 
         Raises:
-            ValueError: not an EPT adapter, a merged one, a name that is taken, missing, "auto" or needless, or an
-                unknown task ``like``; nothing has changed then.
+            ValueError: not an EPT adapter, a merged one, a name that is taken, missing, "auto" or needless, an unknown
+                task ``like``, a scale that a layer lacks, a model with a head for every task, or several active
+                adapters and none named; nothing has changed then.
         """
+        if hasattr(self.model, "add_task"):
+            raise ValueError(
+                f"add_task: the model ({type(self.model).__name__}) has a part of its own for every task; "
+                "ept.training.add_task(model, spec) adds both"
+            )
+        return self.append_task(name, like=like, new_kernels=new_kernels, adapter_name=adapter_name)
+
+    def append_task(
+        self,
+        name: str | None = None,
+        *,
+        like: int | str | None = None,
+        new_kernels: Sequence[int] = (),
+        adapter_name: str | None = None,
+    ) -> int:
+        """``add_task`` to the adapter alone, for whoever adds the model's own part."""
+        if adapter_name is None and len(self.active_adapters) > 1:
+            raise ValueError(f"adapter_name must name one of the active adapters {self.active_adapters}, got None")
         adapter_name = adapter_name or self.active_adapters[0]
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"adapter_name must be one of {list(self.peft_config)}, got {adapter_name!r}")
         config, shared = self.peft_config[adapter_name], self.ept_task_tables[adapter_name]
         if not hasattr(config, "finished_tasks"):
             raise ValueError(f"add_task is not supported by {config.peft_type}")
@@ -358,11 +409,23 @@ class EPTModel(BaseTuner):
         start = None if like is None else shared.resolve(like)
         if not (start is None or isinstance(start, int)):
             raise ValueError(f"like must be one id or name, got {like!r}")
+        sizes = check_kernel_sizes(new_kernels) if len(new_kernels) else ()
+        layers: Any = self.adapters(adapter_name)  # pyramids, as ``finished_tasks`` shows
+        for layer, adapter in layers.items():
+            if not set(sizes) <= set(adapter.geometry.scales):
+                raise ValueError(
+                    f"new_kernels must be of scales that every layer has, but {layer} has {adapter.geometry.scales}, "
+                    f"got {new_kernels!r}"
+                )
         finished = shared.num_tasks
         task = shared.add_task(name, start)
         config.num_tasks, config.finished_tasks = finished + 1, finished
         if names is not None:
             config.task_names = [*names, name]
+        if sizes:
+            config.added_kernels = (*(config.added_kernels or ()), (task, sizes))
+            for adapter in layers.values():
+                adapter.add_experts(task, sizes)
         self._freeze_finished()
         shared.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         return task
@@ -376,12 +439,13 @@ class EPTModel(BaseTuner):
         for name, count in counts.items():
             if not count:
                 continue
-            for adapter in self.adapters(name).values():
-                adapter.finish()
+            pyramids: Any = self.adapters(name).values()
+            for adapter in pyramids:
+                adapter.finish(count)
             for wrapper in self.model.modules():
                 if not isinstance(wrapper, ModulesToSaveWrapper) or name not in wrapper.modules_to_save:
                     continue
-                copy = wrapper.modules_to_save[name]
+                copy: Any = wrapper.modules_to_save[name]
                 if hasattr(copy, "finish"):
                     copy.finish(count)
                 else:
@@ -444,7 +508,7 @@ class EPTModel(BaseTuner):
         try:
             for layer in layers:
                 layer.merge(safe_merge, adapter_names, task=tasks[0])
-        except Exception:
+        except BaseException:  # Ctrl-C as well: half a merged model would answer for another task
             self.unmerge_adapter()
             raise
 
@@ -479,7 +543,7 @@ class EPTModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         for hook in self._hooks:
             hook.remove()
         model.__dict__.pop("generate", None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -14,7 +16,12 @@ from .model import EPTModel
 
 def register() -> None:
     """Add every method to PEFT's tables. Safe to call twice."""
+    configs: Any = (
+        PEFT_TYPE_TO_CONFIG_MAPPING  # keyed by members of PEFT's own enumeration; their names are strings too
+    )
+    tuners: Any = PEFT_TYPE_TO_TUNER_MAPPING
+    prefixes: Any = PEFT_TYPE_TO_PREFIX_MAPPING
     for method in METHODS:
-        PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type] = method.config
-        PEFT_TYPE_TO_TUNER_MAPPING[method.peft_type] = EPTModel
-        PEFT_TYPE_TO_PREFIX_MAPPING[method.peft_type] = EPTModel.prefix
+        configs[method.peft_type] = method.config
+        tuners[method.peft_type] = EPTModel
+        prefixes[method.peft_type] = EPTModel.prefix

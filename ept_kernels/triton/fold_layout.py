@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,7 +32,9 @@ class Layout(NamedTuple):
 @lru_cache(maxsize=1024)
 def layout_for(geometry: PyramidGeometry, scaling: float, device: torch.device) -> Layout:
     """The tables of a layer; only the first call for a device copies them there."""
-    source, expert, entry = [], [], []
+    source: list[list[int]] = []
+    expert: list[int] = []
+    entry: list[int] = []
     for e, (k, s) in enumerate(zip(geometry.kernel_sizes, geometry.expert_scale, strict=True)):
         before, start, size = geometry.offsets[s], len(expert), k * k
         after = geometry.folded_size - before - size
@@ -40,7 +42,7 @@ def layout_for(geometry: PyramidGeometry, scaling: float, device: torch.device) 
         expert += [e] * size
         entry += range(before, before + size)
     factor = [scaling * geometry.alp_factors[s] for s in geometry.expert_scale]
-    whole = {"dtype": torch.int32, "device": device}
+    whole: Any = {"dtype": torch.int32, "device": device}
     return Layout(
         torch.tensor(source, **whole),
         torch.tensor(geometry.expert_scale, **whole),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from triton import knobs
@@ -30,7 +30,8 @@ def on_its_device(op: Callable[P, R]) -> Callable[P, R]:
 
 
 @lru_cache
-def _target(device: int) -> tuple[str, int | str]:
+def _target(device: int) -> tuple[str, Any]:
+    """The kind of device and its architecture: a number for NVIDIA, a name for AMD."""
     target = driver.active.get_current_target()
     return target.backend, target.arch
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import ept
 from ept.baselines.ffn_blocks import ENTRY, EXIT, WHOLE, Place, ffn_places
-from ept.baselines.mixlora_router import load_balance
+from ept.baselines.mixlora_router import expert_load, load_balance
 
 EXPERTS, TOP_K = 4, 2
 
@@ -171,10 +171,11 @@ def test_load_balance_counts_tokens_not_padding() -> None:
     share = [sum(b == e for _, b in kept) / len(kept) for e in range(EXPERTS)]
     mean = torch.stack([p for p, _ in kept]).mean(0)
     expected = EXPERTS * sum(share[e] * mean[e] for e in range(EXPERTS))
-    torch.testing.assert_close(load_balance(probabilities, best, mask), expected)
+    torch.testing.assert_close(load_balance(expert_load(probabilities, best, mask)), expected)
     even = torch.full((EXPERTS, EXPERTS), 1 / EXPERTS)
-    assert load_balance(even, torch.arange(EXPERTS), None) == pytest.approx(1)
-    assert load_balance(torch.eye(EXPERTS)[:1].expand(5, -1), torch.zeros(5, dtype=torch.long), None) == EXPERTS
+    assert load_balance(expert_load(even, torch.arange(EXPERTS), None)) == pytest.approx(1)
+    one = expert_load(torch.eye(EXPERTS)[:1].expand(5, -1), torch.zeros(5, dtype=torch.long), None)
+    assert load_balance(one) == EXPERTS
 
 
 def test_balance_loss_has_a_term_for_each_network_and_ignores_padding() -> None:

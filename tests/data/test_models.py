@@ -134,6 +134,7 @@ def test_smollm2_is_trainable():
     assert loaded.tokenizer.decode(output.logits[0, -1].argmax()).strip() == "Paris"
     output.loss.backward()
     assert loaded.model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+    assert not getattr(loaded.model, "is_quantized", False)  # Trainer would refuse it
 
 
 def test_packages_that_are_missing(monkeypatch):

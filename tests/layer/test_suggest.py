@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,6 +96,11 @@ def test_refusals_are_named() -> None:
         ept.suggest_pyramid(Model(), batches(), CONFIG, budget=7)
     with pytest.raises(ValueError, match=r"batches must hold each task at least twice; once only: \[0, 1\]"):
         ept.suggest_pyramid(Model(), batches(1), CONFIG)
+    with pytest.raises(ValueError, match="task_ids holds an id out of range; allowed: 0 to 1, got"):
+        ept.suggest_pyramid(Model(), [{**batch, "task_ids": batch["task_ids"] + 1} for batch in batches()], CONFIG)
+    adapted = peft.get_peft_model(Model(), CONFIG)
+    with pytest.raises(ValueError, match="model must be the base model alone, got one with an adapter"):
+        ept.suggest_pyramid(adapted, batches(), CONFIG)
     with pytest.raises(ValueError, match="none at all"):
         ept.suggest_pyramid(Model(), [], CONFIG)
     with pytest.raises(TypeError, match="model gave no loss"):

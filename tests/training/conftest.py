@@ -145,6 +145,7 @@ def toys() -> SimpleNamespace:
     """The makers above and their vocabulary, for tests that need more than the ready tasks."""
     return SimpleNamespace(
         vocabulary=VOCABULARY,
+        specs=(POLARITY, TOPIC, DEGREE, CHOICE),
         make_task=make_task,
         make_tokenizer=make_tokenizer,
         make_base=make_base,
@@ -152,13 +153,11 @@ def toys() -> SimpleNamespace:
     )
 
 
-@pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory, toys: SimpleNamespace, tasks: list[TaskData]) -> Path:
-    """A folder with ``model`` (tiny BERT), ``t5``, ``llama`` and ``data`` (the three toy tasks)."""
-    root = tmp_path_factory.mktemp("source")
+def write_source(root: Path, tasks: list[TaskData]) -> None:
+    """``model`` (tiny BERT), ``t5``, ``llama`` and ``data`` (these tasks)."""
     for name, kind in (("model", "encoder"), ("t5", "seq2seq"), ("llama", "causal")):
-        toys.make_base(kind).save_pretrained(root / name)
-        toys.make_tokenizer(kind).save_pretrained(root / name)
+        make_base(kind).save_pretrained(root / name)
+        make_tokenizer(kind).save_pretrained(root / name)
     index = {"format": 1, "tasks": {}}
     for task in tasks:
         spec, splits = task.spec, {}
@@ -174,6 +173,13 @@ def source(tmp_path_factory: pytest.TempPathFactory, toys: SimpleNamespace, task
         if spec.label_range is not None:
             index["tasks"][spec.name]["label_range"] = spec.label_range
     (root / "data" / "index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory, tasks: list[TaskData]) -> Path:
+    """A folder with what ``write_source`` writes of the three toy tasks."""
+    root = tmp_path_factory.mktemp("source")
+    write_source(root, tasks)
     return root
 
 

@@ -83,7 +83,7 @@ def test_the_plan_selects_a_rate_and_then_runs_every_seed(tmp_path: Path) -> Non
 
 
 def test_the_grid_widens_where_its_largest_rate_is_the_best(tmp_path: Path) -> None:
-    bench, default = replace(BENCH, widen=True), SYSTEMS["lora"].learning_rate
+    bench, default = replace(BENCH, widen=True, methods=("lora",)), SYSTEMS["lora"].learning_rate
     log = RunLog(tmp_path / "runs.jsonl", bench)
     grid = candidates(bench, "lora", log)
     assert [run.lr for run in grid] == [default, 2 * default]
@@ -94,6 +94,12 @@ def test_the_grid_widens_where_its_largest_rate_is_the_best(tmp_path: Path) -> N
     assert [run.lr for run in candidates(BENCH, "lora", log)] == [default, 2 * default]
     log.add(wider, record(0.45))
     assert best_rate(bench, "lora", log) == 2 * default
+    log.add(finals(bench, {"lora": 2 * default}, 0)[0], record(0.5))
+    write_report(tmp_path / "out", bench, log, "")
+    table = (tmp_path / "out" / "report.md").read_text().partition("## Learning rates")[2]
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {5}
+    assert f"{4 * default:g}: 0.450" in rows[-1]
 
 
 def test_a_grid_whose_best_rate_is_inside_does_not_widen(tmp_path: Path) -> None:

@@ -41,6 +41,11 @@ def test_single_batches_hold_one_task_and_mixed_ones_several() -> None:
     assert np.mean(kinds["mixed"]) > 2
 
 
+def test_all_processes_draw_one_task_for_a_step_of_single_task_batches() -> None:
+    order = _tasks(TaskBalancedSampler(SIZES, 4, world_size=3, task_batching="single").order())
+    assert {len(set(step)) for step in order.reshape(-1, 12)} == {1}
+
+
 def test_rows_of_a_task_come_without_replacement() -> None:
     order = TaskBalancedSampler(SIZES, 2, seed=1).order()
     for task, size in enumerate(SIZES):

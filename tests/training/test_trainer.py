@@ -163,7 +163,8 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(
             gradients.append({n: p.grad.clone() for n, p in kwargs["model"].named_parameters() if p.grad is not None})
 
     for batch, steps in ((14, 1), (7, 2)):  # both divide an epoch's 42 samples, so the order is the same
-        model = adapted(kind, small_tasks)
+        # A decoder's part of the contrastive loss counts padding, and the halves do not have as much of it.
+        model = adapted(kind, small_tasks, contrastive_weight=0.0 if kind == "seq2seq" else 0.1)
         for module in model.modules():
             for name in ("p", "dropout_prob", "dropout"):
                 if isinstance(getattr(module, name, None), float):
@@ -171,12 +172,12 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(
         options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_steps": 1}
         run = trainer(model, kind, small_tasks, [Catch()], max_grad_norm=0.0, **options)
         run.train()
-        losses.append([run.state.log_history[0][name] for name in ("loss", "task_loss", "contrastive_loss")])
-    # A seq2seq model averages over the tokens of a batch, and the two halves do not have as many.
-    tolerance = 0.1 if kind == "seq2seq" else 1e-4
-    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+        losses.append(
+            {name: run.state.log_history[0].get(name, 0.0) for name in ("loss", "task_loss", "contrastive_loss")}
+        )
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     whole, halves = (torch.cat([g.flatten() for g in found.values()]) for found in gradients)
-    assert (halves - whole).norm() < (0.3 if kind == "seq2seq" else 1e-4) * whole.norm()
+    assert (halves - whole).norm() < 1e-4 * whole.norm()
 
 
 def test_kernels_and_gates_have_their_own_learning_rates(

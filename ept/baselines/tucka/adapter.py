@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ class TuckerAdapter(LayerAdapter):
         self.geometry = PyramidGeometry(in_features, out_features, config.r, (1,))
         self.input_geometry = PyramidGeometry(in_features, in_features, config.r, (1,))
         self.alpha, self.init = config.lora_alpha, config.init
-        factory = {"device": device, "dtype": dtype}
+        factory: Any = {"device": device, "dtype": dtype}
         self.G = nn.Parameter(torch.empty(config.num_groups, config.core_rank, config.r, config.r, **factory))
         self.U = nn.Parameter(torch.empty(in_features, config.r, **factory))
         self.C = nn.Parameter(torch.empty(config.group_size, config.core_rank, **factory))
@@ -80,6 +81,14 @@ class TuckerAdapter(LayerAdapter):
         layer = routing_layer(list(features), config.router_module)
         return SharedRouter(config, features[layer][0], layer, device=device, dtype=dtype)
 
+    @classmethod
+    def check_shardable(cls, shared: SharedRouter) -> None:
+        if not shared.router.ready:
+            raise ValueError(
+                "TuckA draws its centroids in its first training pass, and what a pass writes into sharded parameters "
+                "is lost: call the model once in training mode, on a batch of every process, before FSDP shards it"
+            )
+
     @property
     def unmergeable(self) -> str | None:
         """Why there is nothing to merge, until the route is fixed."""
@@ -94,7 +103,7 @@ class TuckerAdapter(LayerAdapter):
         nn.init.kaiming_uniform_(self.U, a=math.sqrt(5), mode="fan_out")
         nn.init.kaiming_uniform_(self.C, a=math.sqrt(5), mode="fan_out")
         if self.init == "centred":
-            self.C -= self.C.mean(1, keepdim=True)
+            self.C.sub_(self.C.mean(1, keepdim=True))
 
     def factors(self, route: Route) -> tuple[Tensor, Tensor]:
         """``A [r, in]``, ``B [in, r]`` with ``x A^T B^T`` the update of a route; all norms are in A, so that B is U.

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ept.ranks import number_of_ranks
+
 
 def batch_sum(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Sum of the tokens that ``mask`` keeps, and their number. x ``[..., d]`` -> ``[d]``, ``[]``, both in ``dtype``.
@@ -25,26 +27,20 @@ def batch_sum(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tenso
 def data_aware_centroids(total: Tensor, tokens: Tensor, count: int, noise: float) -> Tensor:
     """``E_0 = xbar`` and ``E_j = xbar + Uniform(-noise, noise)^d`` for j >= 1.
 
-    In a ``torch.distributed`` job xbar is the mean over the tokens of all ranks' batches, and the noise is that of
-    rank 0: rank 0 sends the finished centroids, so that all have the same bits. The default group of processes takes
-    part; every one of them must see its first training batch in the same step. Noise comes from torch's generator on
-    the device of ``total``.
+    In a ``torch.distributed`` job the noise is that of rank 0: it sends the finished centroids, so that all have the
+    same bits. The default group of processes takes part; every one of them must see its first training batch in the
+    same step. Noise comes from torch's generator on the device of ``total``.
 
     Args:
-        total: ``[d]``, sum over the tokens of this rank's batch. tokens: ``[]``, their number.
+        total: ``[d]``, sum over the tokens of all ranks' batches. tokens: ``[]``, their number.
 
     Returns:
         ``[count, d]``.
     """
-    shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if shared:
-        sums = torch.cat([total, tokens.view(1)])
-        dist.all_reduce(sums)
-        total, tokens = sums[:-1], sums[-1]
     mean = total / tokens.clamp_min(1)
     offsets = torch.empty(count, len(mean), dtype=mean.dtype, device=mean.device).uniform_(-noise, noise)
     offsets[0] = 0
     centroids = mean + offsets
-    if shared:
+    if number_of_ranks() > 1:
         dist.broadcast(centroids, src=0)
     return centroids

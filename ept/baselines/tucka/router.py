@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ept.ranks import sum_over_ranks
 from ept_kernels import without_autocast
 
 from .centroids import batch_sum, data_aware_centroids
@@ -20,6 +21,10 @@ class CentroidRouter(nn.Module):
     ``a = E xbar`` as ``[K, t]``, each row divided by its 2-norm; ``sigmoid(a)`` are the scores. The group is that of
     the best score, and its t scores are the weights. Choosing a group has no gradient. The centroids learn through the
     weights alone: those of the chosen group from every adapted layer that uses the route, the others not in that step.
+
+    In training the batch is that of all processes of a ``torch.distributed`` job, so that a run decides alike however
+    many processes share a batch (**choice**: the released code decides per process); every one of them must run the
+    same training passes. In evaluation each process decides for its own batch and waits for nobody.
 
     The centroids come from the first batch seen in training (``centroids.data_aware_centroids``). Until then there is
     no route: ``forward`` in evaluation returns None, draws nothing, and the layers are their frozen bases. The flag
@@ -35,6 +40,8 @@ class CentroidRouter(nn.Module):
         group_load: ``[K]`` int64, how often each group was chosen; counted on the device, not saved. Not a buffer:
             data-parallel training would overwrite it with rank 0's.
     """
+
+    initialised: Tensor
 
     def __init__(
         self,
@@ -88,8 +95,11 @@ class CentroidRouter(nn.Module):
         dtype = torch.promote_types(self.centroids.dtype, torch.float32)
         with without_autocast(x.device):
             total, tokens = batch_sum(x, mask, dtype)
+            if self.training:
+                sums = sum_over_ranks(torch.cat([total, tokens.view(1)]))
+                total, tokens = sums[:-1], sums[-1]
             if not self._ready:
-                self._initialise(total.detach(), tokens)
+                self._initialise(total.detach(), tokens.detach())
             affinity = (self.centroids.to(dtype) @ (total / tokens.clamp_min(1))).view(self.num_groups, self.group_size)
             cosines = affinity / affinity.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
             group = cosines.detach().amax(1).argmax().view(1)
