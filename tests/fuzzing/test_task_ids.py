@@ -90,7 +90,7 @@ def test_of_a_model(name: str) -> None:
     def run(given_ids: Any) -> None:
         routes = model.base_model.routes_by_task
         if given_ids is not None or routes:
-            _run("task ids of models", lambda ids: model(x=inputs(), task_ids=ids), given_ids, routes)
+            _run("task ids of models", lambda ids: model(inputs(), task_ids=ids), given_ids, routes)
 
     run()
 
