@@ -63,7 +63,7 @@ def test_inputs_of_ten_thousand(layer_class: type, dtype: torch.dtype, routing: 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_gates_of_huge_logits(top_k: int) -> None:
     @many(50)
-    @given(st.integers(0, 2**31), st.floats(-30, 15))
+    @given(st.integers(0, 2**31), st.floats(-8, 15))
     def run(seed: int, magnitude: float) -> None:
         generator = torch.Generator().manual_seed(seed)
         gate = (10**magnitude * torch.randn(5, 8, generator=generator)).requires_grad_()

@@ -26,7 +26,7 @@ def test_workers_change_no_batch(method: str, tmp_path: Path) -> None:
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS]))
     specs = {index: task.spec for index, task in enumerate(tasks)}
-    collator = make_collator("encoder", BertTokenizer(vocabulary), specs, max_length=12)
+    collator = make_collator("encoder", BertTokenizer(str(vocabulary)), specs, max_length=12)
     rows = training_rows(tasks, list(specs))
 
     def batches(workers: int) -> list[dict[str, torch.Tensor]]:

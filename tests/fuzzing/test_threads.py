@@ -155,3 +155,24 @@ def test_training_in_one_thread_does_not_show_in_the_others() -> None:
     assert all(map(torch.equal, found, expected))
     assert all(map(torch.equal, beside, alone)), "training came out otherwise with threads beside it"
     COUNTED["calls from 8 threads"]["beside training"] += len(found)
+
+
+def test_mixlora_outside_a_model_keeps_no_route_of_an_earlier_call() -> None:
+    """It did, where the input was the same object: with new numbers in it, or after a step, the route was wrong."""
+    torch.manual_seed(0)
+    layer = ept.MixLoRALinear.from_linear(torch.nn.Linear(12, 10), ept.MixLoRAConfig(r=2, num_experts=5, num_tasks=3))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    buffer = inputs()
+    with torch.no_grad():
+        first = layer(buffer)
+        buffer.copy_(-inputs())
+        assert torch.equal(layer(buffer), layer(-inputs()))
+        buffer.copy_(inputs())
+        assert torch.equal(layer(buffer), first)
+
+    @torch.no_grad()
+    def work(job: int) -> torch.Tensor:
+        return layer(inputs() + job)
+
+    _compare(work, "mixlora layer")

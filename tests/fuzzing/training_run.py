@@ -48,7 +48,7 @@ def make_model(folder: Path) -> Path:
     (folder / "vocab.txt").write_text("\n".join(words))
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     BertModel(BertConfig(vocab_size=len(words), **sizes), add_pooling_layer=False).save_pretrained(folder)
-    BertTokenizer(folder / "vocab.txt").save_pretrained(folder)
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
 
 
