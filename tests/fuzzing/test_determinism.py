@@ -22,13 +22,19 @@ def _train(folder: Path, threads: int, *options: str) -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+slow = pytest.mark.skipif(
+    os.environ.get("EPT_SLOW_TESTS") != "1", reason="two more training runs; EPT_SLOW_TESTS=1 or make fuzz runs it"
+)
+
+
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=slow)])
 def test_two_processes_give_the_same_bits(threads: int, tmp_path: Path) -> None:
     first, second = (_train(tmp_path / name, threads, "--deterministic") for name in ("first", "second"))
     assert first == second
     assert "loss" in first["losses"]
 
 
+@slow
 def test_another_seed_gives_others(tmp_path: Path) -> None:
     one, two = (_train(tmp_path / seed, 1, "--deterministic", "--seed", seed) for seed in ("1", "2"))
     assert one["adapter"] != two["adapter"]
