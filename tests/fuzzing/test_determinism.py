@@ -23,11 +23,12 @@ def _train(folder: Path, threads: int, *options: str) -> dict[str, str]:
 
 
 slow = pytest.mark.skipif(
-    os.environ.get("EPT_SLOW_TESTS") != "1", reason="two more training runs; EPT_SLOW_TESTS=1 or make fuzz runs it"
+    os.environ.get("EPT_SLOW_TESTS") != "1", reason="two training runs each; EPT_SLOW_TESTS=1 or make fuzz runs it"
 )
 
 
-@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=slow)])
+@slow
+@pytest.mark.parametrize("threads", [1, 2])
 def test_two_processes_give_the_same_bits(threads: int, tmp_path: Path) -> None:
     first, second = (_train(tmp_path / name, threads, "--deterministic") for name in ("first", "second"))
     assert first == second
