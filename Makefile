@@ -4,6 +4,7 @@
 #             STATIC="--cover all" adds every variant (hours), STATIC="--target sm_90 --sample 100" narrows it
 # make scaleout  training on 1, 2 and 4 processes (DDP, FSDP2, checkpointing): a table of how far apart the results are
 # make faults kill -9 a training run at 50 random moments; make faults KILLS=200 for more, SEED=1 for others
+# make fuzz   bad input by the thousand (FUZZ=20 times CI's examples); make soak   2,000 training steps hold memory flat
 # make lint   style checks and types   make clean   remove .venv and build products
 # make compat the same tests with the oldest and newest versions that are supported, each in an environment of its own
 #             (COMPAT="oldest bare" chooses); make coverage the share of lines that the tests run
@@ -26,7 +27,7 @@ BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test static faults scaleout lint compat coverage lock audit memcheck clean setup
+.PHONY: demo test static faults scaleout fuzz soak lint compat coverage lock audit memcheck clean setup
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -55,6 +56,14 @@ faults: setup
 
 scaleout: setup
 	$(BIN)/python tests/distributed/matrix.py $(SCALEOUT)
+
+# Every fuzzing test with FUZZ times its examples; the counts are printed at the end.
+FUZZ ?= 20
+fuzz: setup
+	OMP_NUM_THREADS=1 EPT_SLOW_TESTS=1 EPT_FUZZ_FACTOR=$(FUZZ) $(BIN)/python -m pytest tests/fuzzing
+
+soak: setup
+	OMP_NUM_THREADS=1 EPT_SOAK_STEPS=2000 $(BIN)/python -m pytest tests/fuzzing/test_soak.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -36,9 +36,14 @@ def contrastive_task_loss(
         return table.weight[:0].sum(dtype=dtype)
     representations = torch.cat([rows.to(dtype) for rows in pooled])  # [samples of all layers, d]
     with without_autocast(representations.device):
-        embeddings = F.normalize(table.weight.to(dtype), dim=-1)
-        logits = F.normalize(representations, dim=-1) @ embeddings.T / temperature
+        logits = _unit(representations) @ _unit(table.weight.to(dtype)).T / temperature
         return F.cross_entropy(logits, torch.cat([_targets(len(rows), tasks, logits.device) for rows in pooled]))
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Each row over its norm; zeros stay. First over its largest entry: squares of 1e20 leave the range of fp32."""
+    largest = rows.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    return F.normalize(rows / largest, dim=-1)
 
 
 def _targets(rows: int, tasks: int | Tensor, device: torch.device) -> Tensor:

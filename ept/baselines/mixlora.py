@@ -129,7 +129,7 @@ class MixLoRAAdapter(LayerAdapter):
             return _add(base(x), self._expand(self._shrink(x)))
         if self.place.role == EXIT:
             return self._leave(self.place, base, x)
-        route = self.shared.route(self.place.block, x)
+        route = self.shared.route(self.place.block, x, for_exit=self.place.role == ENTRY)
         chosen = self._chosen(route)
         hidden = self._shrink(x)
         if self.place.role == ENTRY:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -61,10 +62,17 @@ class TokenRouters(TaskNames):
         for router in self.routers.values():
             nn.init.normal_(router, std=_STD)
 
-    def route(self, block: str, x: Tensor) -> TokenRoute:
-        """The route of x ``[..., d]``; linears that read the same x one after the other get the same one."""
+    def route(self, block: str, x: Tensor, *, for_exit: bool = True) -> TokenRoute:
+        """The route of x ``[..., d]``; linears that read the same x one after the other get the same one.
+
+        Args:
+            for_exit: the network has an exit, which will ask for this route. Outside a model's forward pass nothing
+                else tells one pass from the next, so without an exit nothing is kept there.
+        """
         context = current()
-        store, key = self._store(context), (id(self), block)
+        if context is None and not for_exit:
+            return self._decide(block, x, context)
+        store, key = self._kept_at(context, block)
         known = store.get(key)
         if known is None or known[0] is not x:
             known = store[key] = (x, self._decide(block, x, context))
@@ -76,13 +84,16 @@ class TokenRouters(TaskNames):
         Raises:
             ValueError: the entry has not been called.
         """
-        known = self._store(current()).pop((id(self), block), None)
+        store, key = self._kept_at(current(), block)
+        known = store.pop(key, None)
         if known is None:
             raise ValueError(f"the exit of the feed-forward network {block!r} was called before its entry")
         return known[1]
 
-    def _store(self, context: TaskContext | None) -> dict[Any, Any]:
-        return self._outside if context is None else context.shared
+    def _kept_at(self, context: TaskContext | None, block: str) -> tuple[dict[Any, Any], tuple[Any, ...]]:
+        """Where a block's route is kept: with its pass; outside of one, two threads may be in the same block."""
+        key = (id(self), block)
+        return (self._outside, (get_ident(), *key)) if context is None else (context.shared, key)
 
     def _decide(self, block: str, x: Tensor, context: TaskContext | None) -> TokenRoute:
         router = self.routers[_key(block)]

@@ -24,7 +24,6 @@ index, an index into the choices, or a number.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +33,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from ept.adapter_config import is_number
 from ept.data.rows import make_split
 from ept.data.selection import select
 from ept.data.spec import DataError, TaskData, TaskSpec
+from ept.files import read_json
 
 _METRICS = {"matthews_corrcoef": "matthews", **{name: name for name in ("accuracy", "f1", "pearson", "spearman")}}
 
@@ -65,9 +66,9 @@ def _read_index(root: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"data folder {str(root)!r} has no index.json; see ept.data.folder for its format")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
     except ValueError as error:
-        raise DataError(f"{str(path)!r} is not valid JSON: {error}") from error
+        raise DataError(str(error)) from error
     if not isinstance(index, dict) or not isinstance(index.get("tasks"), dict) or not index["tasks"]:
         raise DataError(f"{str(path)!r} must be an object with a non-empty object 'tasks'")
     if index.get("format", 1) != 1:
@@ -114,7 +115,7 @@ def _declared_range(where: str, entry: dict[str, Any]) -> tuple[float, float] | 
     holders = [entry] if entry.get("label_range") is not None else list(entry["splits"].values())
     ranges = [holder["label_range"] for holder in holders if holder.get("label_range") is not None]
     for value in ranges:
-        if not isinstance(value, list) or len(value) != 2 or not all(isinstance(item, (int, float)) for item in value):
+        if not isinstance(value, list) or len(value) != 2 or not all(map(is_number, value)):
             raise DataError(f"{where}: label_range must be a list of two numbers, not {value!r}")
     return (float(min(low for low, _ in ranges)), float(max(high for _, high in ranges))) if ranges else None
 
@@ -136,12 +137,16 @@ def _files(root: Path, spec: TaskSpec, splits: dict[str, dict[str, Any]]) -> dic
 def _inside(root: Path, where: str, file: Any) -> Path:
     if not isinstance(file, str) or not file:
         raise DataError(f"{where}: file must be a relative path, not {file!r}")
-    path = (root / file).resolve()
+    try:
+        path = (root / file).resolve()
+        there = path.is_file()
+    except (OSError, ValueError) as error:  # too long, or with a null character
+        raise DataError(f"{where}: file {file!r} cannot be a file's name: {error}") from error
     if Path(file).is_absolute() or not path.is_relative_to(root.resolve()):
         raise DataError(
             f"{where}: file {file!r} is outside the data folder {str(root)!r}; only files inside it are read"
         )
-    if not path.is_file():
+    if not there:
         raise DataError(f"{where}: file {file!r} is missing in {str(root)!r}")
     return path
 
@@ -153,7 +158,7 @@ def _check_file(where: str, spec: TaskSpec, path: Path, sha256: str | None) -> N
             raise DataError(f"{where}: {path.name} has sha256 {found}, the index says {sha256}")
     try:
         schema = pq.read_schema(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name is not UTF-8
         raise DataError(f"{where}: {path.name} is not a readable parquet file: {error}") from error
     for column in (*spec.text_columns, "label"):
         if column not in schema.names:
@@ -171,8 +176,11 @@ def _read_task(spec: TaskSpec, files: dict[str, Path]) -> TaskData:
 
 
 def _read_split(spec: TaskSpec, split: str, path: Path) -> Dataset:
-    table = pq.read_table(path, columns=[*spec.text_columns, "label"])
-    columns = [table.column(name).to_pylist() for name in (*spec.text_columns, "label")]
+    try:
+        table = pq.read_table(path, columns=[*spec.text_columns, "label"])
+        columns = [table.column(name).to_pylist() for name in (*spec.text_columns, "label")]
+    except (pa.ArrowException, OSError, ValueError) as error:  # damaged behind its schema, or text that is not UTF-8
+        raise DataError(f"task {spec.name!r}, split {split!r}: {path.name} cannot be read: {error}") from error
     if spec.kind == "multiple_choice":
         return make_split(spec, split, text=columns[0], choices=columns[1], label=columns[2])
     pair = columns[1] if len(spec.text_columns) == 2 else None

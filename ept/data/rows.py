@@ -62,7 +62,7 @@ def make_split(
 
 def _check_choices(where: str, spec: TaskSpec, choices: Sequence[Sequence[str]]) -> None:
     for row, options in enumerate(choices):
-        if options is None or not 2 <= len(options) <= spec.num_labels:
+        if not isinstance(options, (list, tuple)) or not 2 <= len(options) <= spec.num_labels:
             raise DataError(
                 f"{where}, row {row}: choices {options!r} must be 2 to {spec.num_labels} strings (label_names)"
             )

@@ -76,6 +76,7 @@ class RunSettings:
     set: dict[str, Any] = field(default_factory=dict)
     target_modules: tuple[str, ...] | None = None
     seed: int = 0
+    deterministic: bool = False
     save_steps: int = 500
     eval_limit: int | None = None
     nan_policy: str = _default(EPTTrainingArguments, "nan_policy")
@@ -157,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add(recipe, "max-length", "tokens of a row at most", type=_integer(8))
     _add(recipe, "task-batching", "draw the task of every sample, or of every batch", choices=TASK_BATCHING)
     _add(recipe, "seed", "of model, data order and dropout", type=_integer(0))
+    _add(recipe, "deterministic", "only operations that give the same bits in every run", action="store_true")
     adapter = parser.add_argument_group("adapter", "of methods that have the setting; not all do")
     _add(adapter, "ablation", "one of the paper's ablations of EPT, see below", choices=tuple(ABLATIONS))
     _add(adapter, "r", "rank", type=_integer(1))

@@ -81,6 +81,7 @@ def training_arguments(settings: RunSettings) -> EPTTrainingArguments:
         max_length=settings.max_length,
         task_batching=settings.task_batching,
         seed=settings.seed,
+        full_determinism=settings.deterministic,
         eval_limit=settings.eval_limit,
         nan_policy=settings.nan_policy,
         save_strategy="steps" if settings.save_steps else "no",

@@ -51,7 +51,7 @@ def overrides(draw: st.DrawFn, kind: type) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
 def test_a_config_works_or_names_the_field(kind: type) -> None:
-    @many(100)
+    @many(60)
     @given(overrides(kind))
     def run(options: dict[str, Any]) -> None:
         # A field may be refused for what another one says: the message names one of the two.
