@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -42,7 +42,7 @@ def load_adapter(
         num_labels: outputs of a classification head; None: the base config's.
 
     Raises:
-        FileNotFoundError: no adapter there.
+        FileNotFoundError: no adapter there, or none in safetensors.
         ValueError: no base, or a task type that is not served.
     """
     folder = Path(adapter)
@@ -56,16 +56,21 @@ def load_adapter(
         raise ValueError(f"adapter {str(adapter)!r} does not say what its base model is; name it")
     if config.task_type not in _AUTO_CLASS:
         raise ValueError(f"task_type of the adapter is {config.task_type!r}; allowed: {list(_AUTO_CLASS)}")
-    model = _load_base(source, _AUTO_CLASS[config.task_type], num_labels)
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(f"adapter {str(adapter)!r} holds no {SAFETENSORS_WEIGHTS_NAME}; no other file is read")
+    revision = config.revision if base is None else None
+    model = _load_base(source, _AUTO_CLASS[config.task_type], num_labels, revision)
     tokenizers = [place for place in (folder, source) if (Path(place) / "tokenizer_config.json").is_file()]
     tokenizer = AutoTokenizer.from_pretrained(tokenizers[0]) if tokenizers else None
     return PeftModel.from_pretrained(model, folder).eval(), tokenizer
 
 
-def _load_base(source: str, auto_class: Any, num_labels: int | None) -> nn.Module:
-    options = {} if num_labels is None else {"num_labels": num_labels}
-    base_config = AutoConfig.from_pretrained(source, **options)
-    return auto_class.from_pretrained(source, config=base_config, use_safetensors=True)
+def _load_base(source: str, auto_class: Any, num_labels: int | None, revision: str | None) -> nn.Module:
+    """The base model, at the revision that the adapter was trained on; no code of its repository is run."""
+    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    base_config = AutoConfig.from_pretrained(source, **options, **labels)
+    return auto_class.from_pretrained(source, config=base_config, use_safetensors=True, **options)
 
 
 def _load_trained(folder: Path, base: str | None) -> tuple[PeftModel, PreTrainedTokenizerBase]:

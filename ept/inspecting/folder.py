@@ -100,7 +100,7 @@ def _instead(folder: Path, name: str) -> str:
 
 def _read_config(folder: Path) -> PeftConfig:
     path = folder / CONFIG_NAME
-    with _named(path, (OSError, UnicodeDecodeError, json.JSONDecodeError)):
+    with _named(path, (OSError, ValueError, RecursionError)):
         content = json.loads(path.read_text(encoding="utf-8"))
     method = content.get("peft_type") if isinstance(content, dict) else None
     if method not in {str(getattr(known, "value", known)) for known in PEFT_TYPE_TO_CONFIG_MAPPING}:

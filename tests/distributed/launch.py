@@ -1,4 +1,4 @@
-"""Launches of ``runs.py`` by torchrun, with gloo on the CPU."""
+"""Launches of ``scenarios.py`` by torchrun, with gloo on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-RUNS = Path(__file__).with_name("runs.py")
+RUNS = Path(__file__).with_name("scenarios.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 

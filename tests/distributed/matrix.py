@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from compare import distance, loss_distance, score_distance, unequal
 from launch import launch
-from runs import RUNS, checkpointed, command_line, data_parallel, own_loop, sharded
 from safetensors.torch import load_file
+from scenarios import RUNS, checkpointed, command_line, data_parallel, own_loop, sharded
 
 # Limits on (adapter over the way trained, loss); the log of losses is fp32.
 EXACT = (1e-9, 5e-6)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from compare import distance, loss_distance, score_distance, unequal
 from launch import launch
-from runs import RUNS, SMALL, TASKS, perform
+from scenarios import RUNS, SMALL, TASKS, perform
 
 from ept.files import read_json
 from ept.training import evaluate_tasks, load_trained

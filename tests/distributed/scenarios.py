@@ -1,6 +1,6 @@
 """Named training runs that a test makes alone and every process of a launch makes together, to compare the two.
 
-``python runs.py OUTPUT NAME...`` writes ``OUTPUT/<name>.<rank>.pt`` for every run. The samples of a step and their
+``python scenarios.py OUTPUT NAME...`` writes ``OUTPUT/<name>.<rank>.pt`` for every run. The samples of a step and their
 number do not depend on how many processes share them. ``float64``, unless a name says otherwise: then what is left of
 a difference is rounding, 1e-15, and anything that is not the same mathematics shows.
 """
