@@ -72,9 +72,9 @@ def test_refuses_a_kernel_that_is_not_square(shapes: tuple[tuple[int, int], ...]
 
 # --- the cost: what touches tensors as large as the activations -------------------------------------------------------
 
-BATCH, TOKENS, WIDTH, EXPERTS, LARGEST = 8, 64, 48, 64, 5
-#: Elements of a large tensor: beyond all kernels of all experts, well below the activations.
-LARGE = 2 * EXPERTS * LARGEST**2
+BATCH, TOKENS, WIDTH, EXPERTS, LARGEST = 8, 128, 48, 64, 5
+#: Elements of a large tensor: beyond the kernels of a scale for every task of the batch, well below the activations.
+LARGE = 2 * BATCH * EXPERTS // 4 * LARGEST**2
 
 
 def large_operations(kernel_sizes: tuple[int, ...], task_ids: int | torch.Tensor) -> list[tuple[str, list[int]]]:
