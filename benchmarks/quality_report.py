@@ -16,6 +16,7 @@ from quality_plan import ABLATIONS, Bench, Run, best_rate, candidates
 from quality_run import Record, RunLog
 
 from ept.training.plots import heat_map
+from ept.training.systems import SYSTEMS
 
 #: Names in print, the order of the table's rows.
 TITLES = {
@@ -108,7 +109,8 @@ def ablation_table(results: Results) -> str:
 def rate_table(results: Results) -> str:
     """What each method's learning rate was chosen by."""
     found = {method: results.selection(method) for method in results.finals}
-    factors = [*results.bench.rates, 2 * results.bench.rates[-1]][: max(map(len, found.values()))]
+    longest = max(found, key=lambda method: len(found[method]))
+    factors = [rate / SYSTEMS[longest].learning_rate for rate in found[longest]]
     rows = []
     for method, scores in found.items():
         cells = [f"{rate:g}: {score:.3f}" for rate, score in scores.items()]

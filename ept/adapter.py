@@ -90,7 +90,7 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         self.kept = Kept()
         self.reset_adapter_parameters()
         if config.finished_tasks:
-            experts = self._experts_of(config.finished_tasks)
+            experts = self._known_to(config.finished_tasks).num_experts
             if experts < self.geometry.num_experts:
                 self.split_rows("gate", experts)
             self.finish(config.finished_tasks)
@@ -99,13 +99,13 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
     def expert_labels(self) -> tuple[int, ...] | None:
         return None if self.by_token else self.geometry.kernel_sizes
 
-    def _experts_of(self, tasks: int) -> int:
-        """How many experts the first ``tasks`` tasks know of."""
-        return [geometry.num_experts for first, geometry in self._stages if first < tasks][-1]
+    def _known_to(self, tasks: int) -> PyramidGeometry:
+        """The layer with the experts alone that the first ``tasks`` tasks know of."""
+        return [geometry for first, geometry in self._stages if first < tasks][-1]
 
     def finish(self, tasks: int) -> None:
         """Freeze what the first ``tasks`` tasks use: a later one has its embedding, and experts that came with it."""
-        experts = self._experts_of(tasks)
+        experts = self._known_to(tasks).num_experts
         gate = self.row_parameters("gate")
         if experts < self.geometry.num_experts:
             gate.pop()
@@ -228,9 +228,8 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         table = self.task_table
         groups: Tensor | None = None
         routed: int | Tensor | None = tasks
-        kernels = self._kernels()
-        plan = (kernels, self.top_k, self.scaling, self.geometry)
         if not self.training:
+            plan = (self._kernels(), self.top_k, self.scaling, self.geometry)
             kept = fold_kept(self.kept, table.kept, self.gate, table.weight, tasks, *plan)
             if kept is not None:
                 return kept
@@ -239,12 +238,7 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
                 groups, routed = tasks, None
             elif len(tasks) != 1:
                 groups = torch.arange(len(tasks), device=table.weight.device)
-        fused = fold_tasks(self.gate, table.weight, routed, *plan)
-        if fused is not None:
-            return fused[0], groups, fused[1]
-        embeddings = table.weight if routed is None else table.embed(routed)
-        index, gates = route(self.gate, embeddings, self.top_k)
-        folded, active = fold_routed(kernels, index, gates, self.scaling, self.geometry)
+        folded, active = self._fold_rows(table.weight, routed, self.geometry)
         return folded, groups, active
 
     def _fold_stages(self, tasks: int | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -254,21 +248,24 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         """
         weight, stages = self.task_table.weight, self._stages
         if isinstance(tasks, int):
-            known = [geometry for first, geometry in stages if first <= tasks][-1]
-            folded, active = self._fold_rows(weight[tasks : tasks + 1], known)
+            folded, active = self._fold_rows(weight, tasks, self._known_to(tasks + 1))
             return folded, None, active
         ends = [*(first for first, _ in stages[1:]), len(weight)]
-        parts = [self._fold_rows(weight[first:end], known) for (first, known), end in zip(stages, ends, strict=True)]
+        parts = [
+            self._fold_rows(weight[first:end], None, known) for (first, known), end in zip(stages, ends, strict=True)
+        ]
         folded, active = (torch.cat(part) for part in zip(*parts, strict=True))
         return (folded, tasks, active) if tasks.dim() else (folded[tasks][None], None, active[tasks][None])
 
-    def _fold_rows(self, embeddings: Tensor, geometry: PyramidGeometry) -> tuple[Tensor, Tensor]:
-        """``(folded, active)`` of these embeddings with the experts of ``geometry``, the first ones of all."""
-        experts = geometry.num_experts
-        gate, kernels = self.gate[:experts], self._kernels()[:experts]
-        fused = fold_tasks(gate, embeddings, None, kernels, self.top_k, self.scaling, geometry)
+    def _fold_rows(self, table: Tensor, rows: int | Tensor | None, geometry: PyramidGeometry) -> tuple[Tensor, Tensor]:
+        """``(folded, active)`` of rows (None: all) of embeddings, with the first experts, which ``geometry`` has."""
+        gate, kernels = self.gate, self._kernels()
+        if geometry is not self.geometry:
+            gate, kernels = gate[: geometry.num_experts], kernels[: geometry.num_experts]
+        fused = fold_tasks(gate, table, rows, kernels, self.top_k, self.scaling, geometry)
         if fused is not None:
             return fused
+        embeddings = table if rows is None else self.task_table.embed(rows)
         return fold_routed(kernels, *route(gate, embeddings, self.top_k), self.scaling, geometry)
 
     def fold_for(self, x: Tensor, task_ids: TaskIds | None) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -35,6 +35,6 @@ def add_task(
     if not isinstance(base, MultiTaskEncoder):
         return tuner.add_task(spec.name, like=like, new_kernels=new_kernels)
     check_specs([*base.specs, spec])
-    task = tuner.append_task(spec.name, like=like, new_kernels=new_kernels)
+    task = tuner.append_task(spec.name, like, new_kernels)
     base.add_task(spec)
     return task

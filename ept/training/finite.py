@@ -171,9 +171,14 @@ def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     return next((name for (name, _), good in zip(named, finite, strict=True) if not good), None)
 
 
-def refuse_nonfinite(model: nn.Module) -> None:
-    """Raise FloatingPointError, on every process alike, if a trained weight is not finite: it is not to be saved."""
-    name = next((name for name in gather_object([first_nonfinite(trained_parameters(model))]) if name), None)
+def refuse_nonfinite(model: nn.Module, *, everywhere: bool = True) -> None:
+    """Raise FloatingPointError if a trained weight is not finite: it is not to be saved.
+
+    Args:
+        everywhere: every process calls this, and all of them raise if one has such a weight.
+    """
+    names = [first_nonfinite(trained_parameters(model))]
+    name = next((name for name in (gather_object(names) if everywhere else names) if name), None)
     if name is not None:
         raise FloatingPointError(f"the weight {_short(name)} is not finite; nothing was saved")
 

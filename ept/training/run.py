@@ -31,7 +31,8 @@ METRICS_FILE = "metrics.json"
 CHECKPOINT_FOLDER = "checkpoints"
 PICTURE_FOLDER = "pictures"
 
-_TASK_TYPES = {"encoder": None, "seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}  # PEFT's names
+#: PEFT's names for the kinds of model.
+TASK_TYPES = {"encoder": None, "seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}
 
 Results = dict[str, dict[str, float]]
 
@@ -60,7 +61,7 @@ def make_adapted(settings: RunSettings, tasks: Sequence[TaskData]) -> tuple[Peft
         [task.spec.name for task in tasks],
         target_modules=models.target_modules(model) if targets is None else list(targets),
         modules_to_save=["heads"] if kind == "encoder" else None,
-        task_type=_TASK_TYPES[kind],
+        task_type=TASK_TYPES[kind],
         **settings.config_options(),
     )
     return get_peft_model(model, config), tokenizer

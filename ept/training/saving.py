@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ept import models
 from ept.data import TaskSpec
 from ept.files import ADAPTER_FOLDER, TASKS_FILE, read_json, write_atomically, write_json
-from ept.training.finite import first_nonfinite, trained_parameters
+from ept.training.finite import refuse_nonfinite
 from ept.training.multitask import MultiTaskEncoder
 
 _FORMAT = 1
@@ -49,9 +49,7 @@ def save_trained(
         FloatingPointError: a trained weight is not finite.
         ept.files.WriteError: the folder cannot be written.
     """
-    name = first_nonfinite(trained_parameters(model))
-    if name is not None:
-        raise FloatingPointError(f"the weight {name} is not finite; nothing was saved")
+    refuse_nonfinite(model, everywhere=False)
 
     def write(folder: Path) -> None:
         model.save_pretrained(str(folder))

@@ -377,15 +377,10 @@ class EPTModel(BaseTuner):
                 f"add_task: the model ({type(self.model).__name__}) has a part of its own for every task; "
                 "ept.training.add_task(model, spec) adds both"
             )
-        return self.append_task(name, like=like, new_kernels=new_kernels, adapter_name=adapter_name)
+        return self.append_task(name, like, new_kernels, adapter_name)
 
     def append_task(
-        self,
-        name: str | None = None,
-        *,
-        like: int | str | None = None,
-        new_kernels: Sequence[int] = (),
-        adapter_name: str | None = None,
+        self, name: str | None, like: int | str | None, new_kernels: Sequence[int], adapter_name: str | None = None
     ) -> int:
         """``add_task`` to the adapter alone, for whoever adds the model's own part."""
         if adapter_name is None and len(self.active_adapters) > 1:

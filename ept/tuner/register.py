@@ -16,9 +16,8 @@ from .model import EPTModel
 
 def register() -> None:
     """Add every method to PEFT's tables. Safe to call twice."""
-    configs: Any = (
-        PEFT_TYPE_TO_CONFIG_MAPPING  # keyed by members of PEFT's own enumeration; their names are strings too
-    )
+    # Declared as keyed by members of PEFT's own enumeration; their names are strings too.
+    configs: Any = PEFT_TYPE_TO_CONFIG_MAPPING
     tuners: Any = PEFT_TYPE_TO_TUNER_MAPPING
     prefixes: Any = PEFT_TYPE_TO_PREFIX_MAPPING
     for method in METHODS:
