@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel, get_peft_model
+from systems_testing import SMALL
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -29,19 +30,9 @@ from training.conftest import DEGREE, POLARITY, TOPIC, VOCABULARY, make_model, m
 import ept
 from ept import models, train
 from ept.training import EPTTrainer, EPTTrainingArguments
+from ept.training.run import TASK_TYPES
 from ept.training.systems import SYSTEMS
 
-#: Options that make a system small enough for the toy models.
-SMALL: dict[str, dict[str, Any]] = {
-    "ept": {"r": 2, "kernel_sizes": (1, 2, 2)},
-    "lora": {"r": 2},
-    "more": {"r": 2},
-    "moelora": {"r": 4, "num_experts": 2},
-    "mixlora": {"r": 2, "num_experts": 3},
-    "dcft": {"kernel_size": 2},
-    "tucka": {"r": 2},
-}
-TASK_TYPES = {"encoder": None, "seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}
 GLOBAL_BATCH = 8  # with four processes two samples of three tasks each: there are always tasks that a process lacks
 TASKS = [make_task(POLARITY, 10, 7), make_task(TOPIC, 20, 9), make_task(DEGREE, 12, 5)]
 

@@ -10,8 +10,20 @@ from typing import Any
 from hypothesis import settings
 from pyramid_testing import examples
 
+import ept
+
 #: ``make fuzz`` multiplies the number of examples of every test.
 FACTOR = int(os.environ.get("EPT_FUZZ_FACTOR", "1"))
+
+#: A small config of every layer class.
+LAYERS = {
+    ept.EPTLinear: ept.EPTConfig(r=2, kernel_sizes=(2, 3, 5), num_tasks=3),
+    ept.MOELoRALinear: ept.MOELoRAConfig(r=4, num_experts=2, num_tasks=3),
+    ept.MoRELinear: ept.MoREConfig(r=3, num_tasks=3),
+    ept.DCFTLinear: ept.DCFTConfig(kernel_size=3, num_tasks=3),
+    ept.MixLoRALinear: ept.MixLoRAConfig(r=2, num_experts=3, num_tasks=3),
+    ept.TuckALinear: ept.TuckAConfig(r=2, num_tasks=3),
+}
 
 #: ``{category: {outcome: examples}}``, for the summary.
 COUNTED: dict[str, Counter[str]] = defaultdict(Counter)

@@ -15,16 +15,8 @@ from ept.losses import contrastive_task_loss
 from ept.router import route
 from ept.tasks import TaskTable
 
-from .support import COUNTED, many
+from .support import COUNTED, LAYERS, many
 
-LAYERS = {
-    ept.EPTLinear: ept.EPTConfig(r=4, kernel_sizes=(2, 3, 5), num_tasks=3),
-    ept.MOELoRALinear: ept.MOELoRAConfig(r=4, num_experts=2, num_tasks=3),
-    ept.MoRELinear: ept.MoREConfig(r=3, num_tasks=3),
-    ept.DCFTLinear: ept.DCFTConfig(kernel_size=3, num_tasks=3),
-    ept.MixLoRALinear: ept.MixLoRAConfig(r=2, num_experts=3, num_tasks=3),
-    ept.TuckALinear: ept.TuckAConfig(r=2, num_tasks=3),
-}
 _EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -36,7 +28,7 @@ def test_inputs_of_ten_thousand(layer_class: type, dtype: torch.dtype, routing: 
     if routing == "token":
         if layer_class is not ept.EPTLinear:
             return  # the others have no such option
-        config = ept.EPTConfig(r=4, kernel_sizes=(2, 3, 5), num_tasks=3, routing="token")
+        config = ept.EPTConfig(r=2, kernel_sizes=(2, 3, 5), num_tasks=3, routing="token")
     torch.manual_seed(0)
     layer = layer_class.from_linear(nn.Linear(32, 24, dtype=dtype), config)
     with torch.no_grad():

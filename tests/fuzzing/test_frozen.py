@@ -7,18 +7,8 @@ import torch
 from pyramid_testing import Recorder
 from torch import nn
 
-import ept
-
 from .saved import CONFIGS, make
-
-CONFIGS_BY_LAYER = {
-    ept.EPTLinear: ept.EPTConfig(r=2, kernel_sizes=(2, 3, 5), num_tasks=3),
-    ept.MOELoRALinear: ept.MOELoRAConfig(r=4, num_experts=2, num_tasks=3),
-    ept.MoRELinear: ept.MoREConfig(r=3, num_tasks=3),
-    ept.DCFTLinear: ept.DCFTConfig(kernel_size=3, num_tasks=3),
-    ept.MixLoRALinear: ept.MixLoRAConfig(r=2, num_experts=3, num_tasks=3),
-    ept.TuckALinear: ept.TuckAConfig(r=2, num_tasks=3),
-}
+from .support import LAYERS
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -34,11 +24,11 @@ def test_only_what_trains_has_a_gradient(name: str) -> None:
             assert parameter.grad is None, f"{key} is frozen and has a gradient"
 
 
-@pytest.mark.parametrize("layer_class", CONFIGS_BY_LAYER, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("layer_class", LAYERS, ids=lambda kind: kind.__name__)
 def test_no_step_allocates_what_is_as_large_as_a_weight(layer_class: type) -> None:
     """A layer far larger than its batch: whatever has its size is an update or a gradient ``[out, in]`` made dense."""
     width, rows = 160, 4
-    layer = layer_class.from_linear(nn.Linear(width, width), CONFIGS_BY_LAYER[layer_class])
+    layer = layer_class.from_linear(nn.Linear(width, width), LAYERS[layer_class])
     for parameter in layer.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)

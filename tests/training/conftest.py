@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ept.data import TaskData, TaskSpec
-from ept.training import MultiTaskEncoder
+from ept.training import EPTTrainingArguments, MultiTaskEncoder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # scripts, importable as they are to each other
 
@@ -134,6 +135,23 @@ def make_base(kind: str, seed: int = 0) -> torch.nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
+def quiet_arguments(folder: Path, **options: Any) -> EPTTrainingArguments:
+    """Of six steps of eight rows at a rate at which toys learn; on the CPU, without bars or checkpoints."""
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_new_tokens": 3,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return EPTTrainingArguments(**defaults | options)
+
+
 def make_model(kind: str, specs: list[TaskSpec], seed: int = 0) -> torch.nn.Module:
     """The base model, for encoders with its heads."""
     base = make_base(kind, seed)
@@ -150,6 +168,7 @@ def toys() -> SimpleNamespace:
         make_tokenizer=make_tokenizer,
         make_base=make_base,
         make_model=make_model,
+        quiet_arguments=quiet_arguments,
     )
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from ept import models, train
 from ept.data import TaskData
 from ept.files import WriteError, clear_leftovers, write_atomically
-from ept.training import EPTTrainer, EPTTrainingArguments, newest_checkpoint
+from ept.training import EPTTrainer, newest_checkpoint
 from ept.training.checkpoints import MANIFEST, UNFINISHED, finish_checkpoint, remove_checkpoint, rotate_checkpoints
 from ept.training.systems import SYSTEMS
 
@@ -37,17 +37,14 @@ def make(toys: SimpleNamespace, tmp_path: Path) -> Callable[..., EPTTrainer]:
         more = {"r": 2, "kernel_sizes": (1, 2, 2), "auto_routing": True} if method == "ept" else {"r": 4}
         config = SYSTEMS[method].make_config([spec.name for spec in specs], **shared, **more)
         defaults = {
-            "output_dir": str(tmp_path / "checkpoints"),
             "max_steps": 9,
-            "learning_rate": 1e-2,
             "lr_scheduler_type": "constant",
             "per_device_train_batch_size": 7,
+            "logging_steps": 10,
+            "save_strategy": "steps",
             "save_steps": 1,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
         }
-        args = EPTTrainingArguments(**defaults | options)
+        args = toys.quiet_arguments(tmp_path / "checkpoints", **defaults | options)
         model = get_peft_model(model, config)
         return EPTTrainer(model, args, tasks=tasks, processing_class=toys.make_tokenizer("encoder"))
 

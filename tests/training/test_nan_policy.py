@@ -38,18 +38,7 @@ def make(toys: SimpleNamespace, tasks: list[TaskData], tmp_path: Path) -> Callab
             config = LoraConfig(**shared)
         else:
             config = ept.EPTConfig(kernel_sizes=(1, 2, 2), task_names=[spec.name for spec in specs], **shared)
-        defaults = {
-            "output_dir": str(tmp_path / "checkpoints"),
-            "max_steps": 6,
-            "learning_rate": 1e-2,
-            "per_device_train_batch_size": 8,
-            "logging_steps": 1,
-            "save_steps": 2,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
-        args = EPTTrainingArguments(**defaults | options)
+        args = toys.quiet_arguments(tmp_path / "checkpoints", **{"save_strategy": "steps", "save_steps": 2} | options)
         return EPTTrainer(
             get_peft_model(model, config),
             args,

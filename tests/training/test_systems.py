@@ -10,26 +10,19 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from systems_testing import SMALL
 
 import ept
 from ept import models, train
 from ept.data import TaskData, load_tasks
 from ept.files import read_json
-from ept.training import EPTTrainer, EPTTrainingArguments, evaluate_tasks, load_trained
+from ept.training import EPTTrainer, evaluate_tasks, load_trained
 from ept.training.ablations import ABLATIONS
 from ept.training.options import RunSettings, build_parser, parse
+from ept.training.run import TASK_TYPES
 from ept.training.systems import SYSTEMS
 
-#: Options that make a system small enough for the toy models, and the losses of its own.
-SMALL = {
-    "ept": {"r": 2, "kernel_sizes": (1, 2, 2)},
-    "lora": {"r": 2},
-    "more": {"r": 2},
-    "moelora": {"r": 4, "num_experts": 2},
-    "mixlora": {"r": 2, "num_experts": 3},
-    "dcft": {"kernel_size": 2},
-    "tucka": {"r": 2},
-}
+#: Losses of their own.
 OWN_LOSSES = {
     "ept": {"contrastive_loss"},
     "more": {"contrastive_loss"},
@@ -55,23 +48,11 @@ def make_trainer(toys: SimpleNamespace, tasks: list[TaskData], tmp_path: Path) -
             [task.spec.name for task in tasks],
             target_modules=models.target_modules(model),
             modules_to_save=["heads"] if kind == "encoder" else None,
-            task_type={"encoder": None, "seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}[kind],
+            task_type=TASK_TYPES[kind],
             lora_dropout=0.1,
             **SMALL[name],
         )
-        defaults = {
-            "output_dir": str(tmp_path / "checkpoints"),
-            "max_steps": 6,
-            "learning_rate": 1e-2,
-            "per_device_train_batch_size": 8,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "max_new_tokens": 3,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
-        arguments = EPTTrainingArguments(**defaults | options)
+        arguments = toys.quiet_arguments(tmp_path / "checkpoints", **options)
         tokenizer = toys.make_tokenizer(kind)
         return EPTTrainer(peft.get_peft_model(model, config), arguments, tasks=small, processing_class=tokenizer)
 

@@ -16,6 +16,7 @@ from ept import models
 from ept.data import TaskData
 from ept.training import EPTTrainer, EPTTrainingArguments, baselines, evaluate_tasks
 from ept.training.progress import SamplerEpoch
+from ept.training.run import TASK_TYPES
 
 KINDS = ["encoder", "seq2seq", "causal"]
 
@@ -37,7 +38,7 @@ def adapted(toys: SimpleNamespace) -> Callable[..., PeftModel]:
         shared = {
             "target_modules": models.target_modules(model),
             "modules_to_save": ["heads"] if kind == "encoder" else None,
-            "task_type": {"encoder": None, "seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}[kind],
+            "task_type": TASK_TYPES[kind],
         }
         if lora:
             return get_peft_model(model, LoraConfig(r=2, **shared))
@@ -56,19 +57,7 @@ def trainer(toys: SimpleNamespace, tmp_path: Path) -> Callable[..., EPTTrainer]:
     def make(
         model: PeftModel, kind: str, tasks: list[TaskData], callbacks: list | None = None, **options: object
     ) -> EPTTrainer:
-        defaults = {
-            "output_dir": str(tmp_path / "checkpoints"),
-            "max_steps": 10,
-            "learning_rate": 1e-2,
-            "per_device_train_batch_size": 8,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "max_new_tokens": 3,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
-        args = EPTTrainingArguments(**defaults | options)
+        args = toys.quiet_arguments(tmp_path / "checkpoints", **{"max_steps": 10} | options)
         return EPTTrainer(model, args, tasks=tasks, processing_class=toys.make_tokenizer(kind), callbacks=callbacks)
 
     return make
