@@ -28,6 +28,7 @@ class TaskContext:
     Attributes:
         task_ids: as the caller gave them, or resolved; None with a single task.
         attention_mask: ``[batch, sequence]``, 1 for tokens and 0 for padding, or None.
+        decoder_mask: of the decoder's tokens, where the model is an encoder-decoder and they are known.
         pooled: inputs of adapted layers, pooled to ``[batch, d]``, for the contrastive loss; None does not collect.
         expands: whether a model's batch may be a whole multiple of the ids (generation: the beams of a sample).
         terms: what layers contribute to their method's loss (``auxiliary.py``); None does not collect.
@@ -40,6 +41,7 @@ class TaskContext:
 
     task_ids: TaskIds | None
     attention_mask: Tensor | None = None
+    decoder_mask: Tensor | None = None
     pooled: list[Tensor] | None = None
     expands: bool = False
     terms: list[Tensor] | None = None
@@ -49,6 +51,8 @@ class TaskContext:
     outer: TaskContext | None = field(default=None, repr=False)
     tables: tuple[TaskSet, ...] = field(default=(), repr=False)
     _last: Tensor | None = field(default=None, repr=False)
+    _decoding: bool = field(default=False, repr=False)
+    _encoded: Tensor | None = field(default=None, repr=False)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """``make()`` at the first call of this pass with ``key``, and the same result at every later one.
@@ -61,18 +65,35 @@ class TaskContext:
             self.shared[key] = make()
         return self.shared[key]
 
+    def enter_decoder(self, encoded: Tensor | None) -> None:
+        """From here on layers read the decoder's tokens, or ``encoded``, the encoder's output (cross attention)."""
+        self._decoding, self._encoded = True, encoded
+
+    def mask_of(self, x: Tensor) -> Tensor | None:
+        """The mask of the tokens of x, the input of an adapted layer, as far as one is known.
+
+        Shapes alone would not tell: a decoder's sequence may be as long as the encoder's.
+        """
+        if self._decoding and x is not self._encoded and self.decoder_mask is not None:
+            return self.decoder_mask
+        return self.attention_mask
+
     def recomputation(self) -> Callable[[], TaskContext]:
         """Makes contexts for running the code that follows once more: same tasks, same mask, same shared results."""
         shared, terms = dict(self.shared), self.terms
+        decoding, encoded = self._decoding, self._encoded
 
         def again() -> TaskContext:
             return TaskContext(
                 self.task_ids,
                 self.attention_mask,
+                self.decoder_mask,
                 terms=None if terms is None else [],  # the same operations, whose results nobody needs again
                 shared=dict(shared),
                 tables=self.tables,
                 recomputes=True,
+                _decoding=decoding,
+                _encoded=encoded,
             )
 
         return again
@@ -88,14 +109,14 @@ class TaskContext:
         self._last = x
         rows = x.detach()
         if rows.dim() == 3:
-            rows = masked_mean(rows, self.attention_mask)
+            rows = masked_mean(rows, self.mask_of(x))
         self.pooled.append(rows)
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over the tokens that ``mask`` keeps, in at least fp32. x ``[batch, sequence, d]`` -> ``[batch, d]``.
 
-    A mask of another shape (cross attention, decoders) is ignored; a sample without tokens gives zeros.
+    A mask of another shape (windows, a decoder whose own is unknown) is ignored; a sample without tokens gives zeros.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if mask is None or mask.shape != x.shape[:2]:
@@ -142,7 +163,7 @@ def pop(context: TaskContext) -> None:
         _traced.context = context.outer
     else:
         _current.set(context.outer)
-    context.outer = context._last = None
+    context.outer = context._last = context._encoded = None
     context.shared = {}  # not cleared: the passes of a generation hold the same one
 
 

@@ -60,7 +60,8 @@ def contrastive_loss(
     """Contrastive loss of the last training forward, unweighted: add ``contrastive_weight`` times it to yours.
 
     Representations are the inputs of the adapted layers whose width is ``task_embedding_dim``, averaged over the tokens
-    that ``attention_mask`` keeps (where it has their shape); consecutive readers of one tensor count once. They are
+    that ``attention_mask`` keeps (where it has their shape; a decoder's over those that ``decoder_attention_mask``, or
+    else ``labels``, keeps); consecutive readers of one tensor count once. They are
     detached: the loss places the task embeddings among the representations of their tasks and leaves the model to its
     own loss.
 

@@ -102,7 +102,7 @@ class TokenRouters(TaskNames):
             probabilities = (x.to(dtype) @ router.to(dtype).T).softmax(-1)
             best, experts = probabilities.topk(self.top_k, dim=-1)
             if context is not None and context.terms is not None:
-                context.terms.append(expert_load(probabilities, experts[..., 0], context.attention_mask))
+                context.terms.append(expert_load(probabilities, experts[..., 0], context.mask_of(x)))
             return TokenRoute(experts, best / best.sum(-1, keepdim=True))
 
     def part_sizes(self) -> dict[str, int]:

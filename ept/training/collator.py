@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ept.data import TaskSpec, prompt, target
+from ept.tuner.forward import IGNORED
 
 Row = dict[str, Any]
 Batch = dict[str, Tensor]
-IGNORED = -100  # label positions without a loss, as everywhere in transformers
 MODEL_KINDS = ("encoder", "seq2seq", "causal")
 
 

@@ -24,6 +24,7 @@ from ept.training.inspection import adapter_config, ids_of_tasks, model_kind, ta
 from ept.training.progress import LossProgress, SamplerEpoch
 from ept.training.rows import TaskRows, evaluation_rows, training_rows
 from ept.training.sampler import TaskBalancedSampler
+from ept.tuner.forward import IGNORED
 from ept.tuner.model import ept_model
 
 
@@ -32,17 +33,16 @@ class EPTTrainer(CheckpointingTrainer):
 
     The total loss is the model's own loss plus the method's (``ept.auxiliary_losses``; for EPT ``contrastive_weight``
     times the contrastive task loss); the log has ``loss``, ``task_loss`` and each of the method's losses, unweighted
-    (``contrastive_loss``). Evaluation gives
-    ``eval_<task>_<metric>`` for every task, ``eval_<task>_unparseable`` for text-to-label models, and ``eval_mean``,
-    the mean headline metric. Any other PEFT adapter, or none, trains the same way without such a loss.
-    A checkpoint is complete or not there (``newest_checkpoint``), whenever the process is killed.
+    (``contrastive_loss``). Evaluation gives ``eval_<task>_<metric>`` for every task, ``eval_<task>_unparseable`` for
+    text-to-label models, and ``eval_mean``, the mean headline metric. Any other PEFT adapter, or none, trains the same
+    way without such a loss. A checkpoint is complete or not there (``newest_checkpoint``), whenever the process is
+    killed.
 
     Args:
         model: a MultiTaskEncoder, seq2seq or causal language model, with its adapter.
         args: recipe and options.
         tasks: what to train and evaluate on. A task's id is its place among the model's tasks (heads, or
-        ``task_names`` of
-            the adapter), or in this sequence where the model names none.
+            ``task_names`` of the adapter), or in this sequence where the model names none.
         processing_class: the model's tokenizer.
         **options: further arguments of ``transformers.Trainer``.
 
@@ -158,7 +158,7 @@ class EPTTrainer(CheckpointingTrainer):
         accumulated = self.current_gradient_accumulation_steps
         is_share = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         if is_share and num_items_in_batch is not None and self._means_tokens:
-            loss = loss * (inputs["labels"] != -100).sum() / num_items_in_batch
+            loss = loss * (inputs["labels"] != IGNORED).sum() / num_items_in_batch
         self._add_to_log("task_loss", loss if is_share else loss / accumulated)
         if self._adapter_config is not None:
             for name, (weight, value) in ept.auxiliary_losses(self.model).items():

@@ -14,6 +14,9 @@ from ..tasks import wants_auto
 if TYPE_CHECKING:
     from .model import EPTModel
 
+#: transformers' label of a token that the loss leaves out.
+IGNORED = -100
+
 _BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
 
 
@@ -22,6 +25,24 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     candidates = [kwargs.get(name) for name in _BATCHED] + list(args)
     sizes = (value.shape[0] for value in candidates if isinstance(value, Tensor) and value.dim() > 1)
     return next(sizes, None)
+
+
+def decoder_of(model: Any) -> nn.Module | None:
+    """The decoder of an encoder-decoder of transformers; None for any other model."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
+        return model.get_decoder()
+    return None
+
+
+def decoder_mask(kwargs: dict[str, Any]) -> Tensor | None:
+    """1 for the tokens of a call's decoder and 0 for its padding, ``[batch, sequence]``, or None where nothing says.
+
+    Where only ``labels`` are given, the model makes the decoder's tokens from them: one that is ignored is padding.
+    """
+    mask, labels = kwargs.get("decoder_attention_mask"), kwargs.get("labels")
+    if mask is None and isinstance(labels, Tensor) and labels.dim() == 2:
+        return labels != IGNORED
+    return mask
 
 
 @lru_cache(maxsize=64)

@@ -24,7 +24,7 @@ from ..prototypes import TaskPrototypes, embedding_layer, input_representation
 from ..tasks import AUTO, ResolvedTasks, TaskIds, TaskSet, count_samples, wants_auto
 from .checkpoint import check_adapter_state
 from .dense import watch_4bit_layers
-from .forward import TaskGenerate, batch_size, takes_task_ids
+from .forward import TaskGenerate, batch_size, decoder_mask, decoder_of, takes_task_ids
 from .layer import EPTLinearLayer
 from .targets import target_features
 
@@ -60,6 +60,8 @@ class EPTModel(BaseTuner):
             model.register_forward_hook(self._leave, always_call=True),
             *watch_4bit_layers(model),
         ]
+        if (decoder := decoder_of(model)) is not None:
+            self._hooks.append(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
         if hasattr(model, "generate"):
             model.generate = TaskGenerate(model, self)
 
@@ -272,7 +274,8 @@ class EPTModel(BaseTuner):
         context = TaskContext(
             resolved,
             kwargs.get("attention_mask"),
-            [] if pools else None,
+            decoder_mask(kwargs) if pools or sums else None,
+            pooled=[] if pools else None,
             terms=[] if sums else None,
             shared=outer.shared if outer is not None and outer.expands else {},
             owner=module,
@@ -286,6 +289,11 @@ class EPTModel(BaseTuner):
             kwargs["task_ids"] = resolved
         self._trained = context if pools or sums else None
         return args, kwargs
+
+    def _enter_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        context = current()
+        if context is not None and context.owner is self.model:
+            context.enter_decoder(kwargs.get("encoder_hidden_states"))
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         context = current()

@@ -23,14 +23,12 @@ from scenarios import RUNS, checkpointed, command_line, data_parallel, own_loop,
 # Limits on (adapter over the way trained, loss); the log of losses is fp32.
 EXACT = (1e-9, 5e-6)
 ROUNDED = (1e-3, 1e-4)  # fp32: AdamW makes steps of the rate out of gradients that are rounding
-# A mean over a decoder's tokens counts padding, since no mask reaches its layers, and how much depends on the batch.
-PADDED = {"ept seq2seq": (0.1, 0.3), "more seq2seq": (0.1, 0.3), "mixlora seq2seq": (0.1, 0.3)}
 
 REFUSED = ("unused", "tucka encoder FSDP2, not started")
 
 
 def limits(name: str) -> tuple[float, float]:
-    return ROUNDED if name.endswith("float32") else PADDED.get(name, EXACT)
+    return ROUNDED if name.endswith("float32") else EXACT
 
 
 def adapter_file(folder: Path, name: str) -> Path:

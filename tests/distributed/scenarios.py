@@ -248,13 +248,7 @@ def _named() -> dict[str, Run]:
     runs = {f"{system} {kind}": Run(data_parallel, (system, kind)) for system in SMALL for kind in TASK_TYPES}
     for name in ("ept", "mixlora", "tucka"):
         runs[f"{name} encoder float32"] = Run(data_parallel, (name, "encoder"), {"dtype": "float32"})
-    without = {"adapter": {"contrastive_weight": 0.0}}
     runs |= {
-        "ept seq2seq without contrastive loss": Run(data_parallel, ("ept", "seq2seq"), without),
-        "more seq2seq without contrastive loss": Run(data_parallel, ("more", "seq2seq"), without),
-        "mixlora seq2seq without balance loss": Run(
-            data_parallel, ("mixlora", "seq2seq"), {"adapter": {"balance_weight": 0.0}}
-        ),
         "ept encoder, tokens route": Run(data_parallel, ("ept", "encoder"), {"adapter": {"routing": "token"}}),
         "ept encoder, top 1": Run(data_parallel, ("ept", "encoder"), {"adapter": {"top_k": 1}}),
         "ept encoder, own seeds": Run(
@@ -264,8 +258,7 @@ def _named() -> dict[str, Run]:
         "tucka encoder, single-task batches": Run(data_parallel, ("tucka", "encoder"), {"task_batching": "single"}),
     }
     for kind in TASK_TYPES:
-        options = {"gradient_accumulation_steps": 2, **(without if kind == "seq2seq" else {})}
-        runs[f"ept {kind}, accumulated"] = Run(data_parallel, ("ept", kind), options)
+        runs[f"ept {kind}, accumulated"] = Run(data_parallel, ("ept", kind), {"gradient_accumulation_steps": 2})
     for value in (None, True):
         options = {"ddp_find_unused_parameters": value}
         runs[f"ept encoder, find_unused {value}"] = Run(data_parallel, ("ept", "encoder"), options)
@@ -273,7 +266,8 @@ def _named() -> dict[str, Run]:
         started = {"started": True} if system == "tucka" else {}
         runs[f"{system} encoder FSDP2"] = Run(sharded, (system, "encoder"), started)
         runs[f"{system} encoder checkpointed"] = Run(checkpointed, (system, "encoder"))
-        runs[f"{system} causal checkpointed"] = Run(checkpointed, (system, "causal"))
+        for kind in ("causal", "seq2seq"):
+            runs[f"{system} {kind} checkpointed"] = Run(checkpointed, (system, kind))
     runs |= {
         "ept causal FSDP2": Run(sharded, ("ept", "causal")),
         "tucka encoder FSDP2, not started": Run(sharded, ("tucka", "encoder")),

@@ -30,7 +30,7 @@ LOSS = 3e-6  # the log is fp32, and a mean of two roundings is not the rounding 
 EQUAL = (
     *(f"{system} encoder" for system in SMALL),
     "ept causal",
-    "ept seq2seq without contrastive loss",
+    "ept seq2seq",
     "ept encoder, own seeds",
     "tucka encoder, own seeds",
     "ept causal, accumulated",
