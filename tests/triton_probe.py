@@ -1,7 +1,7 @@
 """A few fast checks of the interpreted kernels, to tell a broken kernel from a right one: ``python triton_probe.py``.
 
-``tests/triton/test_mutants.py`` runs it on copies of the package with an error planted in each; exit status 1 and the
-name of the check that failed, or 0.
+``tests/triton_interpreter/test_mutants.py`` runs it on copies of the package with an error planted in each; exit status
+1 and the name of the check that failed, or 0.
 """
 
 from __future__ import annotations

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from ept.extras import train_extra
 
@@ -151,3 +153,10 @@ def test_kernels_never_import_ept() -> None:
         for line in path.read_text().splitlines():
             assert not line.startswith(("import ept.", "from ept ", "from ept.")), f"{path.name}: {line}"
             assert line.strip() != "import ept", path.name
+
+
+def test_no_folder_of_tests_passes_for_a_package_that_is_not_installed() -> None:
+    """pytest puts ``tests`` on the path, where ``tests/triton`` would answer to ``import triton``."""
+    required = {Requirement(text).name for text in metadata.requires("ept-kernels") or ()}
+    assert "triton" in required
+    assert not required & {path.stem for path in (REPOSITORY / "tests").iterdir()}

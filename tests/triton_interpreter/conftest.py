@@ -1,8 +1,8 @@
 """Triton's interpreter for the tests of this directory, and a printed reason where they cannot run.
 
 Triton decides when it is first imported whether kernels are interpreted, for the whole process. So these tests run in
-a process of their own: ``make test`` starts one, and ``pytest tests/triton`` does. A run of everything in one process
-(plain ``pytest``) reports them as skipped.
+a process of their own: ``make test`` starts one, and ``pytest tests/triton_interpreter`` does. A run of everything in
+one process (plain ``pytest``) reports them as skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def why_not() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton==3.8.0)"
     if os.environ.get("TRITON_INTERPRET") != "1":
-        return "the interpreter needs a process of its own: pytest tests/triton"
+        return "the interpreter needs a process of its own: pytest tests/triton_interpreter"
     return None
 
 
