@@ -12,7 +12,7 @@ import pytest
 import quality
 from harness import mean_and_error
 from quality_plan import ABLATIONS, METHODS, Bench, Run, best_rate, candidates, finals
-from quality_report import Results, verdicts, write_report
+from quality_report import FULL, PUBLISHED, Results, verdicts, write_report
 from quality_run import RunLog, hold_out
 from rich.console import Console
 
@@ -154,6 +154,27 @@ def test_the_report_shows_means_errors_and_the_comparison(tmp_path: Path) -> Non
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["methods"]["lora"]["mean"] == pytest.approx(0.51)
     assert summary["methods"]["lora"]["standard_error"] == pytest.approx(0.01)
+
+
+def test_the_report_sets_the_ablations_beside_the_papers(tmp_path: Path) -> None:
+    bench = replace(BENCH, ablations=True)
+    log = finished(tmp_path)
+    rate = 2 * SYSTEMS["ept"].learning_rate  # the full method has .60 and .62
+    for name, scores in {"all-8": (0.55, 0.61), "no-top-k": (0.63, 0.63), "all-2": (0.5, None)}.items():
+        for seed, score in enumerate(scores):
+            if score is not None:
+                log.add(Run("final", "ept", rate, seed, bench.steps, name), record(score))
+    log.add(Run("final", "ept", rate, 1, bench.steps, "zero-init-seed"), record(0.9))  # its seed 0 has not run
+    write_report(tmp_path / "out", bench, log, "")
+    lines = (tmp_path / "out" / "report.md").read_text().split("## Ablations")[1].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")][2:6]
+    assert [(row[0], *row[-3:]) for row in rows] == [
+        ("no-top-k", "2", "+0.020 (± 0.010 over 2 seeds)", "-0.010"),
+        (FULL, "2", "", ""),
+        ("all-8", "2", "-0.030 (± 0.020 over 2 seeds)", "-0.009"),
+        ("all-2", "1", "-0.100 (one seed)", "-0.012"),
+    ]
+    assert set(PUBLISHED) == {FULL, *ABLATIONS}
 
 
 def test_an_unfinished_benchmark_reports_what_is_there(tmp_path: Path) -> None:
