@@ -151,7 +151,7 @@ def samples(kind: str, step: int = 0) -> dict[str, Tensor]:
     labels = torch.tensor([0.0, 1, 2.5, 1, 2, 3, 0, 1]) if kind == "encoder" else ids
     tasks = torch.tensor([0, 1, 2, 0, 1, 2, 1, 1])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "task_ids": tasks}
-    return {name: value[rank() :: world_size()] for name, value in batch.items()}
+    return {name: value[rank() :: world_size()].contiguous() for name, value in batch.items()}
 
 
 def own_loop(folder: Path, system: str) -> Result:
