@@ -50,7 +50,8 @@ def load(name: str = "minilm", *, revision: str | None = None, dtype: torch.dtyp
     """Load a model and its tokenizer.
 
     Args:
-        name: ``minilm``, ``smollm2``, a directory with a config.json, or an id of the hub.
+        name: ``minilm``, ``smollm2``, a directory with a config.json, or an id of the hub, ``<id>`` or
+            ``<id>@<revision>``.
         revision: branch, tag or commit, for hub ids only.
         dtype: of the weights; None keeps that of the checkpoint.
 
@@ -60,9 +61,13 @@ def load(name: str = "minilm", *, revision: str | None = None, dtype: torch.dtyp
         ModelError: the model is not there, not of a supported kind, or not stored as safetensors.
     """
     options: dict[str, Any] = {"trust_remote_code": False}
-    if name in ("minilm", "smollm2") or Path(name).is_dir():
+    source, named = split_revision(name)
+    if named is not None and revision is not None:
+        raise ModelError(f"revision {revision!r}: {name!r} names one already")
+    revision = revision or named
+    if source in ("minilm", "smollm2") or Path(source).is_dir():
         if revision is not None:
-            raise ModelError(f"revision {revision!r}: only hub models have revisions, and {name!r} is local")
+            raise ModelError(f"revision {revision!r}: only hub models have revisions, and {source!r} is local")
         options["local_files_only"] = True
     elif revision is not None:
         options["revision"] = revision
@@ -71,9 +76,18 @@ def load(name: str = "minilm", *, revision: str | None = None, dtype: torch.dtyp
         if importlib.util.find_spec("gguf") is None:
             raise ModelError(f"model 'smollm2' needs the package gguf: {_SMOLLM2[2]}")
         return _load(name, str(gguf.parent), dtype, {**options, "gguf_file": gguf.name})
-    source = str(_packaged(name, *_MINILM)) if name == "minilm" else name
+    if name == "minilm":
+        source = str(_packaged(name, *_MINILM))
     _check_directory(name, Path(source))
     return _load(name, source, dtype, options)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """A model's name without, and the revision of, ``<id>@<revision>``; a directory's name may hold any sign."""
+    if Path(name).is_dir():
+        return name, None
+    identifier, _, revision = name.partition("@")
+    return identifier, revision or None
 
 
 def target_modules(model: nn.Module) -> str:

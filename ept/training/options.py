@@ -143,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to train")
     _add(what, "output", "folder to write to", required=True)
     _add(what, "method", "what to train", choices=tuple(SYSTEMS))
-    _add(what, "model", "minilm, smollm2, a model directory, or a hub id")
+    _add(what, "model", "minilm, smollm2, a model directory, or a hub id (ID@REVISION pins it)")
     _add(what, "data", "sentiment, a folder with an index.json, or hub:<dataset id>")
     _add(what, "tasks", "names, separated by commas (default: all)", type=_names)
     recipe = parser.add_argument_group("recipe")

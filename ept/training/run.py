@@ -64,7 +64,7 @@ def make_adapted(settings: RunSettings, tasks: Sequence[TaskData]) -> tuple[Peft
         task_type=TASK_TYPES[kind],
         **settings.config_options(),
     )
-    return get_peft_model(model, config), tokenizer
+    return get_peft_model(model, config, revision=models.split_revision(settings.model)[1]), tokenizer
 
 
 def training_arguments(settings: RunSettings) -> EPTTrainingArguments:

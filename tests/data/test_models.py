@@ -145,6 +145,31 @@ def test_packages_that_are_missing(monkeypatch):
         load("smollm2")
 
 
+def test_a_hub_model_is_pinned_by_its_name(saved, monkeypatch):
+    path, asked = saved("bert"), []
+    for kind in (transformers.AutoConfig, transformers.AutoTokenizer, transformers.AutoModel):
+        real = kind.from_pretrained
+
+        def recorded(source, *args, real=real, revision=None, **options):
+            if source != path:  # the tokenizer asks for the config of what it was given here
+                asked.append((source, revision))
+            return real(path, *args, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", recorded)
+    assert load("someone/model@abc123").name == "someone/model@abc123"
+    assert load("someone/model", revision="abc123").kind == "encoder"
+    assert asked == [("someone/model", "abc123")] * 6
+    with pytest.raises(ModelError, match=r"revision 'main': 'someone/model@abc123' names one already"):
+        load("someone/model@abc123", revision="main")
+    with pytest.raises(ModelError, match=r"revision 'abc123': only hub models have revisions, and 'minilm' is local"):
+        load("minilm@abc123")
+
+
+def test_the_sign_of_a_revision_in_a_directorys_name(saved, tmp_path):
+    (tmp_path / "at@home").symlink_to(saved("bert"))
+    assert load(str(tmp_path / "at@home")).kind == "encoder"
+
+
 def test_bad_directories(saved, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no config\.json"):
