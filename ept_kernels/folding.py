@@ -26,7 +26,7 @@ def _split(gates: Tensor, geometry: PyramidGeometry) -> Sequence[Tensor]:
     if by_scale != list(range(len(by_scale))):
         columns = gates.unbind(1)
         gates = torch.stack([columns[expert] for expert in by_scale], dim=1)
-    return gates.split([geometry.kernel_sizes.count(k) for k in geometry.scales], 1)
+    return gates.split(geometry.experts_per_scale, 1)
 
 
 def fold_kernels(kernels: Sequence[Tensor], gates: Tensor, scaling: float, geometry: PyramidGeometry) -> Tensor:
@@ -54,7 +54,7 @@ def fold_kernels(kernels: Sequence[Tensor], gates: Tensor, scaling: float, geome
         raise ValueError(f"kernels must be square, one [k, k] per expert, got the shapes {shapes}")
     if gates.dim() != 2 or gates.shape[1] != geometry.num_experts:
         raise ValueError(f"gates must be [groups, {geometry.num_experts} experts], got {list(gates.shape)}")
-    counts = [sizes.count(k) for k in geometry.scales]
+    counts = geometry.experts_per_scale
     entries = torch.cat([kernels[expert].reshape(-1) for expert in _by_scale(geometry)]).to(gates.dtype)
     tables = entries.split([count * k * k for count, k in zip(counts, geometry.scales, strict=True)])
     blocks = []

@@ -29,6 +29,7 @@ class PyramidGeometry:
 
     Attributes (derived):
         scales: the distinct kernel sizes, ascending; ``S`` of them.
+        experts_per_scale: how many experts have each of ``scales``.
         widths, heights: columns of ``A`` and rows of ``B`` that a scale reads, ``ceil(in / k)`` and ``ceil(out / k)``.
         alp_factors: the dimension-aware scale ``s_k`` of each scale.
         offsets: where each scale's ``k * k`` block starts in a packed folded kernel ``[G, folded_size]``.
@@ -47,6 +48,7 @@ class PyramidGeometry:
     alp_scaling: bool = True
 
     scales: tuple[int, ...] = field(init=False, compare=False)
+    experts_per_scale: tuple[int, ...] = field(init=False, compare=False)
     widths: tuple[int, ...] = field(init=False, compare=False)
     heights: tuple[int, ...] = field(init=False, compare=False)
     alp_factors: tuple[float, ...] = field(init=False, compare=False)
@@ -76,6 +78,7 @@ class PyramidGeometry:
         derived = {
             "kernel_sizes": sizes,
             "scales": scales,
+            "experts_per_scale": tuple(sizes.count(k) for k in scales),
             "widths": widths,
             "heights": heights,
             "alp_factors": tuple(h / heights[0] if self.alp_scaling else 1.0 for h in heights),
