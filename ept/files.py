@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -38,13 +39,15 @@ def is_write_failure(error: BaseException) -> bool:
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let ``write`` fill a file or folder of a temporary name, then give it its own; on an error nothing is left.
 
-    What was at ``path`` stays until the new content is on the disk, and is gone afterwards. A process that is killed
-    may leave the temporary one behind, see ``clear_leftovers``.
+    What was at ``path`` stays until the new content is on the disk, and is gone afterwards; a link stays, and what it
+    points to is replaced. A process that is killed may leave the temporary one behind, see ``clear_leftovers``.
 
     Raises:
-        WriteError: the disk is full, or the folder cannot be written to.
+        WriteError: the disk is full, the folder cannot be written to, or a file is to take a folder's place.
     """
-    path = Path(path)
+    given, path = Path(path), Path(path)
+    if path.is_symlink():
+        path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -55,6 +58,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         write(temporary)
         sync_to_disk(temporary)
         if path.is_dir():
+            if not temporary.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "a folder is there, and a file is to be written")
             os.replace(path, replaced)  # a folder with content cannot be replaced, only moved aside
         os.replace(temporary, path)
     except BaseException as error:
@@ -70,7 +75,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
             else:
                 left.unlink(missing_ok=True)
     sync_to_disk(path.parent, contents=False)
-    return path
+    return given
 
 
 def clear_leftovers(folder: str | Path) -> None:

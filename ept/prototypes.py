@@ -77,13 +77,18 @@ class TaskPrototypes(nn.Module):
 
     @torch.no_grad()
     def observe(self, z: Tensor, tasks: int | Tensor) -> None:
-        """Add samples ``z [N, width]`` of the tasks ``int | [] | [N]``; sums over all ranks of a distributed run."""
+        """Add samples ``z [N, width]`` of the tasks ``int | [] | [N]``; sums over all ranks of a distributed run.
+
+        A sample with a value that is not finite does not count: its step may be left out, this would stay.
+        """
         if isinstance(tasks, int):
             tasks = torch.full((len(z),), tasks, device=z.device)
         tasks = tasks.expand(len(z))
         mean, variance = self.mean.float(), self.variance.float()
-        members = F.one_hot(tasks, len(self.count)).float()  # [N, T]
+        finite = torch.isfinite(z).all(1, keepdim=True)
+        members = F.one_hot(tasks, len(self.count)) * finite.float()  # [N, T]
         offset = z.float() - mean[tasks]  # from the mean so far: large common values do not cancel
+        offset = offset.masked_fill(~finite, 0)
         sums = torch.cat([members.sum(0)[:, None], members.T @ offset, members.T @ offset.square()], dim=1)
         added, first, second = sum_over_ranks(sums).split([1, *[mean.shape[1]] * 2], dim=1)
         total = (self.count[:, None] + added).clamp_min(1)

@@ -74,6 +74,11 @@ def _check_resumable(parser: argparse.ArgumentParser, settings: RunSettings, out
         earlier = read_json(output / SETTINGS_FILE)
     except (FileNotFoundError, ValueError) as error:
         parser.error(f"argument --resume: the earlier run's settings cannot be read: {error}")
+    if not isinstance(earlier, dict):
+        parser.error(f"argument --resume: {str(output / SETTINGS_FILE)!r} holds no settings")
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # as the launcher says; torch.distributed has not started yet
+    if earlier.get("processes", processes) != processes:
+        parser.error(f"argument --resume: the run had {earlier['processes']} processes, this one has {processes}")
     absent = asdict(RunSettings(output=""))  # a run from before an option existed was as the option's default is
     for name, value in asdict(settings).items():
         value, before = (list(v) if isinstance(v, tuple) else v for v in (value, earlier.get(name, absent[name])))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ..files import ADAPTER_FOLDER, TASKS_FILE
+from ..inspecting.folder import read_adapter
 
 _AUTO_CLASS: dict[str | None, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -42,22 +43,20 @@ def load_adapter(
         num_labels: outputs of a classification head; None: the base config's.
 
     Raises:
-        FileNotFoundError: no adapter there, or none in safetensors.
-        ValueError: no base, or a task type that is not served.
+        FileNotFoundError: no adapter there.
+        ValueError: the adapter is damaged or not stored as safetensors, has no base, or a task type that is not served.
     """
     folder = Path(adapter)
     if (folder / TASKS_FILE).is_file() or (folder / ADAPTER_FOLDER / TASKS_FILE).is_file():
         return _load_trained(folder, base)
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"adapter {str(adapter)!r} holds no {CONFIG_NAME}")
-    config = PeftConfig.from_pretrained(str(folder))
+    config = read_adapter(folder).config
     source = base or config.base_model_name_or_path
     if not source:
         raise ValueError(f"adapter {str(adapter)!r} does not say what its base model is; name it")
     if config.task_type not in _AUTO_CLASS:
         raise ValueError(f"task_type of the adapter is {config.task_type!r}; allowed: {list(_AUTO_CLASS)}")
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise FileNotFoundError(f"adapter {str(adapter)!r} holds no {SAFETENSORS_WEIGHTS_NAME}; no other file is read")
     revision = config.revision if base is None else None
     model = _load_base(source, _AUTO_CLASS[config.task_type], num_labels, revision)
     tokenizers = [place for place in (folder, source) if (Path(place) / "tokenizer_config.json").is_file()]

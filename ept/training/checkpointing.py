@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,17 @@ from ept.training.finite import refuse_nonfinite
 
 if TYPE_CHECKING:
     from ept.training.arguments import EPTTrainingArguments
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Name the checkpoint that cannot be written, whatever the error is called that says so."""
+    try:
+        yield
+    except Exception as error:
+        if is_write_failure(error):
+            raise WriteError(path, error) from error
+        raise
 
 
 class CheckpointingTrainer(Trainer):
@@ -69,18 +82,16 @@ class CheckpointingTrainer(Trainer):
         written, path = folder / UNFINISHED / name, folder / name
         self._unfinished = True
         try:
-            super()._save_checkpoint(model, trial)
+            with _writing(path):
+                super()._save_checkpoint(model, trial)
             self._name_best(folder)
-            self.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()  # raises an error of the network where another process could not write
             if self.args.should_save:
-                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-                finish_checkpoint(written, path)
-                keep = {path, Path(self.state.best_model_checkpoint or path)}
-                rotate_checkpoints(folder, self.args.save_total_limit, keep)
-        except Exception as error:
-            if is_write_failure(error):
-                raise WriteError(path, error) from error
-            raise
+                with _writing(path):
+                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+                    finish_checkpoint(written, path)
+                    keep = {path, Path(self.state.best_model_checkpoint or path)}
+                    rotate_checkpoints(folder, self.args.save_total_limit, keep)
         finally:
             self._unfinished = False
             if self.args.should_save:

@@ -6,6 +6,7 @@ the disk; it is deleted the other way round. So a killed process leaves half a c
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from ept.files import read_json, sync_to_disk, write_json
 
 #: Where checkpoints are written; of a name that transformers does not upload.
 UNFINISHED = "_unfinished"
-#: Written into a checkpoint last: its other files and their sizes.
+#: Written into a checkpoint last: its other files and their SHA-256 sums.
 MANIFEST = "ept_checkpoint.json"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -25,7 +26,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def newest_checkpoint(folder: str | Path) -> Path | None:
     """The complete ``checkpoint-<step>`` of the most steps, or None.
 
-    One that lacks a file, or has one of another size than was written, is no complete one: a copy that broke off, say.
+    One that lacks a file, or has one of another content than was written, is no complete one: a copy that broke off, a
+    disk that forgets.
     """
     return next((path for path in reversed(_checkpoints(folder)) if _is_complete(path)), None)
 
@@ -37,8 +39,8 @@ def finish_checkpoint(written: Path, path: Path) -> None:
         written: the folder in ``_unfinished``.
         path: ``checkpoint-<step>``.
     """
-    sizes = {file.relative_to(written).as_posix(): file.stat().st_size for file in written.rglob("*") if file.is_file()}
-    write_json(written / MANIFEST, {"files": sizes})
+    sums = {file.relative_to(written).as_posix(): _sum(file) for file in written.rglob("*") if file.is_file()}
+    write_json(written / MANIFEST, {"sha256": sums})
     sync_to_disk(written)
     if path.exists():
         remove_checkpoint(path)
@@ -73,9 +75,17 @@ def _checkpoints(folder: str | Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def _sum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        files = read_json(checkpoint / MANIFEST)["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
+        sums = read_json(checkpoint / MANIFEST)["sha256"]
+        return all(_sum(checkpoint / name) == found for name, found in sums.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

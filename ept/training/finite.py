@@ -16,6 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ept.inspecting.folder import SHARED_MARK
+
 if TYPE_CHECKING:
     from ept.training.trainer import EPTTrainer
 
@@ -172,12 +174,13 @@ def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def refuse_nonfinite(model: nn.Module, *, everywhere: bool = True) -> None:
-    """Raise FloatingPointError if a trained weight is not finite: it is not to be saved.
+    """Raise FloatingPointError if a trained weight or a statistic of the adapter is not finite: it is not to be saved.
 
     Args:
         everywhere: every process calls this, and all of them raise if one has such a weight.
     """
-    names = [first_nonfinite(trained_parameters(model))]
+    statistics = ((name, buffer) for name, buffer in model.named_buffers() if SHARED_MARK in f".{name}")
+    names = [first_nonfinite([*trained_parameters(model), *statistics])]
     name = next((name for name in (gather_object(names) if everywhere else names) if name), None)
     if name is not None:
         raise FloatingPointError(f"the weight {_short(name)} is not finite; nothing was saved")

@@ -125,7 +125,7 @@ def train(
         if not settings.resume:
             for old in (output / CHECKPOINT_FOLDER).glob("checkpoint-*"):
                 remove_checkpoint(old)
-        write_json(output / SETTINGS_FILE, asdict(settings))
+        write_json(output / SETTINGS_FILE, {**asdict(settings), "processes": trainer.args.world_size})
     if writes and not settings.quiet:
         _print_start(console, device, parameters, tasks)
     baseline, before = baselines(tasks, settings.eval_limit), trainer.evaluate_by_task()

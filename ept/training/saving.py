@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ept import models
 from ept.data import TaskSpec
 from ept.files import ADAPTER_FOLDER, TASKS_FILE, read_json, write_atomically, write_json
+from ept.inspecting.folder import read_adapter
 from ept.training.finite import refuse_nonfinite
 from ept.training.multitask import MultiTaskEncoder
 
@@ -68,7 +68,8 @@ def load_trained(output_dir: str | Path) -> tuple[PeftModel, PreTrainedTokenizer
 
     Raises:
         FileNotFoundError: no trained adapter there.
-        ValueError: its task file is damaged or of another format, or its weights are not stored as safetensors.
+        ValueError: its task file is damaged, of another format or of another adapter, or the adapter is damaged or not
+            stored as safetensors.
     """
     folder = Path(output_dir)
     if not (folder / TASKS_FILE).is_file():
@@ -80,8 +81,7 @@ def load_trained(output_dir: str | Path) -> tuple[PeftModel, PreTrainedTokenizer
     content = read_json(folder / TASKS_FILE)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{str(folder / TASKS_FILE)!r} is not of format {_FORMAT}")
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise ValueError(f"{str(folder)!r} has no {SAFETENSORS_WEIGHTS_NAME}; no other weights are read")
+    saved = read_adapter(folder)
     base_model, tasks = content.get("base_model"), content.get("tasks")
     if not isinstance(base_model, str) or not isinstance(tasks, list) or not tasks:
         raise ValueError(f"{str(folder / TASKS_FILE)!r} must hold base_model, a string, and tasks, a list")
@@ -89,6 +89,11 @@ def load_trained(output_dir: str | Path) -> tuple[PeftModel, PreTrainedTokenizer
         specs = [_spec(entry) for entry in tasks]
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{str(folder / TASKS_FILE)!r} holds a damaged task: {error}") from error
+    if saved.task_names and saved.task_names != [spec.name for spec in specs]:
+        raise ValueError(
+            f"{str(folder / TASKS_FILE)!r} holds the tasks {[spec.name for spec in specs]}, the adapter beside it "
+            f"{saved.task_names}"
+        )
     base, tokenizer, _ = load_base(base_model, specs)
     return PeftModel.from_pretrained(base, folder).eval(), tokenizer, specs
 

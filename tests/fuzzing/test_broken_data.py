@@ -9,16 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import ept
 from ept.data import DataError, load_tasks
 from ept.data.hub import load_hub
 from ept.files import TASKS_FILE, read_json
 from ept.training import saving
 
-from .saved import ODD_JSON
+from .saved import ODD_JSON, make_base
 from .support import COUNTED, FACTOR
 
 _ROWS = {"train": 9, "validation": 4}
@@ -178,7 +180,8 @@ def test_cut_lines_of_a_local_dataset_are_reported(text: str, tmp_path: Path) ->
 def test_a_broken_task_file_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"name": "polarity", "kind": "classification", "text_columns": ["sentence"], "label_names": ["no", "yes"]}
     whole = {"format": 1, "base_model": "minilm", "tasks": [spec | {"metrics": ["accuracy"], "label_range": None}]}
-    (tmp_path / "adapter_model.safetensors").touch()
+    config = ept.EPTConfig(r=2, kernel_sizes=(2, 3), task_names=["polarity"], target_modules=["first"])
+    peft.get_peft_model(make_base(), config).save_pretrained(tmp_path)
     monkeypatch.setattr(saving, "load_base", lambda name, specs: (_ for _ in ()).throw(StopIteration))
     for seed in range(100 * FACTOR):
         content, rng = json.loads(json.dumps(whole)), random.Random(seed)
@@ -213,6 +216,7 @@ def test_json_that_cannot_be_read_is_named(text: str | bytes, tmp_path: Path) ->
 
 def test_a_trained_adapter_without_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / TASKS_FILE).write_text(json.dumps({"format": 1, "base_model": "minilm", "tasks": []}))
+    (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(ValueError, match="no other weights are read"):
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors; adapter_model\.bin can run code"):
         saving.load_trained(tmp_path)

@@ -127,15 +127,16 @@ def written(folder: Path, step: int, size: int = 3) -> Path:
 
 def test_an_incomplete_checkpoint_is_not_taken(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "nowhere") is None
-    first, *broken = (written(tmp_path, step) for step in (5, 10, 20, 30, 40, 50))
+    first, *broken = (written(tmp_path, step) for step in (5, 10, 20, 30, 40, 50, 60))
     assert newest_checkpoint(tmp_path) == broken[-1]
     (broken[0] / "below" / "weights").unlink()
     (broken[1] / "below" / "weights").write_bytes(b"w")
     (broken[2] / MANIFEST).unlink()
-    (broken[3] / MANIFEST).write_text('{"files": {"weig')
+    (broken[3] / MANIFEST).write_text('{"sha256": {"weig')
     (broken[4] / MANIFEST).write_text("[1]")
-    (tmp_path / UNFINISHED / "checkpoint-60").mkdir()
-    (tmp_path / "checkpoint-70").write_text("")
+    (broken[5] / "below" / "weights").write_bytes(b"w\0w")  # as long as it was
+    (tmp_path / UNFINISHED / "checkpoint-70").mkdir()
+    (tmp_path / "checkpoint-80").write_text("")
     (tmp_path / "checkpoint-last").mkdir()
     assert newest_checkpoint(tmp_path) == first
 

@@ -12,12 +12,15 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import ept
 from ept import models, train
+from ept.adapter_config import AdapterConfig
 from ept.data import TaskData
 from ept.training import EPTTrainer, EPTTrainingArguments, newest_checkpoint
+from ept.training.finite import refuse_nonfinite
 from ept.tuner.layer import EPTLinearLayer
 
 LAYER = "encoder.encoder.layer.1.attention.output.dense"
@@ -28,7 +31,12 @@ def make(toys: SimpleNamespace, tasks: list[TaskData], tmp_path: Path) -> Callab
     """Makes a trainer of six steps of eight rows of three tasks; ``lora`` for PEFT's LoRA."""
 
     def make(
-        *, lora: bool = False, tasks: list[TaskData] = tasks, callbacks: list | None = None, **options: Any
+        *,
+        lora: bool = False,
+        config: AdapterConfig | None = None,
+        tasks: list[TaskData] = tasks,
+        callbacks: list | None = None,
+        **options: Any,
     ) -> EPTTrainer:
         specs = [task.spec for task in tasks]
         model = toys.make_model("encoder", specs)
@@ -36,7 +44,7 @@ def make(toys: SimpleNamespace, tasks: list[TaskData], tmp_path: Path) -> Callab
         shared = {"target_modules": models.target_modules(model), "modules_to_save": ["heads"], "r": 2}
         if lora:
             config = LoraConfig(**shared)
-        else:
+        elif config is None:
             config = ept.EPTConfig(kernel_sizes=(1, 2, 2), task_names=[spec.name for spec in specs], **shared)
         args = toys.quiet_arguments(tmp_path / "checkpoints", **{"save_strategy": "steps", "save_steps": 2} | options)
         return EPTTrainer(
@@ -53,10 +61,12 @@ def make(toys: SimpleNamespace, tasks: list[TaskData], tmp_path: Path) -> Callab
 class Poison:
     """Makes a layer's output, or its gradient, NaN in one step for the samples of one task (None: for all)."""
 
-    def __init__(self, trainer: EPTTrainer, step: int, task: int | None, *, backward: bool = False) -> None:
+    def __init__(
+        self, trainer: EPTTrainer, step: int, task: int | None, *, layer: str = LAYER, backward: bool = False
+    ) -> None:
         self.trainer, self.step, self.task, self.backward = trainer, step, task, backward
         trainer.model.register_forward_pre_hook(self.remember, with_kwargs=True)
-        trainer.model.get_submodule(f"base_model.model.{LAYER}").register_forward_hook(self.spoil)
+        trainer.model.get_submodule(f"base_model.model.{layer}").register_forward_hook(self.spoil)
 
     def remember(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.ids = kwargs["task_ids"]
@@ -160,6 +170,43 @@ def test_a_skipped_step_changes_nothing(
     assert record.getMessage().startswith("step 4: the ")
     assert record.getMessage().endswith("; the step is left out")
     assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-6"
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(
+            lambda **shared: ept.EPTConfig(kernel_sizes=(1, 2, 2), auto_routing=True, **shared), id="ept, auto_routing"
+        ),
+        pytest.param(lambda **shared: ept.TuckAConfig(**shared), id="tucka"),
+    ],
+)
+def test_what_a_skipped_step_saw_leaves_no_trace_in_the_adapter(
+    make: Callable, tasks: list[TaskData], tmp_path: Path, config: Callable[..., AdapterConfig], step: int
+) -> None:
+    """Statistics of the input (prototypes, first centroids) are taken before the loss of the pass is judged."""
+    names = [task.spec.name for task in tasks]
+    adapter = config(task_names=names, target_modules=["query", "dense"], modules_to_save=["heads"], r=2)
+    trainer = make(config=adapter, nan_policy="skip", num_train_epochs=1)
+    Poison(trainer, step, None, layer="encoder.embeddings.word_embeddings")
+    trainer.train()
+    assert trainer.state.global_step == 6
+    saved = load_file(newest_checkpoint(tmp_path / "checkpoints") / "adapter_model.safetensors")
+    statistics = [name for name in saved if "prototypes.mean" in name or "centroids" in name]
+    assert statistics
+    assert all(saved[name].abs().sum() > 0 for name in statistics)
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+
+
+def test_a_statistic_that_is_not_finite_is_not_saved(make: Callable, tasks: list[TaskData]) -> None:
+    names = [task.spec.name for task in tasks]
+    trainer = make(
+        config=ept.EPTConfig(task_names=names, target_modules=["query"], auto_routing=True, kernel_sizes=(1, 2))
+    )
+    trainer.model.base_model.ept_task_tables["default"].prototypes.mean[1] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"prototypes\.mean is not finite; nothing was saved"):
+        refuse_nonfinite(trainer.model)
 
 
 def test_a_skipped_step_leaves_no_trace_in_the_next(make: Callable) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from ept.data import TaskData
-from ept.files import read_json, write_atomically, write_json
+from ept.files import WriteError, read_json, write_atomically, write_json
 from ept.training import plots
 from ept.training.report import results_table, write_metrics
 
@@ -44,6 +44,34 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, fail)
     assert read_json(path) == {"old": 1}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_takes_no_folders_place(tmp_path: Path) -> None:
+    (tmp_path / "out.json").mkdir()
+    (tmp_path / "out.json" / "thesis.txt").write_text("years of work")
+    with pytest.raises(WriteError, match=r"out\.json': .*a folder is there, and a file is to be written"):
+        write_json(tmp_path / "out.json", {})
+    assert [path.name for path in tmp_path.rglob("*")] == ["out.json", "thesis.txt"]
+
+
+def test_what_a_link_points_to_is_replaced(tmp_path: Path) -> None:
+    disk, run = tmp_path / "disk", tmp_path / "run"
+    (disk / "adapter").mkdir(parents=True)
+    run.mkdir()
+    (run / "adapter").symlink_to(disk / "adapter")
+    (run / "notes.json").symlink_to(disk / "notes.json")  # of nothing yet
+    for name in ("a", "b"):
+
+        def fill(folder: Path, name: str = name) -> None:
+            folder.mkdir()
+            (folder / name).write_text(name)
+
+        assert write_atomically(run / "adapter", fill) == run / "adapter"
+        write_json(run / "notes.json", name)
+    assert (run / "adapter").is_symlink()
+    assert (run / "notes.json").is_symlink()
+    assert sorted(path.name for path in disk.rglob("*")) == ["adapter", "b", "notes.json"]
+    assert read_json(disk / "notes.json") == "b"
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:

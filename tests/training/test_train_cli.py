@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from ept import demo, train
 from ept.data import TaskData, load_tasks
+from ept.export.cli import main as export_main
 from ept.files import read_json, write_json
 from ept.training import evaluate_tasks, load_trained, newest_checkpoint
 from ept.training.options import RunSettings, build_parser, parse
@@ -213,6 +216,76 @@ def test_resuming_needs_a_checkpoint(command: Callable, tmp_path: Path, capsys: 
     with pytest.raises(SystemExit):
         train.main(command(tmp_path, "--resume", "--overwrite"))
     assert "argument --resume: not together with --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda settings: settings | {"processes": 2}, "argument --resume: the run had 2 processes, this one has 1"),
+        (lambda settings: [1], r"settings.json' holds no settings"),
+        (lambda settings: None, r"settings.json' holds no settings"),
+    ],
+)
+def test_resuming_needs_the_run_as_it_was(
+    finished: Path,
+    command: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[dict], object],
+    message: str,
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    settings = read_json(output / "settings.json")
+    assert settings["processes"] == 1
+    write_json(output / "settings.json", change(settings))
+    with pytest.raises(SystemExit):
+        train.main(command(output, "--resume"))
+    assert message in capsys.readouterr().err
+
+
+def _truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def _flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[0] ^= 0xFF
+    path.write_bytes(data)
+
+
+def _unknown(path: Path) -> None:
+    write_json(path, read_json(path) | {"peft_type": "NOPE"})
+
+
+@pytest.mark.parametrize("spoil", [_truncated, _flipped, Path.unlink])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "ept_tasks.json"])
+def test_a_damaged_adapter_is_named_at_every_door(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, spoil: Callable[[Path], None]
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished / "adapter", output / "adapter")
+    spoil(output / "adapter" / name)
+    if name != "ept_tasks.json" or spoil is not Path.unlink:  # without it the folder is one of plain PEFT
+        with pytest.raises(ValueError, match=re.escape(name)):
+            load_trained(output)
+    with pytest.raises(SystemExit):
+        export_main(["deltas", str(output / "adapter"), str(tmp_path / "deltas")])
+    assert "error: " in capsys.readouterr().err
+    assert not (tmp_path / "deltas").exists()
+
+
+def test_an_adapter_of_an_unknown_method_or_of_other_tasks_is_named(finished: Path, tmp_path: Path) -> None:
+    for folder in ("method", "tasks"):
+        shutil.copytree(finished / "adapter", tmp_path / folder / "adapter")
+    _unknown(tmp_path / "method" / "adapter" / "adapter_config.json")
+    with pytest.raises(ValueError, match=r"adapter_config\.json': peft_type is 'NOPE', which is no known method"):
+        load_trained(tmp_path / "method")
+    path = tmp_path / "tasks" / "adapter" / "ept_tasks.json"
+    content = read_json(path)
+    write_json(path, content | {"tasks": content["tasks"][::-1]})
+    with pytest.raises(ValueError, match=r"ept_tasks\.json' holds the tasks \['degree', .*the adapter beside it"):
+        load_trained(tmp_path / "tasks")
 
 
 def test_an_output_that_is_a_file_is_refused(

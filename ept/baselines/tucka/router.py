@@ -98,7 +98,7 @@ class CentroidRouter(nn.Module):
             if self.training:
                 sums = sum_over_ranks(torch.cat([total, tokens.view(1)]))
                 total, tokens = sums[:-1], sums[-1]
-            if not self._ready:
+            if not self._ready and torch.isfinite(total).all():  # else this step will be left out, and its centroids
                 self._initialise(total.detach(), tokens.detach())
             affinity = (self.centroids.to(dtype) @ (total / tokens.clamp_min(1))).view(self.num_groups, self.group_size)
             cosines = affinity / affinity.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
