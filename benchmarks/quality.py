@@ -16,12 +16,13 @@ goes on where it was.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 from quality_plan import ABLATIONS, METHODS, SUITES, Bench, Run, best_rate, candidates, finals
 from quality_report import write_report
-from quality_run import RunLog, execute, hold_out
+from quality_run import RunLog, digest, execute, hold_out
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ablations", action="store_true", help="the paper's ablations of EPT, too")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--selection-steps", type=int, help="of the runs that choose a rate (default: --steps)")
+    parser.add_argument("--rate", type=float, help="learning rate of every run; none is chosen")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=64)
@@ -63,6 +65,8 @@ def bench_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Be
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"argument --{name.replace('_', '-')}: must be at least 1, got {value}")
+    if options.rate is not None and not 0 < options.rate < math.inf:
+        parser.error(f"argument --rate: must be a positive number, got {options.rate}")
     quick = options.quick
     return Bench(
         suite=options.suite,
@@ -80,13 +84,15 @@ def bench_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Be
         max_length=options.max_length,
         bf16=options.bf16,
         eval_limit=32 if quick else options.eval_limit,
+        rate=options.rate,
     )
 
 
 def run_all(bench: Bench, tasks: list[TaskData], log: RunLog, console: Console) -> None:
     """All runs that ``log`` lacks, in an order in which every prefix is useful: method by method, seed by seed."""
     held_out = [hold_out(task) for task in tasks]
-    planned = len(bench.methods) * (len(bench.rates) + bench.widen + bench.seeds)
+    choosing = 0 if bench.rate is not None else len(bench.rates) + bench.widen
+    planned = len(bench.methods) * (choosing + bench.seeds)
     planned += len(ABLATIONS) * bench.seeds if bench.ablations and "ept" in bench.methods else 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -102,7 +108,7 @@ def run_all(bench: Bench, tasks: list[TaskData], log: RunLog, console: Console) 
             for run in candidates(bench, method, log):
                 do(run)
             wider = candidates(bench, method, log)[len(bench.rates) :]
-            planned -= bench.widen and not wider
+            planned -= bool(choosing) and bench.widen and not wider
             progress.update(bar, total=planned)
             for run in wider:
                 do(run)
@@ -118,15 +124,19 @@ def main() -> int:
     bench = bench_of(parser, options)
     quieten_libraries()
     console = Console()
-    log = RunLog(options.output / "runs.jsonl", bench)
-    if not options.report_only:
+    path = options.output / "runs.jsonl"
+    if options.report_only:
+        log = RunLog(path, bench)
+    else:
         try:
             tasks = load_tasks(bench.data, bench.tasks)
         except DataError as error:
             parser.error(f"argument --data or --tasks: {error}")
+        log = RunLog(path, bench, digest(tasks))
         run_all(bench, tasks, log, console)
-    # Where the data lies on this machine is nobody else's business.
-    command = ["python benchmarks/quality.py", *("FOLDER" if word == options.data else word for word in sys.argv[1:])]
+    # The command that makes the runs, too; where the data lies on this machine is nobody else's business.
+    words = ("FOLDER" if word == options.data else word for word in sys.argv[1:] if word != "--report-only")
+    command = ["python benchmarks/quality.py", *words]
     for path in write_report(options.output, bench, log, " ".join(command)):
         console.print(str(path), soft_wrap=True, highlight=False)
     return 0

@@ -40,7 +40,7 @@ class Bench:
     """What all runs of a benchmark share.
 
     ``rates``: the grid, as multiples of a method's default learning rate; ``widen``: where its largest rate is the
-    best, twice that rate is tried, too.
+    best, twice that rate is tried, too. ``rate``: the learning rate of every run instead, none is chosen.
     """
 
     suite: str
@@ -58,6 +58,7 @@ class Bench:
     max_length: int
     bf16: bool
     eval_limit: int | None
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Run:
 
 def candidates(bench: Bench, method: str, log: RunLog) -> list[Run]:
     """The runs that choose a method's learning rate: the grid, and what its finished runs add to it."""
+    if bench.rate is not None:
+        return []
     runs = [_candidate(bench, method, factor) for factor in bench.rates]
     if bench.widen and all(run in log for run in runs) and _best(runs, log) == runs[-1]:
         runs.append(_candidate(bench, method, 2 * bench.rates[-1]))
@@ -86,8 +89,8 @@ def candidates(bench: Bench, method: str, log: RunLog) -> list[Run]:
 
 
 def best_rate(bench: Bench, method: str, log: RunLog) -> float:
-    """The rate whose run scored best on the held-out rows; the lower one of equals."""
-    return _best(candidates(bench, method, log), log).lr
+    """The rate whose run scored best on the held-out rows, the lower one of equals; or the rate of all runs."""
+    return bench.rate if bench.rate is not None else _best(candidates(bench, method, log), log).lr
 
 
 def _candidate(bench: Bench, method: str, factor: float) -> Run:

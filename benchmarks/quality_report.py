@@ -159,6 +159,26 @@ def verdicts(results: Results) -> list[str]:
     return lines
 
 
+def beside_the_constant(results: Results) -> str:
+    """Which methods do not beat the constant answer on a task where LoRA does, by their means."""
+    constant, lora = results.any["baseline"], results.finals["lora"]
+
+    def mean(records: Sequence[Record], task: str) -> float:
+        return statistics.mean(record["scores"][task] for record in records)
+
+    learned = [task for task, score in constant.items() if mean(lora, task) > score]
+    behind = [
+        f"{TITLES[method]} on {task} ({mean(records, task):.3f} against {constant[task]:.3f})"
+        for method, records in results.finals.items()
+        for task in learned
+        if mean(records, task) <= constant[task]
+    ]
+    return (
+        f"Mean above the constant answer: LoRA on {', '.join(learned) or 'no task'}; every other method on the same, "
+        f"but for {', '.join(behind) or 'none'}."
+    )
+
+
 def _plot_parameters(results: Results, path: Path) -> Path:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -200,20 +220,23 @@ def write_report(folder: Path, bench: Bench, log: RunLog, command: str) -> list[
     written = [_plot_parameters(results, folder / "parameters.png")]
     sections = [f"# Quality, suite {bench.suite}", _setting(results, command), main_table(results)]
     sections.append("![Parameters and score](parameters.png)")
+    if "lora" in results.finals:
+        sections.append(beside_the_constant(results))
     if "ept" in results.finals:
         sections += ["## EPT beside the others", "\n".join(verdicts(results))]
         written.append(_plot_experts(results.finals["ept"][0]["expert_use"], folder / "experts.png"))
         sections += ["## Which scales each task uses (EPT, seed 0)", "![Expert use by task](experts.png)"]
     if results.ablations:
         sections += ["## Ablations", ablation_table(results)]
-    sections += [
-        "## Learning rates",
-        "Mean score on the held-out training rows, seed 0; the best rate is the one reported above. Where the largest "
-        "of the grid was the best, twice that was tried, too.",
-        rate_table(results),
-        "## What this cannot show",
-        _limits(bench),
-    ]
+    if bench.rate is None:
+        sections += [
+            "## Learning rates",
+            f"Mean score on the held-out training rows after {bench.selection_steps} steps, seed 0; the best rate is "
+            f"the one reported above, after {bench.steps}. Where the largest of the grid was the best, twice that was "
+            "tried, too.",
+            rate_table(results),
+        ]
+    sections += ["## What this cannot show", _limits(bench)]
     report = folder / "report.md"
     report.write_text("\n\n".join(sections) + "\n")
     summary = folder / "summary.json"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +94,21 @@ def expert_use(model: torch.nn.Module) -> dict[str, dict[str, float]]:
 class RunLog:
     """The finished runs of one benchmark, in a file that grows by a line a run.
 
-    A line that a crash cut short is no run. Runs under other shared settings may be in the file; they are not these.
+    A line that a crash cut short is no run. Runs under other shared settings, or of other data, may be in the file;
+    they are not these.
+
+    Args:
+        data: the ``digest`` of the tasks; None, to read alone: the data of the last run under these settings.
     """
 
-    def __init__(self, path: Path, bench: Bench) -> None:
+    def __init__(self, path: Path, bench: Bench, data: str | None = None) -> None:
         self._path, self._bench = path, _shared(bench)
-        self._records: dict[str, Record] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue
-                if entry["bench"] == self._bench:
-                    self._records[_key(entry["run"])] = entry["record"]
+        entries = list(_entries(path)) if path.exists() else []
+        if data is None:
+            last = (entry["bench"]["data"] for entry in reversed(entries) if _alike(entry["bench"], self._bench))
+            data = next(last, None)
+        self._bench["data"] = data
+        self._records = {_key(entry["run"]): entry["record"] for entry in entries if entry["bench"] == self._bench}
 
     def __contains__(self, run: Run) -> bool:
         return _key(dataclasses.asdict(run)) in self._records
@@ -124,10 +128,33 @@ class RunLog:
         self._records[_key(entry["run"])] = record
 
 
+def digest(tasks: Sequence[TaskData]) -> str:
+    """Tells tasks with the same rows in the same order from any others."""
+    found = hashlib.sha256()
+    for task in tasks:
+        found.update(json.dumps(dataclasses.asdict(task.spec)).encode())
+        for split in (task.train, task.validation, task.test):
+            found.update(b"split")
+            for row in split or ():
+                found.update(json.dumps(row, sort_keys=True).encode())
+    return found.hexdigest()[:16]
+
+
+def _entries(path: Path) -> Iterator[Record]:
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):
+            yield json.loads(line)
+
+
+def _alike(found: Record, wanted: Record) -> bool:
+    """Whether the settings of runs are the same, whatever their data."""
+    return {**found, "data": None} == {**wanted, "data": None}
+
+
 def _shared(bench: Bench) -> Record:
-    """What decides a run's result, beside the run: not where the data lies, nor which runs there are."""
+    """What decides a run's result, beside the run and its data: not where that lies, nor which runs there are."""
     kept = dataclasses.asdict(bench)
-    for name in ("data", "methods", "ablations", "steps", "selection_steps", "seeds", "rates", "widen"):
+    for name in ("data", "methods", "ablations", "steps", "selection_steps", "seeds", "rates", "widen", "rate"):
         del kept[name]
     return json.loads(json.dumps(kept))
 

@@ -12,8 +12,8 @@ import pytest
 import quality
 from harness import mean_and_error
 from quality_plan import ABLATIONS, METHODS, Bench, Run, best_rate, candidates, finals
-from quality_report import FULL, PUBLISHED, Results, verdicts, write_report
-from quality_run import RunLog, hold_out
+from quality_report import FULL, PUBLISHED, Results, beside_the_constant, verdicts, write_report
+from quality_run import RunLog, digest, hold_out
 from rich.console import Console
 
 from ept.data import TaskData
@@ -215,12 +215,49 @@ def test_it_trains_scores_and_goes_on_where_it_was(
     assert write_report(tmp_path / "out", bench, log, "")
 
 
+def test_a_rate_that_is_given_is_not_chosen(tmp_path: Path) -> None:
+    bench = replace(BENCH, rate=0.5)
+    log = RunLog(tmp_path / "runs.jsonl", bench, "data")
+    assert candidates(bench, "ept", log) == []
+    (run, _) = finals(bench, {method: best_rate(bench, method, log) for method in ("ept", "lora")}, 0)
+    assert run.lr == 0.5
+    log.add(run, record(0.4))
+    write_report(tmp_path / "out", bench, log, "")
+    assert "Learning rates" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_runs_of_other_data_are_not_these(tmp_path: Path, tasks: list[TaskData]) -> None:
+    path, run = tmp_path / "runs.jsonl", Run("final", "ept", 0.1, 0, 2)
+    others = [replace(tasks[0], train=tasks[0].train.select(range(59))), *tasks[1:]]
+    assert digest(tasks) == digest(list(tasks)) != digest(others)
+    RunLog(path, BENCH, digest(tasks)).add(run, record(0.4))
+    assert run in RunLog(path, BENCH, digest(tasks))
+    assert run not in RunLog(path, BENCH, digest(others))
+    RunLog(path, BENCH, digest(others)).add(run, record(0.6))
+    assert RunLog(path, BENCH)[run]["mean"] == 0.6
+    assert RunLog(path, BENCH, digest(tasks))[run]["mean"] == 0.4
+
+
+def test_who_does_not_beat_the_constant_answer_is_named(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "runs.jsonl", BENCH)
+    for method, scores in {"lora": {"a": 0.6, "b": -0.1}, "ept": {"a": 0.5, "b": -0.2}}.items():
+        for run in candidates(BENCH, method, log):
+            log.add(run, record(0.1))
+        rate = best_rate(BENCH, method, log)
+        log.add(Run("final", method, rate, 0, BENCH.steps), record(0.3) | {"scores": scores})
+    assert beside_the_constant(Results(BENCH, log)) == (
+        "Mean above the constant answer: LoRA on a; every other method on the same, "
+        "but for EPT on a (0.500 against 0.500)."
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--suite", "glue"], "--data is missing: the suite 'glue' has no data of its own"),
         (["--suite", "embedded", "--methods", "ept,magic"], "--methods: unknown magic; allowed: lora"),
         (["--suite", "embedded", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
+        (["--suite", "embedded", "--rate", "-1"], "--rate: must be a positive number, got -1.0"),
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
