@@ -81,6 +81,11 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     for key, tensor in tensors.items():
         owner, mark, part = key.partition(LAYER_MARK)
         if mark:
+            if not tensor.is_floating_point():
+                raise AdapterError(
+                    f"{str(folder / SAFETENSORS_WEIGHTS_NAME)!r} holds {key} as {tensor.dtype}; numbers of a layer are "
+                    "floating point"
+                )
             layers.setdefault(owner.removeprefix(MODEL_PREFIX), {})[part] = tensor
         elif SHARED_MARK in key:
             shared[key.partition(SHARED_MARK)[2]] = tensor
@@ -103,7 +108,8 @@ def _read_config(folder: Path) -> PeftConfig:
     with _named(path, (OSError, ValueError, RecursionError)):
         content = json.loads(path.read_text(encoding="utf-8"))
     method = content.get("peft_type") if isinstance(content, dict) else None
-    if method not in {str(getattr(known, "value", known)) for known in PEFT_TYPE_TO_CONFIG_MAPPING}:
+    known = {str(getattr(one, "value", one)) for one in PEFT_TYPE_TO_CONFIG_MAPPING}
+    if not isinstance(method, str) or method not in known:
         raise AdapterError(f"{str(path)!r}: peft_type is {method!r}, which is no known method")
     with _named(path, (TypeError, ValueError, KeyError)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -114,7 +120,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     with _named(path, (OSError, SafetensorError)), safe_open(path, framework="pt", device="cpu") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not iterable)
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():  # float8 has no isfinite
             raise AdapterError(f"{str(path)!r} holds values that are not finite in {key}")
     return tensors
 
