@@ -138,6 +138,8 @@ class TaskSet(nn.Module):
         if ids.dim() > 1:
             raise ValueError(f"task_ids must be a scalar or 1-D tensor, got shape {list(ids.shape)}")
         if ids.is_meta:
+            if self.device.type != "meta":
+                raise ValueError(f"task_ids is on the meta device and holds no ids; the model is on {self.device}")
             return ids.to(device=self.device, dtype=torch.long)
         message = f"task_ids holds an id out of range; {self._allowed()}"
         in_range = ((ids >= 0) & (ids < self.num_tasks)).all()
