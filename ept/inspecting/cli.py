@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AdapterError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"cannot write: {error}")
+        parser.error(str(error))
     return 0
 
 
