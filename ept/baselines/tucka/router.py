@@ -98,7 +98,7 @@ class CentroidRouter(nn.Module):
             if self.training:
                 sums = sum_over_ranks(torch.cat([total, tokens.view(1)]))
                 total, tokens = sums[:-1], sums[-1]
-            if not self._ready and torch.isfinite(total).all():  # else this step will be left out, and its centroids
+            if not self._ready:
                 self._initialise(total.detach(), tokens.detach())
             affinity = (self.centroids.to(dtype) @ (total / tokens.clamp_min(1))).view(self.num_groups, self.group_size)
             cosines = affinity / affinity.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
@@ -113,6 +113,8 @@ class CentroidRouter(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, total: Tensor, tokens: Tensor) -> None:
+        if not torch.isfinite(total).all():
+            return  # this step will be refused or left out, what it had drawn would stay
         self.centroids.copy_(data_aware_centroids(total, tokens, len(self.centroids), self.noise))
         self.initialised.fill_(True)
         self._ready = True
