@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ept.baselines.tucka.router import CentroidRouter
 from ept.inspecting.folder import SHARED_MARK
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class FiniteSteps(TrainerCallback):
     def __init__(self, trainer: EPTTrainer) -> None:
         self.trainer = trainer
         self._seen: list[tuple[Batch, Tensor]] = []
+        self._undrawn: list[CentroidRouter] | None = None  # not looked for yet
 
     def see(self, inputs: Batch, loss: Tensor) -> None:
         """A batch of the step under way, with its ``task_ids``, and its loss."""
@@ -48,6 +50,8 @@ class FiniteSteps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._seen.clear()
+        routers = self.trainer.model.modules() if self._undrawn is None else self._undrawn
+        self._undrawn = [module for module in routers if isinstance(module, CentroidRouter) and not module.ready]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -63,6 +67,8 @@ class FiniteSteps(TrainerCallback):
             trainer.end_step()
             return
         trainer.model.zero_grad()
+        for router in self._undrawn or ():  # what TuckA draws from its first batch goes with the step
+            router.reset_parameters()
         message, hopeless = self._explain(batches, state.global_step + 1)
         if trainer.args.nan_policy == "stop" or hopeless:
             raise FloatingPointError(message)

@@ -113,8 +113,6 @@ class CentroidRouter(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, total: Tensor, tokens: Tensor) -> None:
-        if not torch.isfinite(total).all():
-            return  # this step will be refused or left out, what it had drawn would stay
         self.centroids.copy_(data_aware_centroids(total, tokens, len(self.centroids), self.noise))
         self.initialised.fill_(True)
         self._ready = True
