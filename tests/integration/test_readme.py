@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -54,3 +55,36 @@ def test_option_table_gives_the_real_defaults() -> None:
         "task_similarity",
     ):
         assert str(getattr(config, name)) == rows[name], name
+
+
+def test_the_comparison_is_that_of_the_recorded_runs() -> None:
+    summary = json.loads((README.parent / "benchmarks" / "results" / "quality" / "summary.json").read_text())
+    text = (
+        README.read_text().partition("`python benchmarks/quality.py --data FOLDER` compares")[2].partition("\n## ")[0]
+    )
+    tasks = len(summary["methods"]["ept"]["scores"])
+
+    def row(title: str) -> list[str]:
+        (line,) = re.findall(rf"^\| \**{re.escape(title)}.* ± .*\|$", text, flags=re.MULTILINE)
+        return [cell.strip() for cell in line.split("|")[1:-1]]
+
+    def score(found: dict) -> str:
+        return f"{found['mean']:.3f} ± {found['standard_error']:.3f}"
+
+    titles = {"lora": "PEFT LoRA", "moelora": "MOELoRA", "more": "MoRE", "mixlora": "MixLoRA", "dcft": "DCFT"}
+    titles |= {"tucka": "TuckA", "ept": "EPT"}
+    for method, found in summary["methods"].items():
+        _, rate, trained, mean, *_ = row(titles[method])
+        assert (float(rate), mean) == (found["lr"], score(found)), method
+        assert trained == f"{found['parameters'] / tasks:,.0f}", method
+    titles = {
+        "no-top-k": "every task mixes",
+        "zero-init-seed": "B starts at zero",
+        "no-contrastive-loss": "no contrastive loss",
+        "all-2": "eight experts of scale 2",
+        "no-alp-scaling": "no dimension-aware scale",
+        "all-8": "eight experts of scale 8",
+    }
+    assert {name: row(titles[name])[1] for name in titles} == {
+        name: score(found) for name, found in summary["ablations"].items()
+    }
