@@ -105,7 +105,7 @@ class RunLog:
         self._path, self._bench = path, _shared(bench)
         entries = list(_entries(path)) if path.exists() else []
         if data is None:
-            last = (entry["bench"]["data"] for entry in reversed(entries) if _alike(entry["bench"], self._bench))
+            last = (entry["bench"].get("data") for entry in reversed(entries) if _alike(entry["bench"], self._bench))
             data = next(last, None)
         self._bench["data"] = data
         self._records = {_key(entry["run"]): entry["record"] for entry in entries if entry["bench"] == self._bench}
