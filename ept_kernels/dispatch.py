@@ -3,8 +3,8 @@
 A backend is a module with a ``name``, six functions (``pyramid_weight``, ``pyramid_delta``, ``pyramid_linear`` and
 their ``_backward`` twins, with the signatures of ``torch_backend``) and, unless it serves everything, a function
 ``unsupported(device, dtype)`` that says why it cannot serve, or None. One with ``fuses_dropout = True`` takes
-``dropout_p`` and ``seed`` as well; for the others rows are dropped before they come. One with ``takes_active = True``
-takes ``active`` as well; for the others the gradient of what is inactive is masked afterwards. One that can add an
+``dropout_p`` and ``seed`` as well; for the others rows are dropped before they come. One with ``keeps = True`` takes
+``keep``, gives a ``library.Output`` and takes what that keeps in its backward. One that can add an
 update to a base weight in passing has ``pyramid_merge(weight, A, B, folded, scales)``: any weight of a dtype it serves,
 A, B and folded of one dtype, fp32 or wider. Rows are 2-D, sizes are validated, autograd and autocast are already out of
 the way.
@@ -19,9 +19,12 @@ import importlib
 import os
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .library import Output
 
 _MODULES = {
     "triton": ".triton",
@@ -86,31 +89,36 @@ def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> Mod
     return backend
 
 
-#: Arguments of the ops on rows that every backend takes: those before ``dropout_p``, ``seed`` and ``active``.
-_ARITY = {"pyramid_delta": 7, "pyramid_delta_backward": 8, "pyramid_linear": 8, "pyramid_linear_backward": 9}
+def keeps_for_backward(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether forward keeps intermediates for the backward; ``EPT_RECOMPUTE=1`` says no."""
+    return getattr(backend_for(device, dtype), "keeps", False) and os.environ.get("EPT_RECOMPUTE") != "1"
 
 
-def _mask_inactive(grad_folded: Tensor, active: Tensor, scales: Sequence[int]) -> Tensor:
-    """The gradient of the folded kernels ``[G, folded_size]`` with zeros for scales that are not ``active [G, S]``."""
-    mask = torch.cat([active[:, s, None].expand(-1, k * k) for s, k in enumerate(scales)], dim=1)
-    return grad_folded.masked_fill(~mask, 0)
+def run(op: str, *args: Any) -> Any:
+    """``pyramid_weight`` or its backward on its backend; a gradient that was not asked for is None."""
+    return getattr(backend_for(args[0].device, args[0].dtype), op)(*args)
 
 
-def run(op: str, *args):
-    """An op on its backend; a result that was not asked for is None.
+def run_forward(
+    op: str, *args: Any, dropout_p: float, seed: Tensor | None, active: Tensor | None, keep: bool
+) -> Output:
+    """``pyramid_delta`` or ``pyramid_linear`` on its backend.
 
-    A backend need not know of dropout where nothing is dropped, nor of ``active`` unless it has ``takes_active``.
+    A backend need not know of dropout where nothing is dropped.
     """
-    backend, options = backend_for(args[0].device, args[0].dtype), {}
-    active = None
-    if op in _ARITY and len(args) > _ARITY[op]:  # torch leaves trailing arguments out where they are None
-        dropout_p, seed, active = (*args[_ARITY[op] :], None, None)[:3]
-        args = args[: _ARITY[op]]
-        if seed is not None:
-            options = {"dropout_p": dropout_p, "seed": seed}
-        if active is not None and getattr(backend, "takes_active", False):
-            options["active"], active = active, None
-    result = getattr(backend, op)(*args, **options)
-    if active is not None and isinstance(result, tuple) and result[3] is not None:
-        result = (*result[:3], _mask_inactive(result[3], active, args[-2]))
-    return result
+    backend = backend_for(args[0].device, args[0].dtype)
+    options = {"active": active} if seed is None else {"active": active, "dropout_p": dropout_p, "seed": seed}
+    if getattr(backend, "keeps", False):
+        return getattr(backend, op)(*args, **options, keep=keep)
+    return Output(getattr(backend, op)(*args, **options))
+
+
+def run_backward(
+    op: str, *args: Any, dropout_p: float, seed: Tensor | None, active: Tensor | None, kept: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """``pyramid_delta_backward`` or ``pyramid_linear_backward``; a gradient that was not asked for is None."""
+    backend = backend_for(args[0].device, args[0].dtype)
+    options = {"active": active} if seed is None else {"active": active, "dropout_p": dropout_p, "seed": seed}
+    if kept:
+        options.update(zip(("U", "A_hat", "B_hat"), kept, strict=True))
+    return getattr(backend, op)(*args, **options)

@@ -12,37 +12,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import run
-from .gradients import delta_backward, delta_setup, linear_backward, linear_setup
+from .dispatch import keeps_for_backward, run_forward
+from .gradients import delta_backward, delta_save, linear_backward, linear_save
+from .library import Output
 from .tracing import is_eager
 
 
+def _run(op: str, args: tuple[Any, ...], keep: bool) -> Output:
+    *positional, dropout_p, seed, active = args
+    return run_forward(op, *positional, dropout_p=dropout_p, seed=seed, active=active, keep=keep)
+
+
 class _Delta(torch.autograd.Function):
-    setup_context = staticmethod(delta_setup)
     backward = staticmethod(delta_backward)
 
     @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return run("pyramid_delta", *args).contiguous()
+    def forward(ctx, *args: Any) -> Tensor:
+        output = _run("pyramid_delta", args, keeps_for_backward(args[0].device, args[0].dtype))
+        delta_save(ctx, args, output)
+        return output.y.contiguous()
 
 
 class _Linear(torch.autograd.Function):
-    setup_context = staticmethod(linear_setup)
     backward = staticmethod(linear_backward)
 
     @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return run("pyramid_linear", *args).contiguous()
+    def forward(ctx, *args: Any) -> Tensor:
+        output = _run("pyramid_linear", args, keeps_for_backward(args[0].device, args[0].dtype))
+        linear_save(ctx, args, output)
+        return output.y.contiguous()
 
 
 _FUNCTIONS = {"pyramid_delta": _Delta, "pyramid_linear": _Linear}
 
+# Read once while a graph is traced: the choice is the graph's.
+_keeps_in_graph = torch.compiler.assume_constant_result(keeps_for_backward)
+
 
 def call(op: str, *args: Any) -> Tensor:
-    """``torch.ops.ept.<op>(*args)``, by the shortest way that nobody can tell from it."""
+    """``torch.ops.ept.<op>(*args)``'s first result, by the shortest path with the same result."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not is_eager(*tensors):
-        return getattr(torch.ops.ept, op)(*args)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        keep = trains and _keeps_in_graph(args[0].device, args[0].dtype)
+        return getattr(torch.ops.ept, op)(*args, keep)[0]
+    if trains:
         return _FUNCTIONS[op].apply(*args)
-    return run(op, *args).contiguous()
+    return _run(op, args, keep=False).y.contiguous()

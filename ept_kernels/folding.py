@@ -70,3 +70,9 @@ def active_scales(gates: Tensor, geometry: PyramidGeometry) -> Tensor:
     The kernel that ``fold_kernels`` makes for a scale without one is zero and gets no gradient: the ops skip it.
     """
     return torch.stack([own.any(1) for own in _split(gates != 0, geometry)], dim=1)
+
+
+def mask_inactive(grad_folded: Tensor, active: Tensor, scales: Sequence[int]) -> Tensor:
+    """The gradient of folded kernels ``[G, folded_size]`` with zeros for scales that are not ``active [G, S]``."""
+    mask = torch.cat([active[:, s, None].expand(-1, k * k) for s, k in enumerate(scales)], dim=1)
+    return grad_folded.masked_fill(~mask, 0)

@@ -32,13 +32,10 @@ __all__ = [
     "pyramid_weight",
     "pyramid_weight_backward",
     "select_instruction_set",
-    "takes_active",
     "unsupported",
 ]
 
 name = "cpu"
-
-takes_active = True
 
 _DTYPES = (torch.float32, torch.bfloat16)
 

@@ -2,7 +2,8 @@
 
 Rows are 2-D here; ``functional`` validates, flattens and handles autocast. ``groups [N]`` gives the row of ``folded``
 for each of N equal runs of consecutive rows (N divides T: 1, one a sample, or one a row); None means row 0 for all.
-Backward saves only what forward was given, so a layer keeps x and tiny tensors alive. With a ``seed [1]`` the adapter
+Beside the output y forward gives U ``[T, W]`` and the interleaved factors ``[W, in]`` and ``[W, out]`` (``library``),
+which backward may use again, where ``keep`` asks for them, and empty tensors otherwise. With a ``seed [1]`` the adapter
 sees x with entries dropped at ``dropout_p``; the same seed drops the same entries in backward. ``active [G, S]`` is
 False where a group uses no expert of a scale: the kernel there is zero, and so is its gradient, which a backend need
 not compute. The backward ops have no derivative of their own: a second differentiation raises.
@@ -15,15 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import backend_for, run, serves
-from .gradients import (
-    delta_backward,
-    delta_setup,
-    linear_backward,
-    linear_setup,
-    weight_backward,
-    weight_setup,
-)
+from .dispatch import backend_for, run, run_backward, run_forward, serves
+from .gradients import delta_backward, delta_save, linear_backward, linear_save, weight_backward, weight_setup
+from .library import Output
 
 _library = torch.library.Library("ept", "DEF")
 
@@ -37,36 +32,74 @@ _library.define(
 _library.define("pyramid_merge(Tensor weight, Tensor A, Tensor B, Tensor folded, int[] scales) -> Tensor")
 _library.define(
     "pyramid_delta(Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int out_features, int[] scales,"
-    " float dropout_p=0.0, Tensor? seed=None, Tensor? active=None) -> Tensor"
+    " float dropout_p=0.0, Tensor? seed=None, Tensor? active=None, bool keep=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "pyramid_delta_backward(Tensor grad, Tensor x, Tensor A, Tensor B, Tensor folded, Tensor? groups, int[] scales,"
-    " bool[] needs, float dropout_p=0.0, Tensor? seed=None, Tensor? active=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    " bool[] needs, float dropout_p=0.0, Tensor? seed=None, Tensor? active=None, Tensor? U=None, Tensor? A_hat=None,"
+    " Tensor? B_hat=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "pyramid_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor folded, Tensor? groups,"
-    " int[] scales, float dropout_p=0.0, Tensor? seed=None, Tensor? active=None) -> Tensor"
+    " int[] scales, float dropout_p=0.0, Tensor? seed=None, Tensor? active=None, bool keep=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "pyramid_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor folded, Tensor? groups,"
-    " int[] scales, bool[] needs, float dropout_p=0.0, Tensor? seed=None, Tensor? active=None)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    " int[] scales, bool[] needs, float dropout_p=0.0, Tensor? seed=None, Tensor? active=None, Tensor? U=None,"
+    " Tensor? A_hat=None, Tensor? B_hat=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _implement(op: str) -> None:
-    def kernel(*args):
-        result = run(op, *args)
-        if isinstance(result, tuple):  # an op cannot return None: an empty tensor stands for "not asked for"
-            return tuple(args[0].new_empty(0) if part is None else part.contiguous() for part in result)
-        return result.contiguous()
-
-    _library.impl(op, kernel, "CompositeExplicitAutograd")
+def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """An op cannot return None: an empty tensor stands for "not asked for"."""
+    return tuple(like.new_empty(0) if part is None else part.contiguous() for part in results)
 
 
-for _op in ("pyramid_weight", "pyramid_delta", "pyramid_linear"):
-    _implement(_op)
-    _implement(f"{_op}_backward")
+def _weight(*args):
+    return run("pyramid_weight", *args).contiguous()
+
+
+def _weight_backward(*args):
+    return _filled(run("pyramid_weight_backward", *args), args[0])
+
+
+def _delta(x, A, B, folded, groups, out_features, scales, dropout_p=0.0, seed=None, active=None, keep=False):
+    arguments = (x, A, B, folded, groups, out_features, scales)
+    output = run_forward("pyramid_delta", *arguments, dropout_p=dropout_p, seed=seed, active=active, keep=keep)
+    return _filled(output, x)
+
+
+def _linear(x, weight, bias, A, B, folded, groups, scales, dropout_p=0.0, seed=None, active=None, keep=False):
+    arguments = (x, weight, bias, A, B, folded, groups, scales)
+    output = run_forward("pyramid_linear", *arguments, dropout_p=dropout_p, seed=seed, active=active, keep=keep)
+    return _filled(output, x)
+
+
+def _backward(op: str, arguments: tuple, dropout_p=0.0, seed=None, active=None, *kept):
+    kept = () if not kept or kept[0] is None else kept
+    options = {"dropout_p": dropout_p, "seed": seed, "active": active, "kept": kept}
+    return _filled(run_backward(op, *arguments, **options), arguments[0])
+
+
+def _delta_backward(*args):
+    return _backward("pyramid_delta_backward", args[:8], *args[8:])
+
+
+def _linear_backward(*args):
+    return _backward("pyramid_linear_backward", args[:9], *args[9:])
+
+
+for _name, _kernel in {
+    "pyramid_weight": _weight,
+    "pyramid_weight_backward": _weight_backward,
+    "pyramid_delta": _delta,
+    "pyramid_delta_backward": _delta_backward,
+    "pyramid_linear": _linear,
+    "pyramid_linear_backward": _linear_backward,
+}.items():
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
 def _merge(weight: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int]) -> Tensor:
@@ -96,14 +129,20 @@ def _(weight, A, B, folded, scales) -> Tensor:
     return weight.new_empty(folded.shape[0], *weight.shape)
 
 
+def _fake_output(x: Tensor, rank: int, out_features: int, scales: Sequence[int], keep: bool) -> tuple[Tensor, ...]:
+    columns = rank * sum(scales)
+    kept = ((len(x), columns), (columns, x.shape[1]), (columns, out_features)) if keep else ((0,), (0,), (0,))
+    return tuple(x.new_empty(shape) for shape in ((len(x), out_features), *kept))
+
+
 @torch.library.register_fake("ept::pyramid_delta", lib=_library)
-def _(x, A, B, folded, groups, out_features, scales, dropout_p=0.0, seed=None, active=None) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
+def _(x, A, B, folded, groups, out_features, scales, dropout_p=0.0, seed=None, active=None, keep=False):
+    return _fake_output(x, A.shape[0], out_features, scales, keep)
 
 
 @torch.library.register_fake("ept::pyramid_linear", lib=_library)
-def _(x, weight, bias, A, B, folded, groups, scales, dropout_p=0.0, seed=None, active=None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _(x, weight, bias, A, B, folded, groups, scales, dropout_p=0.0, seed=None, active=None, keep=False):
+    return _fake_output(x, A.shape[0], weight.shape[0], scales, keep)
 
 
 def _fake_gradients(grad: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -117,12 +156,30 @@ def _(grad, A, B, folded, scales, needs):
 
 
 @torch.library.register_fake("ept::pyramid_delta_backward", lib=_library)
-def _(grad, x, A, B, folded, groups, scales, needs, dropout_p=0.0, seed=None, active=None):
+def _(
+    grad, x, A, B, folded, groups, scales, needs, dropout_p=0.0, seed=None, active=None, U=None, A_hat=None, B_hat=None
+):
     return _fake_gradients(grad, (x, A, B, folded), needs)
 
 
 @torch.library.register_fake("ept::pyramid_linear_backward", lib=_library)
-def _(grad, x, weight, A, B, folded, groups, scales, needs, dropout_p=0.0, seed=None, active=None):
+def _(
+    grad,
+    x,
+    weight,
+    A,
+    B,
+    folded,
+    groups,
+    scales,
+    needs,
+    dropout_p=0.0,
+    seed=None,
+    active=None,
+    U=None,
+    A_hat=None,
+    B_hat=None,
+):
     return _fake_gradients(grad, (x, A, B, folded), needs)
 
 
@@ -134,9 +191,19 @@ def _refuse_merge(ctx, grad):
     raise RuntimeError("a merged weight has no gradient: pyramid_merge serves inference; train through pyramid_weight")
 
 
+def _setup(save):
+    """``save`` for ``torch.library``: what is kept is among the outputs, empty where it is not."""
+
+    def setup(ctx, inputs, output) -> None:
+        *arguments, keep = inputs
+        save(ctx, tuple(arguments), Output(*output) if keep else Output(output[0]))
+
+    return setup
+
+
 for _op in ("pyramid_weight", "pyramid_delta", "pyramid_linear"):
     torch.library.register_autograd(f"ept::{_op}_backward", _refuse, lib=_library)
 torch.library.register_autograd("ept::pyramid_merge", _refuse_merge, lib=_library)
 torch.library.register_autograd("ept::pyramid_weight", weight_backward, setup_context=weight_setup, lib=_library)
-torch.library.register_autograd("ept::pyramid_delta", delta_backward, setup_context=delta_setup, lib=_library)
-torch.library.register_autograd("ept::pyramid_linear", linear_backward, setup_context=linear_setup, lib=_library)
+torch.library.register_autograd("ept::pyramid_delta", delta_backward, setup_context=_setup(delta_save), lib=_library)
+torch.library.register_autograd("ept::pyramid_linear", linear_backward, setup_context=_setup(linear_save), lib=_library)

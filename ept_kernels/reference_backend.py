@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .folding import mask_inactive
 from .geometry import PyramidGeometry
 
 name = "reference"
@@ -29,7 +30,14 @@ def pyramid_weight(
 
 
 def pyramid_delta(
-    x: Tensor, A: Tensor, B: Tensor, folded: Tensor, groups: Tensor | None, out_features: int, scales: Sequence[int]
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    folded: Tensor,
+    groups: Tensor | None,
+    out_features: int,
+    scales: Sequence[int],
+    active: Tensor | None = None,
 ) -> Tensor:
     return reference.pyramid_delta(x, A, B, folded, groups, _geometry(A, x.shape[1], out_features, scales))
 
@@ -43,6 +51,7 @@ def pyramid_linear(
     folded: Tensor,
     groups: Tensor | None,
     scales: Sequence[int],
+    active: Tensor | None = None,
 ) -> Tensor:
     return F.linear(x, weight, bias) + pyramid_delta(x, A, B, folded, groups, weight.shape[0], scales)
 
@@ -77,6 +86,7 @@ def pyramid_delta_backward(
     groups: Tensor | None,
     scales: Sequence[int],
     needs: Sequence[bool],
+    active: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     in_features, out_features = x.shape[1], grad.shape[1]
     row_group = reference.row_groups(len(x), groups, x.device)
@@ -86,7 +96,10 @@ def pyramid_delta_backward(
         grad_x = torch.einsum("to,toi->ti", grad, weight[row_group])
     member = (row_group[None] == torch.arange(len(folded), device=x.device)[:, None]).to(x.dtype)  # [G, T]
     grad_weight = torch.einsum("gt,to,ti->goi", member, grad, x).to(A.dtype)
-    return grad_x, *pyramid_weight_backward(grad_weight, A, B, folded, scales, needs[1:])
+    grad_A, grad_B, grad_folded = pyramid_weight_backward(grad_weight, A, B, folded, scales, needs[1:])
+    if grad_folded is not None and active is not None:
+        grad_folded = mask_inactive(grad_folded, active, scales)
+    return grad_x, grad_A, grad_B, grad_folded
 
 
 def pyramid_linear_backward(
@@ -99,6 +112,7 @@ def pyramid_linear_backward(
     groups: Tensor | None,
     scales: Sequence[int],
     needs: Sequence[bool],
+    active: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    grad_x, grad_A, grad_B, grad_folded = pyramid_delta_backward(grad, x, A, B, folded, groups, scales, needs)
+    grad_x, grad_A, grad_B, grad_folded = pyramid_delta_backward(grad, x, A, B, folded, groups, scales, needs, active)
     return None if grad_x is None else grad_x + grad @ weight, grad_A, grad_B, grad_folded

@@ -1,8 +1,4 @@
-"""Structured PyTorch backend: plain matrix products on ``[T, r * sum(k)]`` intermediates, on any device and dtype.
-
-    U = x Ahat^T      Ahat[(p, q), c] = A[p, c // k] * (c % k == q)      shrink, all scales in one read of x
-    V = U Kbar^T      per scale and group, k x k                         core
-    y = V Bhat        Bhat[(p, a), c] = B[c // k, p] * (c % k == a)      expand, all scales in one product
+"""Plain PyTorch, on any device and dtype: the small kernels of ``library`` without a compiler, and the dense update.
 
 In half precision the core and the gradients of A, B and the kernels are fp32: what is summed over rows is not rounded
 first. Nothing here depends on values: no host synchronisation, and an update ``[out, in]`` exists only in
@@ -11,13 +7,18 @@ first. Nothing here depends on values: no host synchronisation, and an update ``
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .folding import mask_inactive
+from .library import Library
+
 name = "torch"
+keeps = True
 
 
 def _interleave(factor: Tensor, features: int, scales: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -54,10 +55,16 @@ def _segments(groups: Tensor | None, rows: int) -> tuple[int, int]:
 
 def _kernels(folded: Tensor, groups: Tensor | None, scales: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     """Each scale's kernels by segment, ``[N, k, k]``."""
-    try:
-        rows = folded.narrow(0, 0, 1) if groups is None else folded.index_select(0, groups)
-    except IndexError:  # on a CPU; a GPU has an assertion of its own
-        raise IndexError(f"groups holds an id out of range; allowed: 0 to {len(folded) - 1}") from None
+    if groups is None:
+        rows = folded.narrow(0, 0, 1)
+    elif folded.is_cuda:  # an assertion on the device would end the process's use of it
+        exists = (groups >= 0) & (groups < len(folded))
+        rows = folded.index_select(0, groups.clamp(0, len(folded) - 1)).masked_fill(~exists[:, None], float("nan"))
+    else:
+        try:
+            rows = folded.index_select(0, groups)
+        except IndexError:
+            raise IndexError(f"groups holds an id out of range; allowed: 0 to {len(folded) - 1}") from None
     blocks = rows.to(dtype).split([k * k for k in scales], dim=1)
     return [block.reshape(-1, k, k) for block, k in zip(blocks, scales, strict=True)]
 
@@ -72,81 +79,71 @@ def _by_scale(rows: Tensor, segments: tuple[int, int], scales: Sequence[int]) ->
     ]
 
 
-def _joined(parts: Sequence[Tensor], rows: int, scales: Sequence[int], rank: int) -> Tensor:
-    return torch.cat([part.reshape(rows, rank * k) for part, k in zip(parts, scales, strict=True)], dim=1)
+def _joined(parts: Sequence[Tensor], like: Tensor, scales: Sequence[int]) -> Tensor:
+    """``_by_scale`` undone, in the dtype of ``like [T, r * sum(k)]``."""
+    rank = like.shape[1] // sum(scales)
+    columns = [part.reshape(len(like), rank * k) for part, k in zip(parts, scales, strict=True)]
+    return torch.cat(columns, dim=1).to(like.dtype)
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _shrink_core(
-    x: Tensor, A: Tensor, folded: Tensor, groups: Tensor | None, scales: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``Ahat``, the intermediates ``U`` and ``V`` of all scales, these two ``[T, r * sum(k)]`` in at least fp32."""
-    A_hat = _interleave(A, x.shape[1], scales, x.dtype)
-    U = _wide(x @ A_hat.T)
-    cores = _kernels(folded, groups, scales, U.dtype)
-    V = [u @ core.mT for u, core in zip(_by_scale(U, _segments(groups, len(x)), scales), cores, strict=True)]
-    return A_hat, U, _joined(V, len(x), scales, A.shape[0])
+def interleave(
+    A: Tensor, B: Tensor, in_features: int, out_features: int, scales: Sequence[int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return _interleave(A, in_features, scales, dtype), _interleave(B.T, out_features, scales, dtype)
 
 
-def pyramid_delta(
-    x: Tensor, A: Tensor, B: Tensor, folded: Tensor, groups: Tensor | None, out_features: int, scales: Sequence[int]
-) -> Tensor:
-    _, _, V = _shrink_core(x, A, folded, groups, scales)
-    return V.to(x.dtype) @ _interleave(B.T, out_features, scales, x.dtype)
+def core(U: Tensor, folded: Tensor, groups: Tensor | None, active: Tensor | None, scales: Sequence[int]) -> Tensor:
+    """An inactive kernel is zero, so its V is."""
+    segments, wide = _segments(groups, len(U)), _wide(U)
+    kernels = _kernels(folded, groups, scales, wide.dtype)
+    V = [u @ kernel.mT for u, kernel in zip(_by_scale(wide, segments, scales), kernels, strict=True)]
+    return _joined(V, U, scales)
 
 
-def pyramid_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
+def core_backward(
+    U: Tensor | None,
+    dV: Tensor | None,
     folded: Tensor,
     groups: Tensor | None,
+    active: Tensor | None,
     scales: Sequence[int],
-) -> Tensor:
-    _, _, V = _shrink_core(x, A, folded, groups, scales)
-    return F.linear(x, weight, bias).addmm_(V.to(x.dtype), _interleave(B.T, weight.shape[0], scales, x.dtype))
-
-
-def pyramid_delta_backward(
-    grad: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    folded: Tensor,
-    groups: Tensor | None,
-    scales: Sequence[int],
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, A, B, folded, each only where ``needs`` asks. U is recomputed: x is all that forward saves."""
-    need_x, need_A, need_B, need_folded = needs
-    rank, segments = A.shape[0], _segments(groups, len(x))
-    B_hat = _interleave(B.T, grad.shape[1], scales, grad.dtype)
-    dV = _wide(grad @ B_hat.T)
-    grad_x = grad_A = grad_B = grad_folded = None
-    if need_B or need_folded:
-        A_hat, U, V = _shrink_core(x, A, folded, groups, scales)
-    else:
-        A_hat = _interleave(A, x.shape[1], scales, x.dtype)
-    if need_B:
-        grad_B = _deinterleave(V.T @ _wide(grad), B.shape[0], scales).T.to(B.dtype)
-    if need_folded:
-        parts = zip(_by_scale(dV, segments, scales), _by_scale(U, segments, scales), strict=True)
-        by_segment = torch.cat([(dv.mT @ u).flatten(1) for dv, u in parts], dim=1).to(folded.dtype)
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    need_V, need_dU, need_folded = needs
+    V = dU = grad_folded = None
+    if need_V and U is not None:
+        V = core(U, folded, groups, active, scales)
+    if dV is None:
+        return V, None, None
+    segments, wide = _segments(groups, len(dV)), _wide(dV)
+    by_scale = _by_scale(wide, segments, scales)
+    if need_dU:
+        kernels = _kernels(folded, groups, scales, wide.dtype)
+        dU = _joined([dv @ kernel for dv, kernel in zip(by_scale, kernels, strict=True)], dV, scales)
+    if need_folded and U is not None:
+        parts = zip(by_scale, _by_scale(_wide(U), segments, scales), strict=True)
+        by_segment = torch.cat([(dv.mT @ u).flatten(1) for dv, u in parts], dim=1)
         grad_folded = _sum_by_group(by_segment, groups, folded.shape[0])
-    if need_x or need_A:
-        cores = _kernels(folded, groups, scales, dV.dtype)
-        by_scale = [dv @ core for dv, core in zip(_by_scale(dV, segments, scales), cores, strict=True)]
-        dU = _joined(by_scale, len(x), scales, rank)
-        if need_x:
-            grad_x = dU.to(x.dtype) @ A_hat
-        if need_A:
-            grad_A = _deinterleave(dU.T @ _wide(x), A.shape[1], scales).to(A.dtype)
-    return grad_x, grad_A, grad_B, grad_folded
+        if active is not None:
+            grad_folded = mask_inactive(grad_folded, active, scales)
+    return V, dU, grad_folded
+
+
+def gather(
+    grad_A_hat: Tensor | None,
+    grad_B_hat: Tensor | None,
+    rank: int,
+    seed_width: int,
+    seed_height: int,
+    scales: Sequence[int],
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_A = None if grad_A_hat is None else _deinterleave(grad_A_hat, seed_width, scales)
+    grad_B = None if grad_B_hat is None else _deinterleave(grad_B_hat, seed_height, scales).T
+    return grad_A, grad_B
 
 
 def _sum_by_group(by_segment: Tensor, groups: Tensor | None, num_groups: int) -> Tensor:
@@ -155,23 +152,6 @@ def _sum_by_group(by_segment: Tensor, groups: Tensor | None, num_groups: int) ->
         return F.pad(by_segment, (0, 0, 0, num_groups - 1))
     indicator = groups[None] == torch.arange(num_groups, device=groups.device)[:, None]
     return indicator.to(by_segment.dtype) @ by_segment
-
-
-def pyramid_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    folded: Tensor,
-    groups: Tensor | None,
-    scales: Sequence[int],
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    grad_x, grad_A, grad_B, grad_folded = pyramid_delta_backward(grad, x, A, B, folded, groups, scales, needs)
-    if grad_x is not None:
-        grad_x.addmm_(grad, weight)
-    return grad_x, grad_A, grad_B, grad_folded
 
 
 def _left_factor(B: Tensor, folded: Tensor, out_features: int, scales: Sequence[int]) -> Tensor:
@@ -212,3 +192,10 @@ def pyramid_weight_backward(
             blocks.append(torch.einsum("giapq,ip->gaq", part, B[:height]).flatten(1))
         grad_folded = torch.cat(blocks, dim=1).to(folded.dtype)
     return grad_A, grad_B if need_B else None, grad_folded if need_folded else None
+
+
+_ops = Library(sys.modules[__name__])
+pyramid_delta = _ops.pyramid_delta
+pyramid_delta_backward = _ops.pyramid_delta_backward
+pyramid_linear = _ops.pyramid_linear
+pyramid_linear_backward = _ops.pyramid_linear_backward

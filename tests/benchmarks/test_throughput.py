@@ -134,10 +134,20 @@ def _measured(names: list[str] = ["linear", "ept:torch", "ept:reference"]) -> di
     return by_key(measure_point(TINY, CPU, names, EFFORT, provenance(CPU)))
 
 
+def scale_outputs(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """The torch backend's forward, wrong by ``factor``."""
+    right = torch_backend.pyramid_linear
+
+    def scaled(*args, **options):
+        output = right(*args, **options)
+        return output._replace(y=output.y * factor)
+
+    monkeypatch.setattr(torch_backend, "pyramid_linear", scaled)
+
+
 @pytest.mark.parametrize("factor", [1.0001, float("nan")], ids=["a little off", "nan"])
 def test_wrong_output_is_refused(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch_backend.pyramid_linear
-    monkeypatch.setattr(torch_backend, "pyramid_linear", lambda *args: right(*args) * factor)
+    scale_outputs(monkeypatch, factor)
     found = _measured()
     for which in measure.PASSES:
         row = found["ept:torch", which]
@@ -152,8 +162,8 @@ def test_wrong_output_is_refused(factor: float, monkeypatch: pytest.MonkeyPatch)
 def test_wrong_gradient_is_refused_in_the_backward_pass_alone(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     right = torch_backend.pyramid_linear_backward
 
-    def wrong(*args):
-        gradients = list(right(*args))
+    def wrong(*args, **options):
+        gradients = list(right(*args, **options))
         gradients[place] = gradients[place] * 1.001
         return tuple(gradients)
 
@@ -166,7 +176,7 @@ def test_wrong_gradient_is_refused_in_the_backward_pass_alone(place: int, monkey
 
 
 def test_failing_backend_is_reported_and_the_others_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args):
+    def broken(*args, **options):
         raise NotImplementedError("no such tile\nand more")
 
     monkeypatch.setattr(torch_backend, "pyramid_linear", broken)
@@ -187,8 +197,7 @@ def test_nothing_is_measured_against_a_wrong_baseline(monkeypatch: pytest.Monkey
 def test_command_prints_no_ratio_for_a_wrong_backend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = torch_backend.pyramid_linear
-    monkeypatch.setattr(torch_backend, "pyramid_linear", lambda *args: right(*args) * 1.01)
+    scale_outputs(monkeypatch, 1.01)
     assert _command(tmp_path) == 1
     output = capsys.readouterr()
     (line,) = [line for line in output.out.splitlines() if line.startswith("| EPT (torch)")]
@@ -384,9 +393,9 @@ def test_a_plan_is_forced_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
     right = torch_backend.pyramid_linear
 
-    def watched(*args):
+    def watched(*args, **options):
         seen.add((os.environ["EPT_BACKEND"], os.environ.get("EPT_TRITON_BASE")))
-        return right(*args)
+        return right(*args, **options)
 
     monkeypatch.setattr(torch_backend, "pyramid_linear", watched)
     monkeypatch.setitem(dispatch._loaded, "triton", torch_backend)

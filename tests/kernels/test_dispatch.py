@@ -44,7 +44,7 @@ def test_the_forced_backend_is_the_one_that_runs(op: str, name: str, module, mon
     for function in (op, f"{op}_backward"):
         original = getattr(module, function)
         monkeypatch.setattr(
-            module, function, lambda *args, _name=function, _f=original: (called.append(_name), _f(*args))[1]
+            module, function, lambda *a, _name=function, _f=original, **kw: (called.append(_name), _f(*a, **kw))[1]
         )
     PROBLEM.evaluate(ept_kernels, op)
     assert called == [op, f"{op}_backward"]

@@ -1,0 +1,277 @@
+"""The ops on rows as plain matrix products around four small kernels (plan ``library``).
+
+With ``W = r * sum(k)`` columns, ordered by scale, rank and slot, and the interleaved factors of ``SmallKernels``:
+
+    forward     U = x Ahat^T             V = core(U)             y = x W0^T + b,  y += V Bhat
+    backward    dV = dy Bhat^T           dU = core^T(dV)         dx = dy W0,      dx += dU Ahat
+                dAhat = dU^T x           dBhat = V^T dy          dA, dB = gather(dAhat, dBhat)
+
+The products run on the vendor's library. A backend supplies the small kernels: in plain torch (``torch_backend``), in
+Triton or in CUDA C++. Forward keeps U ``[T, W]`` and the interleaved factors for the backward: at 8192 rows of bf16 and
+rank 8 that is 2.6 MB and, at 4096 x 4096, 2.6 MB more. ``EPT_RECOMPUTE=1`` keeps neither. Nothing here depends on
+values: no host synchronisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class SmallKernels(Protocol):
+    """What a backend supplies. ``scales`` are ascending; A is ``[r, w]``, B ``[h, r]``, folded ``[G, sum(k * k)]``.
+
+    ``groups [N]`` gives the row of ``folded`` for each of N equal runs of rows; None: row 0 for all. A row whose group
+    does not exist becomes NaN on a GPU. ``active [G, S]`` is False where a kernel is zero and wants no gradient.
+    """
+
+    def interleave(
+        self, A: Tensor, B: Tensor, in_features: int, out_features: int, scales: Sequence[int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """``Ahat[(k, p, q), c] = A[p, c // k] (c % k == q)  [W, in]`` and ``Bhat[(k, p, a), o] = B[o // k, p]
+        (o % k == a)  [W, out]``.
+        """
+
+    def core(
+        self, U: Tensor, folded: Tensor, groups: Tensor | None, active: Tensor | None, scales: Sequence[int]
+    ) -> Tensor:
+        """``V[t, (k, p, a)] = sum_q Kbar_k[g(t)][a, q] U[t, (k, p, q)]``, ``[T, W]`` in the dtype of U."""
+
+    def core_backward(
+        self,
+        U: Tensor | None,
+        dV: Tensor | None,
+        folded: Tensor,
+        groups: Tensor | None,
+        active: Tensor | None,
+        scales: Sequence[int],
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """V as ``core`` gave it, ``dU[t, (k, p, q)] = sum_a Kbar_k[g(t)][a, q] dV[t, (k, p, a)]`` and the gradient of
+        ``folded``, ``sum_{t in g, p} dV[t, (k, p, a)] U[t, (k, p, q)]``, in fp32 or wider; each where ``needs`` asks.
+        """
+
+    def gather(
+        self,
+        grad_A_hat: Tensor | None,
+        grad_B_hat: Tensor | None,
+        rank: int,
+        seed_width: int,
+        seed_height: int,
+        scales: Sequence[int],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The adjoint of ``interleave``: ``[r, w]`` and ``[h, r]`` in fp32 or wider."""
+
+    def dropout(self, x: Tensor, seed: Tensor, p: float, onto: Tensor | None = None) -> Tensor:
+        """x with entries dropped as ``seed [1]`` says, the others divided by ``1 - p``; or that added to ``onto``."""
+
+
+class Output(NamedTuple):
+    """``y [T, out]`` and what the backward may use again; None where nothing is kept."""
+
+    y: Tensor
+    U: Tensor | None = None
+    A_hat: Tensor | None = None
+    B_hat: Tensor | None = None
+
+
+#: ``(x, weight, bias, V, hat) -> x weight^T + bias + V hat``: the two products of forward, and of the gradient of x.
+Products = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
+
+
+def two_products(x: Tensor, weight: Tensor, bias: Tensor | None, V: Tensor, hat: Tensor) -> Tensor:
+    """The base product, then the update added to it in place."""
+    return F.linear(x, weight, bias).addmm_(V, hat)
+
+
+def _sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """``left^T right`` of ``[T, W]`` and ``[T, n]``, not rounded to half where the library can do that."""
+    if left.dtype.itemsize > 2:
+        return left.T @ right
+    if not left.is_cuda:
+        return left.T.float() @ right.float()
+    if _HAS_OUT_DTYPE:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return left.T @ right
+
+
+_HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+
+
+def _computed(folded: Tensor) -> Tensor:
+    """Folded kernels as the small kernels read them."""
+    return (folded if folded.dtype.itemsize > 2 else folded.float()).contiguous()
+
+
+class Library:
+    """The four ops on rows of a backend.
+
+    Args:
+        kernels: the backend's small kernels, a module or an object.
+        products: how the base product and the update are added; ``two_products`` unless a backend fuses them.
+    """
+
+    def __init__(self, kernels: SmallKernels, products: Products = two_products) -> None:
+        self.kernels = kernels
+        self.products = products
+
+    def pyramid_delta(
+        self,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        folded: Tensor,
+        groups: Tensor | None,
+        out_features: int,
+        scales: Sequence[int],
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+        active: Tensor | None = None,
+        keep: bool = False,
+    ) -> Output:
+        U, V, A_hat, B_hat = self._shrink(x, A, B, folded, groups, out_features, scales, dropout_p, seed, active)
+        y = V @ B_hat
+        return Output(y, U, A_hat, B_hat) if keep else Output(y)
+
+    def pyramid_linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        folded: Tensor,
+        groups: Tensor | None,
+        scales: Sequence[int],
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+        active: Tensor | None = None,
+        keep: bool = False,
+    ) -> Output:
+        U, V, A_hat, B_hat = self._shrink(x, A, B, folded, groups, weight.shape[0], scales, dropout_p, seed, active)
+        y = self.products(x, weight, bias, V, B_hat)
+        return Output(y, U, A_hat, B_hat) if keep else Output(y)
+
+    def _shrink(
+        self,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        folded: Tensor,
+        groups: Tensor | None,
+        out_features: int,
+        scales: Sequence[int],
+        dropout_p: float,
+        seed: Tensor | None,
+        active: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(U, V, Ahat, Bhat)``."""
+        if seed is not None:
+            x = self.kernels.dropout(x, seed, dropout_p)
+        A_hat, B_hat = self.kernels.interleave(A, B, x.shape[1], out_features, scales, x.dtype)
+        U = x @ A_hat.T
+        return U, self.kernels.core(U, _computed(folded), groups, active, scales), A_hat, B_hat
+
+    def pyramid_delta_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        folded: Tensor,
+        groups: Tensor | None,
+        scales: Sequence[int],
+        needs: Sequence[bool],
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+        active: Tensor | None = None,
+        U: Tensor | None = None,
+        A_hat: Tensor | None = None,
+        B_hat: Tensor | None = None,
+    ) -> Gradients:
+        """Gradients of x, A, B, folded, each only where ``needs`` asks."""
+        kept = (U, A_hat, B_hat)
+        return self._backward(grad, x, None, A, B, folded, groups, scales, needs, dropout_p, seed, active, kept)
+
+    def pyramid_linear_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        A: Tensor,
+        B: Tensor,
+        folded: Tensor,
+        groups: Tensor | None,
+        scales: Sequence[int],
+        needs: Sequence[bool],
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+        active: Tensor | None = None,
+        U: Tensor | None = None,
+        A_hat: Tensor | None = None,
+        B_hat: Tensor | None = None,
+    ) -> Gradients:
+        """As ``pyramid_delta_backward``; the gradient of x includes that of the base product."""
+        kept = (U, A_hat, B_hat)
+        return self._backward(grad, x, weight, A, B, folded, groups, scales, needs, dropout_p, seed, active, kept)
+
+    def _backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        folded: Tensor,
+        groups: Tensor | None,
+        scales: Sequence[int],
+        needs: Sequence[bool],
+        dropout_p: float,
+        seed: Tensor | None,
+        active: Tensor | None,
+        kept: tuple[Tensor | None, Tensor | None, Tensor | None],
+    ) -> Gradients:
+        need_x, need_A, need_B, need_folded = needs
+        need_dU = need_x or need_A
+        if not (need_dU or need_B or need_folded):
+            return None, None, None, None
+        kernels, (U, A_hat, B_hat) = self.kernels, kept
+        if A_hat is None or B_hat is None:
+            A_hat, B_hat = kernels.interleave(A, B, x.shape[1], grad.shape[1], scales, x.dtype)
+        dropped = x
+        if seed is not None and (need_A or (U is None and (need_B or need_folded))):
+            dropped = kernels.dropout(x, seed, dropout_p)
+        if U is None and (need_B or need_folded):
+            U = dropped @ A_hat.T
+        dV = grad @ B_hat.T if need_dU or need_folded else None
+        asked = (need_B, need_dU, need_folded)
+        V, dU, grad_folded = kernels.core_backward(U, dV, _computed(folded), groups, active, scales, asked)
+        grad_x = self._grad_x(grad, weight, dU, A_hat, dropout_p, seed) if need_x and dU is not None else None
+        grad_A, grad_B = kernels.gather(
+            _sum_over_rows(dU, dropped) if need_A and dU is not None else None,
+            _sum_over_rows(V, grad) if V is not None else None,
+            A.shape[0],
+            A.shape[1],
+            B.shape[0],
+            scales,
+        )
+        return (
+            grad_x,
+            None if grad_A is None else grad_A.to(A.dtype),
+            None if grad_B is None else grad_B.to(B.dtype),
+            None if grad_folded is None else grad_folded.to(folded.dtype),
+        )
+
+    def _grad_x(
+        self, grad: Tensor, weight: Tensor | None, dU: Tensor, A_hat: Tensor, dropout_p: float, seed: Tensor | None
+    ) -> Tensor:
+        if seed is None:
+            return dU @ A_hat if weight is None else self.products(grad, weight.T, None, dU, A_hat)
+        base = None if weight is None else grad @ weight
+        return self.kernels.dropout(dU @ A_hat, seed, dropout_p, onto=base)
