@@ -275,3 +275,47 @@ class Library:
             return dU @ A_hat if weight is None else self.products(grad, weight.T, None, dU, A_hat)
         base = None if weight is None else grad @ weight
         return self.kernels.dropout(dU @ A_hat, seed, dropout_p, onto=base)
+
+    def pyramid_weight(
+        self, A: Tensor, B: Tensor, folded: Tensor, in_features: int, out_features: int, scales: Sequence[int]
+    ) -> Tensor:
+        """The dense update of every group, ``[G, out, in]``: what ``pyramid_delta`` does to the rows of an identity."""
+        A_hat, B_hat = self.kernels.interleave(A, B, in_features, out_features, scales, A.dtype)
+        U, groups = _of_identity(A_hat, folded)
+        V = self.kernels.core(U, _computed(folded), groups, None, scales)
+        return B_hat.T @ V.view(len(folded), in_features, len(A_hat)).mT
+
+    def pyramid_weight_backward(
+        self, grad: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int], needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of A, B and folded from that of the dense updates, ``grad [G, out, in]``."""
+        need_A, need_B, need_folded = needs
+        if not (need_A or need_B or need_folded):
+            return None, None, None
+        groups_of_grad, out_features, in_features = grad.shape
+        A_hat, B_hat = self.kernels.interleave(A, B, in_features, out_features, scales, A.dtype)
+        U, groups = _of_identity(A_hat, folded)
+        rows = grad.mT.reshape(groups_of_grad * in_features, out_features)
+        dV = rows @ B_hat.T if need_A or need_folded else None
+        asked = (need_B, need_A, need_folded)
+        V, dU, grad_folded = self.kernels.core_backward(U, dV, _computed(folded), groups, None, scales, asked)
+        grad_A, grad_B = self.kernels.gather(
+            None if dU is None else dU.view(groups_of_grad, in_features, len(A_hat)).sum(0).T.contiguous(),
+            None if V is None else _sum_over_rows(V, rows),
+            A.shape[0],
+            A.shape[1],
+            B.shape[0],
+            scales,
+        )
+        return (
+            None if grad_A is None else grad_A.to(A.dtype),
+            None if grad_B is None else grad_B.to(B.dtype),
+            None if grad_folded is None else grad_folded.to(folded.dtype),
+        )
+
+
+def _of_identity(A_hat: Tensor, folded: Tensor) -> tuple[Tensor, Tensor | None]:
+    """U of the rows of an identity, once for every group, and the groups."""
+    count = len(folded)
+    groups = None if count == 1 else torch.arange(count, device=folded.device)
+    return A_hat.T.repeat(count, 1), groups

@@ -154,48 +154,10 @@ def _sum_by_group(by_segment: Tensor, groups: Tensor | None, num_groups: int) ->
     return indicator.to(by_segment.dtype) @ by_segment
 
 
-def _left_factor(B: Tensor, folded: Tensor, out_features: int, scales: Sequence[int]) -> Tensor:
-    """``L[g, i*k + a, (p, q)] = B[i, p] Kbar[g, a, q]``; the update is ``L @ Ahat``. -> ``[G, out, r * sum(k)]``."""
-    blocks = []
-    for kernel, k in zip(folded.to(B.dtype).split([k * k for k in scales], dim=1), scales, strict=True):
-        height = -(-out_features // k)
-        block = torch.einsum("ip,gaq->giapq", B[:height], kernel.view(-1, k, k))
-        blocks.append(block.reshape(len(folded), height * k, B.shape[1] * k)[:, :out_features])
-    return torch.cat(blocks, dim=2)
-
-
-def pyramid_weight(
-    A: Tensor, B: Tensor, folded: Tensor, in_features: int, out_features: int, scales: Sequence[int]
-) -> Tensor:
-    return _left_factor(B, folded, out_features, scales) @ _interleave(A, in_features, scales, A.dtype)
-
-
-def pyramid_weight_backward(
-    grad: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int], needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    need_A, need_B, need_folded = needs
-    _, out_features, in_features = grad.shape
-    rank = A.shape[0]
-    grad_A = grad_B = grad_folded = None
-    if need_A:
-        left = _left_factor(B, folded, out_features, scales)
-        grad_A = _deinterleave(torch.einsum("gop,goi->pi", left, grad), A.shape[1], scales).to(A.dtype)
-    if need_B or need_folded:
-        grad_left = grad @ _interleave(A, in_features, scales, A.dtype).T  # [G, out, r * sum(k)]
-        grad_B, blocks = torch.zeros_like(B), []
-        columns = grad_left.split([rank * k for k in scales], dim=2)
-        kernels = folded.to(B.dtype).split([k * k for k in scales], dim=1)
-        for part, kernel, k in zip(columns, kernels, scales, strict=True):
-            height = -(-out_features // k)
-            part = F.pad(part, (0, 0, 0, height * k - out_features)).reshape(-1, height, k, rank, k)
-            grad_B[:height] += torch.einsum("giapq,gaq->ip", part, kernel.view(-1, k, k))
-            blocks.append(torch.einsum("giapq,ip->gaq", part, B[:height]).flatten(1))
-        grad_folded = torch.cat(blocks, dim=1).to(folded.dtype)
-    return grad_A, grad_B if need_B else None, grad_folded if need_folded else None
-
-
 _ops = Library(sys.modules[__name__])
 pyramid_delta = _ops.pyramid_delta
 pyramid_delta_backward = _ops.pyramid_delta_backward
 pyramid_linear = _ops.pyramid_linear
 pyramid_linear_backward = _ops.pyramid_linear_backward
+pyramid_weight = _ops.pyramid_weight
+pyramid_weight_backward = _ops.pyramid_weight_backward

@@ -12,12 +12,11 @@ import torch
 
 name = "triton"
 fuses_dropout = True
-takes_active = True
+keeps = True
 
 _OPS = {f"pyramid_{op}{suffix}" for op in ("weight", "delta", "linear") for suffix in ("", "_backward")}
-_OPS.add("pyramid_merge")
-#: The first Triton that these kernels were compiled and interpreted with.
-OLDEST = (3, 8)
+#: The first Triton whose kernels take compile-time tuples as these do.
+OLDEST = (3, 4)
 #: The oldest compute capability that tiles are checked for; before it there is no bf16 and no asynchronous copy.
 CAPABILITY = (8, 0)
 

@@ -27,8 +27,8 @@ def logits_grad_kernel(
     gates_ptr,  # [G, E], -1 where not selected
     probability_ptr,  # [G, E] where one expert is selected, else None
     out_ptr,  # [G, E], dlogits
-    experts,
-    entries,
+    experts: tl.constexpr,
+    entries: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -175,17 +175,19 @@ def fold_grad_kernel(
     grad_gate_ptr,  # [E, width]
     grad_table_ptr,  # [T, width]
     first_task,
-    num_tasks,
     num_groups,
-    experts,
-    width,
-    entries,
-    numbers,
-    BLOCK_E: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    SIZES: tl.constexpr,  # tasks, experts, width, entries, packed numbers
+    BLOCKS: tl.constexpr,  # of experts, groups, packed numbers, channels
 ):
+    num_tasks: tl.constexpr = SIZES[0]
+    experts: tl.constexpr = SIZES[1]
+    width: tl.constexpr = SIZES[2]
+    entries: tl.constexpr = SIZES[3]
+    numbers: tl.constexpr = SIZES[4]
+    BLOCK_E: tl.constexpr = BLOCKS[0]
+    BLOCK_G: tl.constexpr = BLOCKS[1]
+    BLOCK_P: tl.constexpr = BLOCKS[2]
+    BLOCK_W: tl.constexpr = BLOCKS[3]
     section = tl.program_id(1)
     if grad_kernels_ptr is not None:
         if section == 0:
@@ -269,17 +271,18 @@ def fold_backward(
             gates,
             probability,
             slope,
-            experts,
-            entries,
             config=logits_grad_config(experts, entries),
+            experts=experts,
+            entries=entries,
         )
     grad_gate = torch.empty_like(gate) if need_gate else None
     grad_table = torch.empty_like(table) if need_table else None
     grad_kernels = torch.empty_like(packed) if need_kernels else None
     config = fold_grad_config(experts)
-    blocks = -(-width // config["BLOCK_W"])
+    _, _, block_p, block_w = config["BLOCKS"]
+    blocks = -(-width // block_w)
     programs = (
-        -(-len(packed) // config["BLOCK_P"]) * need_kernels,
+        -(-len(packed) // block_p) * need_kernels,
         experts * blocks * need_gate,
         len(table) * blocks * need_table,
     )
@@ -299,12 +302,8 @@ def fold_backward(
         grad_gate,
         grad_table,
         first_task,
-        len(table),
         groups,
-        experts,
-        width,
-        entries,
-        len(packed),
         config=config,
+        SIZES=(len(table), experts, width, entries, len(packed)),
     )
     return grad_gate, grad_table, grad_kernels

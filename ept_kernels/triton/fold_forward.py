@@ -31,17 +31,18 @@ def fold_kernel(
     gates_ptr,  # [G, E], -1 where not selected; or None
     probability_ptr,  # [G, E], the softmax over all experts; or None
     first_task,
-    num_tasks,
-    experts,
-    width,
-    entries,
-    scales,
-    top_k,
+    SIZES: tl.constexpr,  # tasks, experts, width, entries, scales, top_k
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    num_tasks: tl.constexpr = SIZES[0]
+    experts: tl.constexpr = SIZES[1]
+    width: tl.constexpr = SIZES[2]
+    entries: tl.constexpr = SIZES[3]
+    scales: tl.constexpr = SIZES[4]
+    top_k: tl.constexpr = SIZES[5]
     group = tl.program_id(0)
     task = task_of(tasks_ptr, first_task, group, True)
     known = (task >= 0) & (task < num_tasks)
@@ -130,12 +131,7 @@ def fold_forward(
         gates,
         probability,
         first_task,
-        len(table),
-        experts,
-        width,
-        entries,
-        scales,
-        top_k,
         config=fold_config(experts, width, entries, scales),
+        SIZES=(len(table), experts, width, entries, scales, top_k),
     )
     return folded, active, gates, probability

@@ -17,8 +17,7 @@ R = TypeVar("R")
 def on_its_device(op: Callable[P, R]) -> Callable[P, R]:
     """Run ``op`` with the device of its first argument, a tensor, as the current one.
 
-    Tiles, precision and launches follow the current device, and a layer need not be on it. Every op of this backend
-    that ``dispatch`` calls is wrapped, inside the registered op, so that ``torch.compile`` does not see it.
+    Tiles and launches follow the current device, and a layer need not be on it.
     """
 
     @wraps(op)
