@@ -87,7 +87,7 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         self.kernels = nn.ParameterList(nn.Parameter(torch.empty(k, k, **factory)) for k in sizes)
         width: Any = in_features if self.by_token else shared.dim
         self.gate = nn.Parameter(torch.empty(self.geometry.num_experts, width, **factory))
-        self.kept = Kept()
+        self.kept, self.kept_factors = Kept(), Kept()
         self.reset_adapter_parameters()
         if config.finished_tasks:
             experts = self._known_to(config.finished_tasks).num_experts
@@ -287,13 +287,24 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
 
     def delta(self, x: Tensor, task_ids: TaskIds | None = None) -> Tensor:
         folded, groups, active = self.fold_for(x, task_ids)
-        return pyramid_delta(x, self.A, self.B, folded, groups, self.geometry, dropout_p=self.dropout_p, active=active)
+        options: Any = {"dropout_p": self.dropout_p, "active": active, "kept": self._kept_for_inference()}
+        return pyramid_delta(x, self.A, self.B, folded, groups, self.geometry, **options)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, task_ids: TaskIds | None = None) -> Tensor:
         folded, groups, active = self.fold_for(x, task_ids)
-        return pyramid_linear(
-            x, weight, bias, self.A, self.B, folded, groups, self.geometry, dropout_p=self.dropout_p, active=active
-        )
+        options: Any = {"dropout_p": self.dropout_p, "active": active, "kept": self._kept_for_inference()}
+        return pyramid_linear(x, weight, bias, self.A, self.B, folded, groups, self.geometry, **options)
+
+    def _kept_for_inference(self) -> Kept | None:
+        """Where an op may keep what follows from parameters; training empties it and the folded kernels.
+
+        Versions do not count a write through ``parameter.data``, as some optimizers do; a training step comes first.
+        """
+        if not self.training:
+            return self.kept_factors
+        if not torch.compiler.is_compiling() and (self.kept.value or self.kept_factors.value) is not None:
+            self.kept.value = self.kept_factors.value = None
+        return None
 
     def merge_into(self, weight: Tensor, task: int) -> Tensor:
         folded, *_ = self.fold(task)

@@ -4,10 +4,8 @@ A backend is a module with a ``name``, six functions (``pyramid_weight``, ``pyra
 their ``_backward`` twins, with the signatures of ``torch_backend``) and, unless it serves everything, a function
 ``unsupported(device, dtype)`` that says why it cannot serve, or None. One with ``fuses_dropout = True`` takes
 ``dropout_p`` and ``seed`` as well; for the others rows are dropped before they come. One with ``keeps = True`` takes
-``keep``, gives a ``library.Output`` and takes what that keeps in its backward. One that can add an
-update to a base weight in passing has ``pyramid_merge(weight, A, B, folded, scales)``: any weight of a dtype it serves,
-A, B and folded of one dtype, fp32 or wider. Rows are 2-D, sizes are validated, autograd and autocast are already out of
-the way.
+``keep`` and ``kept``, gives a ``library.Output`` and takes what that keeps in its backward. Rows are 2-D, sizes are
+validated, autograd and autocast are already out of the way.
 ``EPT_BACKEND`` forces a backend for the whole process and fails loudly if that backend cannot serve; without it the
 first of ``AUTOMATIC`` that can serve does. Modules are imported when first asked for: importing the package touches no
 GPU and needs neither Triton nor a compiled extension.
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kept import Kept
 from .library import Output
 
 _MODULES = {
@@ -100,7 +99,13 @@ def run(op: str, *args: Any) -> Any:
 
 
 def run_forward(
-    op: str, *args: Any, dropout_p: float, seed: Tensor | None, active: Tensor | None, keep: bool
+    op: str,
+    *args: Any,
+    dropout_p: float,
+    seed: Tensor | None,
+    active: Tensor | None,
+    keep: bool,
+    kept: Kept | None = None,
 ) -> Output:
     """``pyramid_delta`` or ``pyramid_linear`` on its backend.
 
@@ -109,7 +114,7 @@ def run_forward(
     backend = backend_for(args[0].device, args[0].dtype)
     options = {"active": active} if seed is None else {"active": active, "dropout_p": dropout_p, "seed": seed}
     if getattr(backend, "keeps", False):
-        return getattr(backend, op)(*args, **options, keep=keep)
+        return getattr(backend, op)(*args, **options, keep=keep, kept=kept)
     return Output(getattr(backend, op)(*args, **options))
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from .dispatch import keeps_for_backward, run_forward
 from .gradients import delta_backward, delta_save, linear_backward, linear_save
+from .kept import Kept
 from .library import Output
 from .tracing import is_eager
 
 
-def _run(op: str, args: tuple[Any, ...], keep: bool) -> Output:
+def _run(op: str, args: tuple[Any, ...], keep: bool, kept: Kept | None = None) -> Output:
     *positional, dropout_p, seed, active = args
-    return run_forward(op, *positional, dropout_p=dropout_p, seed=seed, active=active, keep=keep)
+    return run_forward(op, *positional, dropout_p=dropout_p, seed=seed, active=active, keep=keep, kept=kept)
 
 
 class _Delta(torch.autograd.Function):
@@ -49,8 +50,11 @@ _FUNCTIONS = {"pyramid_delta": _Delta, "pyramid_linear": _Linear}
 _keeps_in_graph = torch.compiler.assume_constant_result(keeps_for_backward)
 
 
-def call(op: str, *args: Any) -> Tensor:
-    """``torch.ops.ept.<op>(*args)``'s first result, by the shortest path with the same result."""
+def call(op: str, *args: Any, kept: Kept | None = None) -> Tensor:
+    """``torch.ops.ept.<op>(*args)``'s first result, by the shortest path with the same result.
+
+    ``kept``: where inference keeps what follows from parameters alone. On a GPU only: elsewhere it would save little.
+    """
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not is_eager(*tensors):
@@ -58,4 +62,4 @@ def call(op: str, *args: Any) -> Tensor:
         return getattr(torch.ops.ept, op)(*args, keep)[0]
     if trains:
         return _FUNCTIONS[op].apply(*args)
-    return _run(op, args, keep=False).y.contiguous()
+    return _run(op, args, keep=False, kept=kept if args[0].is_cuda else None).y.contiguous()

@@ -12,6 +12,7 @@ from .autocast import autocast_dtype, without_autocast
 from .dispatch import backend_for
 from .eager import call
 from .geometry import PyramidGeometry
+from .kept import Kept
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -131,8 +132,7 @@ def pyramid_merge(weight: Tensor, A: Tensor, B: Tensor, folded: Tensor, geometry
         geometry: the layer's sizes.
 
     Returns:
-        ``[G, out, in]`` in the dtype of weight: summed in fp32 or wider, rounded once. Where the backend fuses the sum
-        (``triton``), no dense update is in memory beside it.
+        ``[G, out, in]`` in the dtype of weight: summed in fp32 or wider, rounded once.
 
     Raises:
         ValueError: a shape or dtype that does not fit the geometry, tensors on several devices or not dense.
@@ -160,6 +160,7 @@ def pyramid_delta(
     *,
     dropout_p: float = 0.0,
     active: Tensor | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """The adapter's output for any base layer (spec section 2): ``sum_k B_k (A_k X) Kbar_k[g]^T``.
 
@@ -174,6 +175,8 @@ def pyramid_delta(
             torch's generator.
         active: ``[G, S]`` bool, whether a group uses an expert of each of ``geometry.scales``; None: whether it does is
             not known. Where False, the kernel in ``folded`` must be zero; its gradient is zero then, and not computed.
+        kept: of a layer, for calls without gradients on a GPU: what follows from A, B and folded is kept there until
+            one of them changes (``Stamp``).
 
     Returns:
         ``[..., out]`` in the dtype of x (autocast's, where that is on), differentiable once in x, A, B and folded.
@@ -192,7 +195,9 @@ def pyramid_delta(
     dtype = autocast_dtype(x)
     if dtype is not None:
         with without_autocast(x.device):
-            return pyramid_delta(x.to(dtype), A, B, folded, groups, geometry, dropout_p=dropout_p, active=active)
+            return pyramid_delta(
+                x.to(dtype), A, B, folded, groups, geometry, dropout_p=dropout_p, active=active, kept=kept
+            )
     seed = None
     if dropout_p > 0:
         if _fuses_dropout(x.device, x.dtype):
@@ -212,6 +217,7 @@ def pyramid_delta(
         dropout_p,
         seed,
         active,
+        kept=kept,
     )
     return delta.view(*x.shape[:-1], geometry.out_features)
 
@@ -228,6 +234,7 @@ def pyramid_linear(
     *,
     dropout_p: float = 0.0,
     active: Tensor | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """``x @ weight.T + bias`` and the adapter's output in one call; the rest as in ``pyramid_delta``.
 
@@ -265,6 +272,7 @@ def pyramid_linear(
                 geometry,
                 dropout_p=dropout_p,
                 active=active,
+                kept=kept,
             )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
@@ -277,6 +285,18 @@ def pyramid_linear(
         seed = _dropout_seed(x)
     rows = x.reshape(-1, geometry.in_features)
     output = call(
-        "pyramid_linear", rows, weight, bias, A, B, folded, groups, list(geometry.scales), dropout_p, seed, active
+        "pyramid_linear",
+        rows,
+        weight,
+        bias,
+        A,
+        B,
+        folded,
+        groups,
+        list(geometry.scales),
+        dropout_p,
+        seed,
+        active,
+        kept=kept,
     )
     return output.view(*x.shape[:-1], geometry.out_features)

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kept import Kept, Stamp, captures
+
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -81,6 +83,29 @@ class Output(NamedTuple):
     B_hat: Tensor | None = None
 
 
+class _Update(NamedTuple):
+    """``left [T, W] right [W, out]`` is the adapter's output; the rest is what the backward may use again."""
+
+    left: Tensor
+    right: Tensor
+    U: Tensor
+    A_hat: Tensor
+    B_hat: Tensor
+
+    def output(self, y: Tensor, keep: bool) -> Output:
+        return Output(y, self.U, self.A_hat, self.B_hat) if keep else Output(y)
+
+
+class _Factors(NamedTuple):
+    """Interleaved factors that inference keeps; and, of the one kernel used last, ``right = Kbar Bhat``."""
+
+    stamp: Stamp
+    A_hat: Tensor
+    B_hat: Tensor
+    folded: Stamp | None = None
+    right: Tensor | None = None
+
+
 #: ``(x, weight, bias, V, hat) -> x weight^T + bias + V hat``: the two products of forward, and of the gradient of x.
 Products = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
@@ -134,10 +159,11 @@ class Library:
         seed: Tensor | None = None,
         active: Tensor | None = None,
         keep: bool = False,
+        kept: Kept | None = None,
     ) -> Output:
-        U, V, A_hat, B_hat = self._shrink(x, A, B, folded, groups, out_features, scales, dropout_p, seed, active)
-        y = V @ B_hat
-        return Output(y, U, A_hat, B_hat) if keep else Output(y)
+        """``keep``: give what the backward may use again. ``kept``: where inference finds what A, B and folded give."""
+        update = self._update(x, A, B, folded, groups, out_features, scales, dropout_p, seed, active, kept)
+        return update.output(update.left @ update.right, keep)
 
     def pyramid_linear(
         self,
@@ -153,12 +179,13 @@ class Library:
         seed: Tensor | None = None,
         active: Tensor | None = None,
         keep: bool = False,
+        kept: Kept | None = None,
     ) -> Output:
-        U, V, A_hat, B_hat = self._shrink(x, A, B, folded, groups, weight.shape[0], scales, dropout_p, seed, active)
-        y = self.products(x, weight, bias, V, B_hat)
-        return Output(y, U, A_hat, B_hat) if keep else Output(y)
+        """As ``pyramid_delta``, added to the base product."""
+        update = self._update(x, A, B, folded, groups, weight.shape[0], scales, dropout_p, seed, active, kept)
+        return update.output(self.products(x, weight, bias, update.left, update.right), keep)
 
-    def _shrink(
+    def _update(
         self,
         x: Tensor,
         A: Tensor,
@@ -170,13 +197,56 @@ class Library:
         dropout_p: float,
         seed: Tensor | None,
         active: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(U, V, Ahat, Bhat)``."""
+        kept: Kept | None,
+    ) -> _Update:
         if seed is not None:
             x = self.kernels.dropout(x, seed, dropout_p)
+        folded = _computed(folded)
+        if kept is not None and not captures(x):
+            factors = self._kept_factors(kept, A, B, x.shape[1], out_features, scales, x.dtype)
+            if factors is not None:
+                U = x @ factors.A_hat.T
+                if groups is None and len(folded) == 1:
+                    return _Update(
+                        U, self._folded_right(kept, factors, folded, scales), U, factors.A_hat, factors.B_hat
+                    )
+                V = self.kernels.core(U, folded, groups, active, scales)
+                return _Update(V, factors.B_hat, U, factors.A_hat, factors.B_hat)
         A_hat, B_hat = self.kernels.interleave(A, B, x.shape[1], out_features, scales, x.dtype)
         U = x @ A_hat.T
-        return U, self.kernels.core(U, _computed(folded), groups, active, scales), A_hat, B_hat
+        return _Update(self.kernels.core(U, folded, groups, active, scales), B_hat, U, A_hat, B_hat)
+
+    def _kept_factors(
+        self,
+        kept: Kept,
+        A: Tensor,
+        B: Tensor,
+        in_features: int,
+        out_features: int,
+        scales: Sequence[int],
+        dtype: torch.dtype,
+    ) -> _Factors | None:
+        """The interleaved factors, made anew where A or B has changed; None where that cannot be told."""
+        known: _Factors | None = kept.value
+        if known is not None and known.A_hat.dtype == dtype and known.stamp.holds(A, B):
+            return known
+        stamp = Stamp.of(A, B)
+        if stamp is None:
+            return None
+        kept.value = _Factors(stamp, *self.kernels.interleave(A, B, in_features, out_features, scales, dtype))
+        return kept.value
+
+    def _folded_right(self, kept: Kept, factors: _Factors, folded: Tensor, scales: Sequence[int]) -> Tensor:
+        """``Bhat`` with the one folded kernel applied to it, so that ``y += U right``: no core in between."""
+        if factors.right is not None and factors.folded is not None and factors.folded.holds(folded):
+            return factors.right
+        asked = (False, True, False)
+        _, turned, _ = self.kernels.core_backward(None, factors.B_hat.T.contiguous(), folded, None, None, scales, asked)
+        assert turned is not None
+        right = turned.T
+        if (stamp := Stamp.of(folded)) is not None:
+            kept.value = factors._replace(folded=stamp, right=right)
+        return right
 
     def pyramid_delta_backward(
         self,

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native, native_fold
+from . import native
 from .geometry import PyramidGeometry
-from .kept import Kept
+from .kept import FoldTasks, Kept
 
 #: Above this many tasks, the first call after a change would fold a multitude for the few that it needs.
 MOST_TASKS = 256
@@ -94,11 +94,12 @@ def renew(
     top_k: int,
     scaling: float,
     geometry: PyramidGeometry,
+    fold_tasks: FoldTasks,
 ) -> _Fold:
     """Fold all tasks and keep the result."""
     gate, *kernels, table = parameters
     layer, embeddings = _snapshot(gate, *kernels), _table_snapshot(kept_table, table)
-    folded, active = native_fold.fold_tasks(gate, table, None, kernels, top_k, scaling, geometry)
+    folded, active = fold_tasks(gate, table, None, kernels, top_k, scaling, geometry)
     sizes = tuple(parameter.numel() for parameter in parameters)
     kept.value = _Fold(top_k, scaling, geometry, parameters, sizes, layer, embeddings, folded, active, {})
     return kept.value

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import backend_for, run, run_backward, run_forward, serves
+from .dispatch import run, run_backward, run_forward
 from .gradients import delta_backward, delta_save, linear_backward, linear_save, weight_backward, weight_setup
 from .library import Output
 
@@ -103,14 +103,10 @@ for _name, _kernel in {
 
 
 def _merge(weight: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int]) -> Tensor:
-    """By the backend's own ``pyramid_merge``, if it has one and serves this weight; else through the dense update."""
+    """Summed in fp32 or wider, rounded once."""
     factor_dtype = torch.promote_types(A.dtype, torch.float32)
     A, B, folded = (tensor.to(factor_dtype) for tensor in (A, B, folded))
-    backend = backend_for(weight.device, factor_dtype)
-    if hasattr(backend, "pyramid_merge") and serves(backend, weight.device, weight.dtype):
-        return backend.pyramid_merge(weight, A, B, folded, scales).contiguous()
-    out_features, in_features = weight.shape
-    update = backend.pyramid_weight(A, B, folded, in_features, out_features, scales)
+    update = run("pyramid_weight", A, B, folded, weight.shape[1], weight.shape[0], scales)
     in_place = update.dtype == torch.promote_types(weight.dtype, update.dtype)
     total = update.add_(weight) if in_place else weight + update
     return total.to(weight.dtype).contiguous()

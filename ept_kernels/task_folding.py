@@ -21,8 +21,8 @@ from .tracing import is_eager
 #: Modules with ``fold_tasks`` and, where there is a limit, ``MOST_EXPERTS``; by the name of their backend.
 _MODULES = {"cpu": ".native_fold", "triton": ".triton.fold"}
 
-#: Modules that keep folded kernels between calls. On a GPU one would have to wait to know whether parameters changed.
-_CACHES = {"cpu": ".native_fold_cache"}
+#: Modules that keep folded kernels between calls: by the parameters' values on a CPU, by their versions on a GPU.
+_CACHES = {"cpu": ".native_fold_cache", "triton": ".versioned_fold_cache", "cuda": ".versioned_fold_cache"}
 
 _loaded: dict[str, ModuleType] = {}
 
@@ -142,9 +142,9 @@ def fold_kept(
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """``(folded [G, folded_size], groups [N] or None, active [G, S])`` for the ops, from ``kept`` where it still holds.
 
-    None where nothing is kept: gradients are on, something traces or transforms the call (``is_eager``), the backend is
-    not "cpu" or ``fold_tasks`` would give None, or there are very many tasks. The tensors serve later calls, too: they
-    are to be read only.
+    None where nothing is kept: gradients are on, something traces or transforms the call (``is_eager``) or captures it
+    in a CUDA graph, ``fold_tasks`` would give None, or there are very many tasks. The tensors serve later calls, too:
+    they are to be read only.
 
     Args:
         kept: this layer's. kept_table: the table's, for all layers that share it.
@@ -156,7 +156,7 @@ def fold_kept(
         IndexError, ValueError, TypeError, RuntimeError: as ``fold_tasks``.
     """
     _check_tasks(tasks)
-    if not is_eager() or torch.is_grad_enabled() or not gate.is_cpu:
+    if not is_eager() or torch.is_grad_enabled():
         return None
     cache = _module(_CACHES, gate.device)
     if cache is None:
@@ -165,9 +165,12 @@ def fold_kept(
     fold = cache.unchanged(kept, tasks, parameters, top_k, scaling, geometry)
     if fold is None:
         _check(geometry, top_k, scaling, gate, table, kernels)
-        if len(table) > cache.MOST_TASKS or _server(gate, table, kernels) is None:
+        server = _server(gate, table, kernels)
+        if len(table) > cache.MOST_TASKS or server is None:
             return None
-        fold = cache.renew(kept, kept_table, parameters, top_k, scaling, geometry)
+        fold = cache.renew(kept, kept_table, parameters, top_k, scaling, geometry, server.fold_tasks)
+        if fold is None:
+            return None
         cache.unchanged(kept, tasks, parameters, top_k, scaling, geometry)  # refuses a task that the table lacks
     if not isinstance(tasks, int):
         return fold.folded, None if tasks is None else tasks.reshape(-1), fold.active

@@ -9,7 +9,7 @@ import torch
 from pyramid_testing import Case, Problem, assert_matches, assert_same_bits, poisoned_memory, tight, working_dtype
 
 import ept_kernels
-from ept_kernels import PyramidGeometry, backend_for, reference
+from ept_kernels import PyramidGeometry, reference
 
 CASE = Case(PyramidGeometry(11, 7, 3, (2, 3, 2, 5)), num_groups=3)
 
@@ -83,26 +83,6 @@ def test_autocast_changes_nothing() -> None:
     expected = merge(p)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same_bits(merge(p), expected)
-
-
-def test_a_backend_that_fuses_the_sum_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gets the factors in fp32 or wider, and no weight of a dtype that it does not serve."""
-    monkeypatch.setenv("EPT_BACKEND", "torch")
-    backend, seen = backend_for(torch.device("cpu")), []
-
-    def fused(weight, A, B, folded, scales):
-        seen.append((weight.dtype, A.dtype, B.dtype, folded.dtype))
-        return weight.new_zeros(len(folded), *weight.shape)
-
-    monkeypatch.setattr(backend, "pyramid_merge", fused, raising=False)
-    monkeypatch.setattr(
-        backend, "unsupported", lambda _, dtype: "no" if dtype == torch.float16 else None, raising=False
-    )
-    assert not merge(CASE.tensors(torch.bfloat16)).any()
-    assert seen == [(torch.bfloat16, torch.float32, torch.float32, torch.float32)]
-    p = CASE.tensors(torch.float16)
-    assert_matches(merge(p), exact_sum(p), 2.0**-11)
-    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("name", ["weight", "A", "B", "folded"])
