@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from ept_kernels.doctor import processor
+
 #: Samples shorter than this are made of several calls (CPU): long enough to hold a scheduler's time slices.
 MINIMUM_SAMPLE_SECONDS = 20e-3
 #: Overwriting this many bytes evicts the L2 cache of any GPU now sold.
@@ -214,11 +216,7 @@ def device_name(device: torch.device) -> str:
     """The maker's name for a GPU, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return processor()
 
 
 def _version(package: str) -> str:
