@@ -90,7 +90,8 @@ def _forward_backward(candidate: Candidate, problem: Problem) -> tuple[Tensor | 
     return torch.autograd.grad(candidate.forward(problem.x), inputs, problem.cotangent, allow_unused=True)
 
 
-_CALLS: dict[str, Callable[[Candidate, Problem], object]] = {PASSES[0]: _forward, PASSES[1]: _forward_backward}
+#: A pass -> what calls a candidate.
+CALLS: dict[str, Callable[[Candidate, Problem], object]] = {PASSES[0]: _forward, PASSES[1]: _forward_backward}
 
 
 def _reason(error: Exception) -> str:
@@ -213,7 +214,7 @@ def _timed_rows(
         progress(0.35 * (fraction - done), f"timing {which}")
         done = fraction
 
-    calls = {name: Timed(partial(_CALLS[which], candidates[name], problem), candidates[name].forced) for name in timed}
+    calls = {name: Timed(partial(CALLS[which], candidates[name], problem), candidates[name].forced) for name in timed}
     samples = alternate(calls, effort.rounds, device, budget=effort.budget, progress=advance)
     advance(1.0)
     rows = []

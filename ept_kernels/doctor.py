@@ -220,9 +220,9 @@ def _evaluate(function, device: torch.device, dtype: torch.dtype) -> list[Tensor
     return [value.detach().double().cpu() for value in (output, *gradients)]
 
 
-def _errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-    """Relative errors; infinite where something is not finite."""
-    errors = [((f - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True)]
+def relative_errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """``||found - exact|| / ||exact||`` of each pair; infinite where something is not finite."""
+    errors = [((f.double() - e).norm() / e.norm()).item() for f, e in zip(found, exact, strict=True)]
     return [error if error == error else float("inf") for error in errors]
 
 
@@ -232,11 +232,11 @@ def check(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[bool,
     exact = _evaluate(reference.pyramid_linear, cpu, torch.float64)
     limits = [FP32_LIMIT] * len(exact)
     if dtype != torch.float32:
-        plain = _errors(_evaluate(reference.pyramid_linear, cpu, dtype), exact)
+        plain = relative_errors(_evaluate(reference.pyramid_linear, cpu, dtype), exact)
         limits = [OVER_PLAIN_TORCH * error for error in plain]
     try:
         with _forced(backend):
-            errors = _errors(_evaluate(pyramid_linear, device, dtype), exact)
+            errors = relative_errors(_evaluate(pyramid_linear, device, dtype), exact)
     except Exception as error:
         return False, f"{type(error).__name__}: {error}"
     wrong = [i for i, (error, limit) in enumerate(zip(errors, limits, strict=True)) if not error <= limit]

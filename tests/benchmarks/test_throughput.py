@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 #: 6 divides neither side, 8 only one.
 TINY = Point("50x72", tokens=24, tasks=3, experts=8, dtype="fp32")
 #: All but "compile", which takes a minute to compile; a test of its own compiles it once.
-FAST = ("linear", "lora", "lokr", "loop", "dense", "ept:torch", "ept:reference")
+FAST = ("linear", "lora", "addmm", "lokr", "loop", "dense", "ept:torch", "ept:reference")
 EFFORT = Effort(rounds=3, budget=60.0)
 MB = 2**20
 
@@ -513,12 +513,12 @@ def test_gpu_clock_flushes_and_waits_once_a_round(monkeypatch: pytest.MonkeyPatc
             return 2.5
 
     class Buffer:
-        def zero_(self) -> None:
+        def sum(self) -> None:
             log.append("flush")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: Buffer())
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: Buffer())
     samples = alternate({name: Timed(lambda: log.append("call")) for name in "ab"}, 2, torch.device("cuda"))
     one = ["flush", "event", "call", "event"]
     assert log[4:] == 2 * [*one, *one, "wait", "read", "read"]  # after two warm-up calls of each
