@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import os
 import shutil
 import signal
@@ -34,7 +33,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gpu_stages import STAGES, Stage
-from gpu_stages.table import PROVENANCE, Row, read_rows, summary
+from gpu_stages.table import PROVENANCE, Row, append_row, read_rows, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 CARRIED = ROOT / "carry"
@@ -140,8 +139,7 @@ def run_stages(stages: Sequence[Stage], commands: Commands, out: Path, minutes: 
         nonlocal provenance
         written = read_rows(path)
         provenance = next(({k: r[k] for k in PROVENANCE if k in r} for r in written if "device" in r), {})
-        with path.open("a") as file:
-            file.write(json.dumps({**row, **clocks.since_last(), **shared, **provenance}) + "\n")
+        append_row(path, {**row, **clocks.since_last(), **shared, **provenance})
         print(f"== {row['stage']}: {row['status']}, {row['seconds']} of {row['limit']} s", flush=True)
 
     def start(stage: Stage) -> Child:

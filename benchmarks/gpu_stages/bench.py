@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import traceback
@@ -15,7 +14,7 @@ import harness
 import torch
 from harness import Timed, alternate, pick_device, provenance, ratio_spread, spread
 
-from .table import Row
+from .table import Row, append_row
 
 #: Copies of the tensors that take turns in ``Bench.rotated``: more than an L2 cache holds, at a layer's sizes.
 COPIES = 4
@@ -81,8 +80,7 @@ class Bench:
 
     def emit(self, **row: object) -> None:
         """Append a row, and print it."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"stage": self.stage, **row, **self.shared}) + "\n")
+        append_row(self.path, {"stage": self.stage, **row, **self.shared})
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
 
     @contextmanager

@@ -31,6 +31,14 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def append_row(path: Path, row: Row) -> None:
+    """Add a line, after whatever a dying process left half written."""
+    with path.open("a+b") as file:
+        file.seek(max(file.tell() - 1, 0))
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(start + json.dumps(row).encode() + b"\n")
+
+
 def _cells(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     """A table in Markdown."""
 
