@@ -12,8 +12,8 @@ loop        EPT expert by expert, as its released code computes it: the product 
 dense       EPT through its dense update: ``ept_kernels.pyramid_weight`` for every task, then ``F.linear`` with
             ``W + update`` on the samples of each
 compile     EPT in the structured form ``B_k (A_k X) Kbar_k^T``, written in plain torch, under ``torch.compile``
-ept:NAME    ``ept.EPTLinear`` on backend NAME; ``ept:triton:PLAN`` on Triton with its base product run as PLAN says
-            (``fused``, ``single`` or ``split``; without it the backend chooses, or ``EPT_TRITON_BASE``)
+ept:NAME    ``ept.EPTLinear`` on backend NAME; ``ept:triton:PLAN`` on Triton with base product and update added as
+            PLAN says (``library`` or ``fused``; without it the backend chooses, or ``EPT_GPU_PLAN``)
 ==========  ==========================================================================================================
 
 Router and folding are part of every EPT candidate's time. Adapters are in evaluation mode, all parameters trainable.

@@ -48,11 +48,11 @@ Commands = Callable[[Stage], list[str]]
 class Child:
     """A stage's process: it imports what it needs, and begins when it is told how many seconds it has."""
 
-    def __init__(self, stage: Stage, command: Sequence[str], out: Path) -> None:
+    def __init__(self, stage: Stage, command: Sequence[str], out: Path, extra: dict[str, str]) -> None:
         self.stage = stage
         self.log = out / f"{stage.name}.log"
         paths = [*([str(CARRIED)] if CARRIED.is_dir() else []), str(ROOT), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment = {**os.environ, **extra, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stderr=log, env=environment, start_new_session=True, text=True
@@ -130,7 +130,7 @@ def allowed(stage: Stage, later: Sequence[Stage], left: float) -> float:
 
 
 def run_stages(stages: Sequence[Stage], commands: Commands, out: Path, minutes: float, shared: Row) -> None:
-    """Run the stages within the budget; every row goes to ``out / FILE``."""
+    """Run the stages within the budget; every row goes to ``out / FILE``, with ``shared`` in it."""
     end = time.monotonic() + 60 * minutes - RESERVE
     path, clocks, children = out / FILE, Clocks(out / "clocks.csv"), []
     provenance: Row = {}
@@ -143,7 +143,8 @@ def run_stages(stages: Sequence[Stage], commands: Commands, out: Path, minutes: 
         print(f"== {row['stage']}: {row['status']}, {row['seconds']} of {row['limit']} s", flush=True)
 
     def start(stage: Stage) -> Child:
-        children.append(Child(stage, commands(stage), out))
+        extra = {"TRITON_INTERPRET": "1"} if shared.get("dry") and stage.interprets else {}
+        children.append(Child(stage, commands(stage), out, extra))
         return children[-1]
 
     try:

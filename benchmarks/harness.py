@@ -48,9 +48,9 @@ class Timed:
 
 @contextlib.contextmanager
 def forced_backend(name: str | None) -> Iterator[None]:
-    """``EPT_BACKEND=name`` inside; with None, unset. ``triton:PLAN`` sets ``EPT_TRITON_BASE=PLAN`` as well."""
+    """``EPT_BACKEND=name`` inside; with None, unset. ``triton:PLAN`` sets ``EPT_GPU_PLAN=PLAN`` as well."""
     backend, _, plan = (name or "").partition(":")
-    forced = {"EPT_BACKEND": backend, **({"EPT_TRITON_BASE": plan} if plan else {})}
+    forced = {"EPT_BACKEND": backend, **({"EPT_GPU_PLAN": plan} if plan else {})}
     before = {variable: os.environ.pop(variable, None) for variable in forced}
     os.environ.update({variable: value for variable, value in forced.items() if value})
     try:

@@ -16,9 +16,6 @@ from harness import Timed, alternate, pick_device, provenance, ratio_spread, spr
 
 from .table import Row, append_row
 
-#: Copies of the tensors that take turns in ``Bench.rotated``: more than an L2 cache holds, at a layer's sizes.
-COPIES = 4
-
 
 class _Enqueued:
     """A call that notes how long the host took for it."""
@@ -62,7 +59,7 @@ class Bench:
             raise RuntimeError("no GPU that torch can use; --dry tries this command on a CPU")
         device = torch.device("cpu") if dry else pick_device()
         if dry:
-            harness.MINIMUM_SAMPLE_SECONDS = 1e-6
+            harness.MINIMUM_SAMPLE_SECONDS, harness.WARM_UP_CALLS = 1e-6, 0
         return cls(stage, device, dry, end, path, {**shared, **provenance(device)})
 
     @property
@@ -74,9 +71,19 @@ class Bench:
         """Seconds."""
         return self.end - time.monotonic()
 
+    @property
+    def half(self) -> torch.dtype:
+        """bf16; fp16 in a dry run, because Triton's interpreter computes wrongly in bf16."""
+        return torch.float16 if self.dry else torch.bfloat16
+
+    @property
+    def copies(self) -> int:
+        """Copies of the tensors that take turns in ``rotated``: more than an L2 cache holds, at a layer's sizes."""
+        return 1 if self.dry else 4
+
     def size(self, *full: int) -> tuple[int, ...]:
         """Sizes, or tiny ones that keep their order in a dry run."""
-        return tuple(max(48, each // 64) for each in full) if self.dry else full
+        return tuple(max(24, each // 128) for each in full) if self.dry else full
 
     def emit(self, **row: object) -> None:
         """Append a row, and print it."""
@@ -111,10 +118,10 @@ class Bench:
         return graph.replay
 
     def rotated(self, call: Callable[[int], object]) -> Callable[[], object]:
-        """A graph of ``call(0) .. call(COPIES - 1)``, each on tensors of its own."""
+        """A graph of ``call(0) .. call(copies - 1)``, each on tensors of its own."""
 
         def all_copies() -> None:
-            for copy in range(COPIES):
+            for copy in range(self.copies):
                 call(copy)
 
         return self.graphed(all_copies)
@@ -125,7 +132,7 @@ class Bench:
         *,
         key: str,
         baseline: str | None = None,
-        per_call: int = 1,
+        rotated: bool = False,
         rounds: int = 30,
         seconds: float = 4.0,
         **labels: object,
@@ -136,15 +143,16 @@ class Bench:
             calls: what to time, by name.
             key: the column that the names go to.
             baseline: the call that ``ratio`` is over; None: no ratio.
-            per_call: how often a call does what is timed.
+            rotated: the calls come from ``rotated``: each does what is timed ``copies`` times.
             seconds: no further round starts after so long.
         """
         if not calls:
             return {}
+        per_call = self.copies if rotated else 1
         host = {name: _Enqueued(timed.call) for name, timed in calls.items()}
         samples = alternate(
             {name: Timed(host[name], timed.backend) for name, timed in calls.items()},
-            3 if self.dry else rounds,
+            1 if self.dry else rounds,
             self.device,
             budget=max(0.0, min(seconds, self.left)),
         )

@@ -22,7 +22,7 @@ from .tensors import DTYPES, Layer, build, ways
 LAYERS = {
     "llama2-7b q": (4096, 4096, 4, 150, 3),
     "t5-base q": (768, 768, 4, 150, 3),
-    "few rows": (4096, 4096, 16, 1, 16),
+    "few rows": (4096, 4096, 16, 1, 4),
     "one task": (4096, 4096, 8, 64, 1),
     "llama2-7b up": (4096, 11008, 4, 150, 2),
     "llama2-7b down": (11008, 4096, 4, 150, 2),
@@ -34,14 +34,14 @@ REPEATS = 3
 
 def run(bench: Bench) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # poisoning turns torch's determinism on
-    layers = list(LAYERS.items())[: 4 if bench.dry else None]
+    layers = list(LAYERS.items())[: 2 if bench.dry else None]
     for dtype_name, dtype in DTYPES.items():
         for name, (width, height, samples, length, groups) in layers:
             if bench.left < 5:
                 bench.emit(what="gate", layer=name, dtype=dtype_name, skipped="no time left")
                 continue
             width, height = bench.size(width, height)
-            length = min(length, 20) if bench.dry else length
+            length = min(length, 4) if bench.dry else length
             layer = build(bench.device, dtype, width, height, samples, length, groups)
             with bench.attempt(what="gate", layer=name, dtype=dtype_name):
                 _judge(bench, layer, dtype, {"layer": name, "dtype": dtype_name})
@@ -53,7 +53,10 @@ def _judge(bench: Bench, layer: Layer, dtype: torch.dtype, labels: dict[str, str
     if dtype != torch.float32:
         plain = relative_errors(layer.evaluate(layer.definition, layer.leaves()), exact)
         limits = [OVER_PLAIN_TORCH * error for error in plain]
-    for way in ways(bench.device, dtype):
+    served = ways(bench.device, dtype)
+    if bench.dry and labels != {"layer": next(iter(LAYERS)), "dtype": "fp32"}:
+        served = [way for way in served if "triton" not in way]  # its interpreter takes seconds for a call
+    for way in served:
         if bench.left < 3:
             return
         with bench.attempt(what="gate", way=way, **labels), forced_backend(way):
@@ -62,9 +65,9 @@ def _judge(bench: Bench, layer: Layer, dtype: torch.dtype, labels: dict[str, str
                 found = layer.evaluate(layer.forward, leaves)
             errors = relative_errors(found, exact)
             worst = max(range(len(errors)), key=lambda i: errors[i] / limits[i])
-            again = [layer.evaluate(layer.forward, leaves) for _ in range(REPEATS)]
+            again = [layer.evaluate(layer.forward, leaves) for _ in range(1 if bench.dry else REPEATS)]
             same = all(_identical(again[0], values) for values in again[1:])
-            replayed = _replay(bench, layer, leaves)
+            replayed = again[0] if bench.dry else _replay(bench, layer, leaves)
             checks = {
                 "accurate": errors[worst] <= limits[worst],
                 "deterministic": same,

@@ -16,29 +16,34 @@ from ept_kernels import PyramidGeometry, dispatch, pyramid_linear, reference
 PAPER = (2, 2, 4, 4, 6, 6, 8, 8)
 RANK = 8
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-#: How the base product and the update of a backend are added; ``EPT_TRITON_BASE`` forces one.
-PLANS = {"triton": ("split", "fused")}
+HALF = (torch.bfloat16, torch.float16)
 PROVIDERS = {
     "torch": "ept_kernels.torch_backend",
-    "triton": "ept_kernels.triton",
+    "triton": "ept_kernels.triton.backend",
     "cuda": "ept_kernels.cuda_backend",
 }
 
 
+def _served(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Backends but the reference; on a CPU Triton's interpreter serves a dry run, but its bf16 is wrong."""
+    names = dispatch.available_backends(device, dtype)
+    wrong = {"triton"} if device.type == "cpu" and dtype == torch.bfloat16 else set()
+    return [name for name in names if name not in {"reference", *wrong}]
+
+
 def ways(device: torch.device, dtype: torch.dtype) -> list[str]:
     """What serves ``dtype`` on ``device``, as ``harness.forced_backend`` takes it: BACKEND or BACKEND:PLAN."""
-    names = [name for name in dispatch.available_backends(device, dtype) if name != "reference"]
-    return [":".join([name, *plan]) for name in names for plan in _plans(name)]
+    found = []
+    for name in _served(device, dtype):
+        plans = ("library", "fused") if dtype in HALF else ("library",)
+        found += [f"{name}:{plan}" for plan in plans] if name == "triton" else [name]
+    return found
 
 
 def providers(device: torch.device, dtype: torch.dtype) -> dict[str, ModuleType]:
     """The modules with the small kernels of each backend that serves ``dtype`` on ``device``."""
-    served = dispatch.available_backends(device, dtype)
+    served = _served(device, dtype)
     return {name: importlib.import_module(module) for name, module in PROVIDERS.items() if name in served}
-
-
-def _plans(name: str) -> list[list[str]]:
-    return [[plan] for plan in PLANS.get(name, ())] or [[]]
 
 
 @dataclass(frozen=True)
