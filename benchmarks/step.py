@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from harness import Timed, alternate, load, pick_device, provenance, ratio_spread, spread
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -28,7 +28,6 @@ from torch import nn
 
 import ept
 from ept import models
-from ept.training.systems import SYSTEMS
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 METHODS = ("lora", "ept")
@@ -48,8 +47,11 @@ def frozen(base: nn.Module) -> nn.Module:
 
 def adapted(method: str, base: nn.Module, tasks: int) -> PeftModel:
     """A copy of the base with an adapter of ``method`` on every linear layer of its blocks."""
-    names = [f"task {task}" for task in range(tasks)]
-    config = SYSTEMS[method].make_config(names, target_modules=models.target_modules(base))
+    target = models.target_modules(base)
+    if method == "ept":
+        config: PeftConfig = ept.EPTConfig(num_tasks=tasks, target_modules=target)
+    else:
+        config = LoraConfig(r=8, lora_alpha=32, target_modules=target)
     return get_peft_model(copy.deepcopy(base), config).train()
 
 

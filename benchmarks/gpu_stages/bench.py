@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -171,6 +172,12 @@ class Bench:
                 row["tokens_per_s"] = float(str(labels["tokens"])) * per_call / found.median
             self.emit(**row)
         return medians
+
+
+def program(statement: str) -> list[str]:
+    """A command that runs a statement with the stages importable."""
+    folder = str(Path(__file__).parents[1])
+    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}); {statement}"]
 
 
 @contextmanager

@@ -10,13 +10,11 @@ import csv
 import io
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import torch
 from harness import forced_backend
 
-from .bench import Bench
+from .bench import Bench, program
 from .tensors import build, ways
 
 SECTIONS = (
@@ -68,9 +66,8 @@ def run(bench: Bench) -> None:
     report = bench.out / "counters.ncu-rep"
     options = ["--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all", "-f"]
     options += [part for section in SECTIONS for part in ("--section", section)]
-    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); "
-    program += "from gpu_stages.counters import workload; workload(dry=False)"
-    profile = [ncu, *options, "-o", str(report.with_suffix("")), sys.executable, "-c", program]
+    marked = program("from gpu_stages.counters import workload; workload(dry=False)")
+    profile = [ncu, *options, "-o", str(report.with_suffix("")), *marked]
     done = subprocess.run(profile, capture_output=True, text=True, timeout=max(1.0, bench.left - 6))
     if done.returncode or not report.exists():
         bench.emit(what="counters", error=(done.stdout + done.stderr)[-500:])

@@ -165,6 +165,8 @@ def _point(
         what="tune",
         **labels,
     )
+    if not by_name:
+        raise RuntimeError("no configuration could be run")
     name = min(by_name, key=lambda each: medians[each])
     default = next(each for each, configuration in by_name.items() if configuration == own[0])
     bench.emit(
