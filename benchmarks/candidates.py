@@ -3,6 +3,7 @@
 ==========  ==========================================================================================================
 linear      the frozen ``nn.Linear``, what everything is measured against
 lora        PEFT's LoRA, r = 8, no dropout, its parameters in the dtype of x
+addmm       the same LoRA written by hand, as fast training libraries do: ``addmm_`` in forward and backward
 lokr        PEFT's LoKr, r = 8: materialises ``torch.kron`` in every call
 loop        EPT expert by expert, as its released code computes it: the product of the pruned factors, the product with
             x, a transposed convolution of the result, the weighted sum; the selected experts are read back to the host.
@@ -11,8 +12,8 @@ loop        EPT expert by expert, as its released code computes it: the product 
 dense       EPT through its dense update: ``ept_kernels.pyramid_weight`` for every task, then ``F.linear`` with
             ``W + update`` on the samples of each
 compile     EPT in the structured form ``B_k (A_k X) Kbar_k^T``, written in plain torch, under ``torch.compile``
-ept:NAME    ``ept.EPTLinear`` on backend NAME; ``ept:triton:PLAN`` on Triton with its base product run as PLAN says
-            (``fused``, ``single`` or ``split``; without it the backend chooses, or ``EPT_TRITON_BASE``)
+ept:NAME    ``ept.EPTLinear`` on backend NAME; ``ept:triton:PLAN`` on Triton with base product and update added as
+            PLAN says (``library`` or ``fused``; without it the backend chooses, or ``EPT_GPU_PLAN``)
 ==========  ==========================================================================================================
 
 Router and folding are part of every EPT candidate's time. Adapters are in evaluation mode, all parameters trainable.
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,7 @@ Leaves = Mapping[str, Sequence[Tensor]]
 TITLES = {
     "linear": "frozen nn.Linear",
     "lora": "PEFT LoRA r=8",
+    "addmm": "LoRA r=8, addmm_",
     "lokr": "PEFT LoKr r=8",
     "loop": "EPT, expert by expert",
     "dense": "EPT, dense update",
@@ -109,6 +111,35 @@ def lora(problem: Problem) -> Candidate:
         return F.linear(x, weight) + scaling * F.linear(F.linear(x, leaves["A"][0]), leaves["B"][0])
 
     return Candidate("lora", "torch", layer, leaves, definition, "lora")
+
+
+class _LowRank(torch.autograd.Function):
+    """``y = x W^T + scaling (x A^T) B^T``; each second product is added to the first in place."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        U = rows @ A.T
+        ctx.save_for_backward(rows, weight, A, B, U)
+        ctx.scaling = scaling
+        y = (rows @ weight.T).addmm_(U, B.T, alpha=scaling)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, A, B, U = ctx.saved_tensors
+        shape, grad = grad.shape[:-1], grad.reshape(-1, grad.shape[-1])
+        dU = (grad @ B).mul_(ctx.scaling)
+        grad_x = (grad @ weight).addmm_(dU, A).view(*shape, -1)
+        return grad_x, None, dU.T @ rows, (grad.T @ U).mul_(ctx.scaling), None
+
+
+def lora_by_hand(problem: Problem) -> Candidate:
+    peft = lora(problem)
+    (A,), (B,) = peft.leaves["A"], peft.leaves["B"]
+    weight, scaling = problem.base.weight, ALPHA / RANK
+    return replace(peft, name="addmm", forward=lambda x: _LowRank.apply(x, weight, A, B, scaling))
 
 
 def lokr(problem: Problem) -> Candidate:
@@ -229,6 +260,7 @@ def compiled(problem: Problem) -> Candidate:
 BUILDERS: dict[str, Callable[[Problem], Candidate]] = {
     "linear": linear,
     "lora": lora,
+    "addmm": lora_by_hand,
     "lokr": lokr,
     "loop": expert_loop,
     "dense": dense_update,

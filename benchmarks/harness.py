@@ -1,6 +1,7 @@
 """What benchmarks share: alternating timing, quantiles, where a number comes from.
 
-On a GPU a sample is the time between two CUDA events around one call, after the L2 cache has been overwritten. On a CPU
+On a GPU a sample is the time between two CUDA events around one call, after the L2 cache has been filled with other
+data. On a CPU
 it is ``time.perf_counter`` around as many calls as make a sample worth reading (its caches hold what the call before,
 another candidate's, left there). Either way every round calls every candidate once, in an order drawn anew, so that a
 slow minute of a shared machine hits all of them.
@@ -23,13 +24,17 @@ from pathlib import Path
 
 import torch
 
+from ept_kernels.doctor import processor
+
 #: Samples shorter than this are made of several calls (CPU): long enough to hold a scheduler's time slices.
 MINIMUM_SAMPLE_SECONDS = 20e-3
-#: Overwriting this many bytes evicts the L2 cache of any GPU now sold.
+#: Reading this many bytes evicts the L2 cache of any GPU now sold; writing them would leave lines to write back.
 FLUSH_BYTES = 256 * 2**20
 #: Calls before the first sample: allocators, autotuners and thread pools settle.
 WARM_UP_CALLS = 2
 
+#: Where ``carry.py`` notes the commit, for a machine that gets the files without their history.
+COMMIT_FILE = Path(__file__).parents[1] / "carry" / "COMMIT"
 PACKAGES = ("torch", "triton", "peft", "ept-kernels")
 
 
@@ -43,9 +48,9 @@ class Timed:
 
 @contextlib.contextmanager
 def forced_backend(name: str | None) -> Iterator[None]:
-    """``EPT_BACKEND=name`` inside; with None, unset. ``triton:PLAN`` sets ``EPT_TRITON_BASE=PLAN`` as well."""
+    """``EPT_BACKEND=name`` inside; with None, unset. ``triton:PLAN`` sets ``EPT_GPU_PLAN=PLAN`` as well."""
     backend, _, plan = (name or "").partition(":")
-    forced = {"EPT_BACKEND": backend, **({"EPT_TRITON_BASE": plan} if plan else {})}
+    forced = {"EPT_BACKEND": backend, **({"EPT_GPU_PLAN": plan} if plan else {})}
     before = {variable: os.environ.pop(variable, None) for variable in forced}
     os.environ.update({variable: value for variable, value in forced.items() if value})
     try:
@@ -91,13 +96,13 @@ class CudaClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        self._flush = torch.zeros(FLUSH_BYTES // 4, device=device)
         self._device = device
 
     def sample(self, name: str, timed: Timed) -> Callable[[], float]:
         """Call, and return what gives the seconds of one call once the round is over."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
+        self._flush.sum()
         start.record()
         timed.call()
         end.record()
@@ -214,11 +219,7 @@ def device_name(device: torch.device) -> str:
     """The maker's name for a GPU, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return processor()
 
 
 def _version(package: str) -> str:
@@ -240,14 +241,16 @@ def load() -> float | str:
 
 
 def commit() -> str:
-    """The commit of this checkout, marked ``-dirty`` where tracked files differ from it; "unknown" outside git."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return described.stdout.strip() if described.returncode == 0 else "unknown"
+    """The commit of this checkout, marked ``-dirty`` where tracked files differ from it.
+
+    Outside git what ``carry.py`` noted, else "unknown".
+    """
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        if described.returncode == 0:
+            return described.stdout.strip()
+    return COMMIT_FILE.read_text().strip() if COMMIT_FILE.exists() else "unknown"
 
 
 def provenance(device: torch.device) -> dict[str, str]:

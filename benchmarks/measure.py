@@ -41,7 +41,7 @@ COLUMNS = (
         "pass",
         "candidate",
         "backend",
-        "triton_base",
+        "gpu_plan",
         "status",
         "note",
         "error",
@@ -90,7 +90,8 @@ def _forward_backward(candidate: Candidate, problem: Problem) -> tuple[Tensor | 
     return torch.autograd.grad(candidate.forward(problem.x), inputs, problem.cotangent, allow_unused=True)
 
 
-_CALLS: dict[str, Callable[[Candidate, Problem], object]] = {PASSES[0]: _forward, PASSES[1]: _forward_backward}
+#: A pass -> what calls a candidate.
+CALLS: dict[str, Callable[[Candidate, Problem], object]] = {PASSES[0]: _forward, PASSES[1]: _forward_backward}
 
 
 def _reason(error: Exception) -> str:
@@ -213,7 +214,7 @@ def _timed_rows(
         progress(0.35 * (fraction - done), f"timing {which}")
         done = fraction
 
-    calls = {name: Timed(partial(_CALLS[which], candidates[name], problem), candidates[name].forced) for name in timed}
+    calls = {name: Timed(partial(CALLS[which], candidates[name], problem), candidates[name].forced) for name in timed}
     samples = alternate(calls, effort.rounds, device, budget=effort.budget, progress=advance)
     advance(1.0)
     rows = []
@@ -221,7 +222,7 @@ def _timed_rows(
         row: Row = dict.fromkeys(COLUMNS, "")
         row.update(shared, candidate=trial.candidate, backend=trial.backend, note=trial.note)
         row["pass"] = which
-        row["triton_base"] = _triton_base(trial)
+        row["gpu_plan"] = _gpu_plan(trial)
         row["status"] = FAILED if trial.verdict is None else OK if trial.verdict.right else WRONG
         if trial.verdict is not None:
             row.update(error=trial.verdict.error, error_limit=trial.verdict.limit, worst_tensor=trial.verdict.tensor)
@@ -232,12 +233,12 @@ def _timed_rows(
     return rows
 
 
-def _triton_base(trial: _Trial) -> str:
-    """How Triton's base product runs: the plan that the candidate or ``EPT_TRITON_BASE`` forces, or "automatic"."""
+def _gpu_plan(trial: _Trial) -> str:
+    """The plan that the candidate or ``EPT_GPU_PLAN`` forces, or "automatic"; "none" where a backend has no plans."""
     if trial.backend != "triton":
         return "none"
     plan = trial.candidate.split(":")[2:]
-    return plan[0] if plan else os.environ.get("EPT_TRITON_BASE") or "automatic"
+    return plan[0] if plan else os.environ.get("EPT_GPU_PLAN") or "automatic"
 
 
 def _timing(samples: Sequence[float], baseline: Sequence[float], problem: Problem) -> Row:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from harness import Timed, alternate, load, pick_device, provenance, ratio_spread, spread
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -28,44 +28,61 @@ from torch import nn
 
 import ept
 from ept import models
-from ept.training.systems import SYSTEMS
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 METHODS = ("lora", "ept")
+#: Tokens that the decoder of an encoder-decoder is given: labels are short beside their inputs.
+DECODED = 16
+
+
+def frozen(base: nn.Module) -> nn.Module:
+    """A copy of the base that trains nothing but passes gradients through every layer, as in front of an adapter."""
+    model = copy.deepcopy(base).requires_grad_(False).train()
+    vocabulary = model.get_input_embeddings().weight.shape
+    for module in model.modules():  # encoder and decoder may each have a module of their own for one table
+        if isinstance(module, nn.Embedding) and module.weight.shape == vocabulary:
+            module.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    return model
 
 
 def adapted(method: str, base: nn.Module, tasks: int) -> PeftModel:
     """A copy of the base with an adapter of ``method`` on every linear layer of its blocks."""
-    names = [f"task {task}" for task in range(tasks)]
-    config = SYSTEMS[method].make_config(names, target_modules=models.target_modules(base))
+    target = models.target_modules(base)
+    if method == "ept":
+        config: PeftConfig = ept.EPTConfig(num_tasks=tasks, target_modules=target)
+    else:
+        config = LoraConfig(r=8, lora_alpha=32, target_modules=target)
     return get_peft_model(copy.deepcopy(base), config).train()
 
 
 def stepper(
-    method: str, model: PeftModel, ids: torch.Tensor, tasks: int, kind: str, autocast: torch.dtype | None
+    method: str, model: nn.Module, ids: torch.Tensor, tasks: int, kind: str, autocast: torch.dtype | None
 ) -> Callable[[], None]:
-    """One training step of ``model`` on ``ids [batch, length]``."""
+    """One training step of ``model`` on ``ids [batch, length]``; a decoder learns the first ``DECODED`` of them."""
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if kind == "seq2seq":
+        inputs["decoder_input_ids"] = ids[:, :DECODED]
     groups = (
         ept.parameter_groups(model, 1e-4) if method == "ept" else [p for p in model.parameters() if p.requires_grad]
     )
-    optimizer = torch.optim.AdamW(groups, lr=1e-4)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4) if groups else None
     if method == "ept" and tasks > 1:
         inputs["task_ids"] = torch.arange(len(ids), device=ids.device) % tasks
 
     def step() -> None:
         with torch.autocast(ids.device.type, autocast, enabled=autocast is not None):
             output = model(**inputs)
-            if kind == "causal":
+            if kind in ("causal", "seq2seq"):
                 logits = output.logits[:, :-1].float()
-                loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+                loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1 : logits.shape[1] + 1].flatten())
             else:
                 loss = output.last_hidden_state.float().mean(1).square().mean()
         if method == "ept":
             loss = loss + ept.auxiliary_loss(model)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -76,7 +93,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--tasks", type=int, default=4)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16: autocast")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16: autocast over fp32 weights")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--budget", type=float, default=300, help="seconds after which no further round starts")
     parser.add_argument("--device", help="default: the GPU, else the CPU")
@@ -85,7 +102,7 @@ def main() -> None:
     device = pick_device(settings.device)
     torch.manual_seed(0)
     loaded = models.load(settings.model)
-    base, autocast = loaded.model.to(device), DTYPES[settings.dtype]
+    base, autocast = loaded.model.to(device, torch.float32), DTYPES[settings.dtype]
     vocabulary = base.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (settings.batch, settings.length), device=device)
     trainable, candidates = {}, {}

@@ -40,8 +40,8 @@ from throughput_report import markdown, plots, read_rows, write_rows
 import ept_kernels
 
 NEVER_UNASKED = "reference"
-#: How Triton may run the base product; "single" is for NVIDIA.
-TRITON_PLANS = ("fused", "single", "split")
+#: How Triton may add the base product and the update.
+TRITON_PLANS = ("library", "fused")
 FILE = "throughput.csv"
 
 
@@ -87,8 +87,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help=", ".join(DTYPES))
     parser.add_argument(
         "--backends",
-        help="EPT backends (triton:fused, triton:single, triton:split: how its base product runs); default: all that "
-        "can serve, without reference, on a GPU with Triton's plans side by side",
+        help="EPT backends (triton:library, triton:fused: how its products are added); default: all that can serve, "
+        "without reference, on a GPU with Triton's plans side by side",
     )
     parser.add_argument("--candidates", help=f"out of {', '.join(KINDS)}; default: all")
     parser.add_argument("--cross", action="store_true", help="all combinations instead of one axis at a time")
@@ -131,7 +131,7 @@ def candidate_names(options: argparse.Namespace, device: torch.device, dtype: st
     if "ept" not in kinds:
         return names
     available = ept_kernels.available_backends(device, DTYPES[dtype])
-    plans = [f"triton:{plan}" for plan in TRITON_PLANS if plan != "single" or torch.version.hip is None]
+    plans = [f"triton:{plan}" for plan in TRITON_PLANS]
     plans = plans if "triton" in available else []
     if options.backends is None:
         chosen = [backend for backend in available if backend != NEVER_UNASKED]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -38,6 +39,7 @@ AUTOMATIC: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda"), "cpu": ("cp
 
 _loaded: dict[str, ModuleType] = {}
 _chosen: dict[tuple[str | None, torch.device, torch.dtype], ModuleType] = {}
+_warned = False
 
 
 def _load(name: str) -> ModuleType:
@@ -64,9 +66,24 @@ def available_backends(device: torch.device | None = None, dtype: torch.dtype = 
 
 
 def automatic(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that serves ``dtype`` on ``device`` when none is forced."""
-    candidates = AUTOMATIC.get(device.type, ())
-    return next((name for name in candidates if serves(_load(name), device, dtype)), "torch")
+    """The backend that serves ``dtype`` on ``device`` when none is forced.
+
+    The first time that no kernel serves on a GPU, a UserWarning says why each refused.
+    """
+    global _warned
+    refusals = []
+    for name in AUTOMATIC.get(device.type, ()):
+        if (reason := _unsupported(_load(name), device, dtype)) is None:
+            return name
+        refusals.append(f"{name}: {reason}")
+    if device.type == "cuda" and not _warned:
+        _warned = True
+        warnings.warn(
+            f"plain PyTorch (backend 'torch') computes {dtype} on {device}, because no kernel of this package can. "
+            f"{'; '.join(refusals)}. Details, and what would serve: python -m ept_kernels",
+            stacklevel=2,
+        )
+    return "torch"
 
 
 def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:

@@ -17,11 +17,14 @@ def tiny(kind: str) -> torch.nn.Module:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     if kind == "causal":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **sizes))
+    if kind == "seq2seq":
+        config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+        return transformers.T5ForConditionalGeneration(config)
     return transformers.BertModel(transformers.BertConfig(vocab_size=40, **sizes))
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["encoder", "causal"])
+@pytest.mark.parametrize("kind", ["encoder", "causal", "seq2seq"])
 @pytest.mark.parametrize("method", step.METHODS)
 def test_a_step_trains_the_adapter_and_nothing_else(method: str, kind: str, autocast: torch.dtype | None) -> None:
     base = tiny(kind)
@@ -33,8 +36,21 @@ def test_a_step_trains_the_adapter_and_nothing_else(method: str, kind: str, auto
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed <= {name for name, p in model.named_parameters() if p.requires_grad}
     linears = sum(name.endswith(("lora_A.default.weight", "ept_adapters.default.A")) for name in changed)
-    assert linears == {"encoder": 12, "causal": 14}[kind]  # every linear layer of two blocks
+    assert linears == {"encoder": 12, "causal": 14, "seq2seq": 32}[kind]  # every linear layer of two blocks
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["encoder", "causal", "seq2seq"])
+def test_a_frozen_model_passes_gradients_through_every_block(kind: str) -> None:
+    model = step.frozen(tiny(kind))
+    seen = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and any(part.isdigit() for part in name.split(".")):
+            module.register_full_backward_hook(lambda module, gave, got, name=name: seen.append((name, gave[0])))
+    step.stepper("frozen", model, torch.randint(40, (6, 5)), 3, kind, None)()
+    assert len({name for name, _ in seen}) == {"encoder": 12, "causal": 14, "seq2seq": 32}[kind]
+    assert all(gradient is not None for _, gradient in seen)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_the_report_names_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 #: 6 divides neither side, 8 only one.
 TINY = Point("50x72", tokens=24, tasks=3, experts=8, dtype="fp32")
 #: All but "compile", which takes a minute to compile; a test of its own compiles it once.
-FAST = ("linear", "lora", "lokr", "loop", "dense", "ept:torch", "ept:reference")
+FAST = ("linear", "lora", "addmm", "lokr", "loop", "dense", "ept:torch", "ept:reference")
 EFFORT = Effort(rounds=3, budget=60.0)
 MB = 2**20
 
@@ -373,7 +373,7 @@ def test_every_backend_that_can_serve_is_measured_but_the_reference(monkeypatch:
 
 def test_tritons_plans_stand_side_by_side_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ept_kernels, "available_backends", lambda device, dtype: ("triton", "cuda", "torch"))
-    plans = ["ept:triton:fused", "ept:triton:single", "ept:triton:split"]
+    plans = ["ept:triton:library", "ept:triton:fused"]
 
     def names(device: str, *arguments: str) -> list[str]:
         options = throughput.parser().parse_args(["--candidates", "linear,ept", *arguments])
@@ -381,11 +381,10 @@ def test_tritons_plans_stand_side_by_side_on_a_gpu(monkeypatch: pytest.MonkeyPat
 
     assert names("cuda") == ["linear", "ept:triton", "ept:cuda", "ept:torch", *plans]
     assert names("cpu") == ["linear", "ept:triton", "ept:cuda", "ept:torch"]
-    assert names("cuda", "--backends", "triton:split,torch") == ["linear", "ept:triton:split", "ept:torch"]
-    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert names("cuda", "--backends", "triton:library,torch") == ["linear", "ept:triton:library", "ept:torch"]
     with pytest.raises(ValueError, match="got 'triton:single'"):
         names("cuda", "--backends", "triton:single")
-    assert title("ept:triton:split") == "EPT (triton, split)"
+    assert title("ept:triton:library") == "EPT (triton, library)"
 
 
 def test_a_plan_is_forced_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,21 +393,23 @@ def test_a_plan_is_forced_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     right = torch_backend.pyramid_linear
 
     def watched(*args, **options):
-        seen.add((os.environ["EPT_BACKEND"], os.environ.get("EPT_TRITON_BASE")))
+        seen.add((os.environ["EPT_BACKEND"], os.environ.get("EPT_GPU_PLAN")))
         return right(*args, **options)
 
     monkeypatch.setattr(torch_backend, "pyramid_linear", watched)
     monkeypatch.setitem(dispatch._loaded, "triton", torch_backend)
     monkeypatch.setattr(dispatch, "_chosen", {})
-    monkeypatch.setenv("EPT_TRITON_BASE", "fused")
+    monkeypatch.setenv("EPT_GPU_PLAN", "fused")
     monkeypatch.setenv("EPT_TRITON_AUTOTUNE", "1")
-    names = ["ept:triton", "ept:triton:split", "ept:torch"]
+    names = ["ept:triton", "ept:triton:library", "ept:torch"]
     found = by_key(measure_point(TINY, CPU, names, EFFORT, provenance(CPU)))
-    assert os.environ["EPT_TRITON_BASE"] == "fused"
-    assert seen == {("triton", "fused"), ("triton", "split"), ("torch", "fused")}
-    for name, (backend, base) in zip(names, [("triton", "fused"), ("triton", "split"), ("torch", "none")], strict=True):
+    assert os.environ["EPT_GPU_PLAN"] == "fused"
+    assert seen == {("triton", "fused"), ("triton", "library"), ("torch", "fused")}
+    for name, (backend, base) in zip(
+        names, [("triton", "fused"), ("triton", "library"), ("torch", "none")], strict=True
+    ):
         row = found[name, "forward+backward"]
-        assert (row["status"], row["backend"], row["triton_base"]) == (measure.OK, backend, base)
+        assert (row["status"], row["backend"], row["gpu_plan"]) == (measure.OK, backend, base)
         assert row["triton_autotune"] == "1"
 
 
@@ -513,12 +514,12 @@ def test_gpu_clock_flushes_and_waits_once_a_round(monkeypatch: pytest.MonkeyPatc
             return 2.5
 
     class Buffer:
-        def zero_(self) -> None:
+        def sum(self) -> None:
             log.append("flush")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: Buffer())
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: Buffer())
     samples = alternate({name: Timed(lambda: log.append("call")) for name in "ab"}, 2, torch.device("cuda"))
     one = ["flush", "event", "call", "event"]
     assert log[4:] == 2 * [*one, *one, "wait", "read", "read"]  # after two warm-up calls of each

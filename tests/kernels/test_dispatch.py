@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pyramid_testing import Case
 
 import ept_kernels
-from ept_kernels import PyramidGeometry, available_backends, backend_for, reference_backend, torch_backend
+from ept_kernels import PyramidGeometry, available_backends, backend_for, dispatch, reference_backend, torch_backend
 
 CPU = torch.device("cpu")
 PROBLEM = Case(PyramidGeometry(6, 6, 2, (2, 3))).tensors()
@@ -74,3 +76,46 @@ torch.testing.assert_close(
 ept_kernels.fold_tasks(torch.ones(2, 4), torch.ones(1, 4), 0, [torch.ones(2, 2), torch.ones(3, 3)], 1, 1.0, g)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.fixture
+def no_kernel_serves_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("triton", "cuda"):
+        refuses = SimpleNamespace(name=name, unsupported=lambda device, dtype, name=name: f"reason of {name}")
+        monkeypatch.setitem(dispatch._loaded, name, refuses)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_warned", False)
+    monkeypatch.delenv("EPT_BACKEND", raising=False)
+
+
+@pytest.mark.usefixtures("no_kernel_serves_a_gpu")
+def test_a_gpu_without_kernels_is_told_once(recwarn: pytest.WarningsRecorder) -> None:
+    """Whatever the filters, and for whichever device or dtype comes first."""
+    warnings.simplefilter("always")
+    assert backend_for(torch.device("cuda", 0)).name == "torch"
+    said = str(recwarn.pop(UserWarning).message)
+    for part in ("backend 'torch'", "torch.float32 on cuda:0", "triton: reason of triton", "cuda: reason of cuda"):
+        assert part in said
+    assert "python -m ept_kernels" in said
+    assert backend_for(torch.device("cuda", 1)).name == backend_for(torch.device("cuda", 0), torch.half).name == "torch"
+    assert not recwarn.list
+
+
+@pytest.mark.usefixtures("no_kernel_serves_a_gpu")
+def test_nobody_is_told_of_a_forced_backend_or_of_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    backend_for(CPU)
+    backend_for(CPU, torch.float16)
+    monkeypatch.setenv("EPT_BACKEND", "torch")
+    backend_for(torch.device("cuda", 0))
+    assert not recwarn.list
+
+
+def test_nobody_is_told_where_a_kernel_serves(
+    no_kernel_serves_a_gpu: None, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    serves = SimpleNamespace(name="cuda", unsupported=lambda device, dtype: None)
+    monkeypatch.setitem(dispatch._loaded, "cuda", serves)
+    assert backend_for(torch.device("cuda", 0)) is serves
+    assert not recwarn.list
