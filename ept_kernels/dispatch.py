@@ -68,7 +68,7 @@ def available_backends(device: torch.device | None = None, dtype: torch.dtype = 
 def automatic(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend that serves ``dtype`` on ``device`` when none is forced.
 
-    The first time that no kernel serves on a GPU, a UserWarning says why each refused.
+    The first time that no kernel serves on a GPU, a UserWarning says why each refused; float64 is no kernel's.
     """
     global _warned
     refusals = []
@@ -76,7 +76,7 @@ def automatic(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         if (reason := _unsupported(_load(name), device, dtype)) is None:
             return name
         refusals.append(f"{name}: {reason}")
-    if device.type == "cuda" and not _warned:
+    if device.type == "cuda" and dtype != torch.float64 and not _warned:
         _warned = True
         warnings.warn(
             f"plain PyTorch (backend 'torch') computes {dtype} on {device}, because no kernel of this package can. "

@@ -463,7 +463,36 @@ def test_opcheck(name: str, case: Case, backend_name: str, force_backend: Callab
     torch.library.opcheck(getattr(torch.ops.ept, name).default, arguments)
 
 
-def compiled_results(op: str, problem: Problem, backend: str) -> dict[str, torch.Tensor]:
+@pytest.mark.parametrize("op", ROW_OPS)
+def test_opcheck_of_what_is_kept(op: str, force_backend: Callable[[str], None]) -> None:
+    """Forward gives U and the factors, backward takes them."""
+    force_backend("torch")
+    problem = Case(GEOMETRY, (6,), "row", num_groups=3).tensors()
+    arguments = op_arguments(op, problem)
+    leaves = tuple(
+        a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments
+    )
+    torch.library.opcheck(getattr(torch.ops.ept, op).default, (*leaves, 0.0, None, None, True))
+    with torch.no_grad():
+        _, *kept = getattr(torch.ops.ept, op)(*arguments, 0.0, None, None, True)
+    backward = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in op_arguments(f"{op}_backward", problem))
+    torch.library.opcheck(getattr(torch.ops.ept, f"{op}_backward").default, (*backward, 0.0, None, None, *kept))
+
+
+@pytest.mark.parametrize("op", ROW_OPS)
+@pytest.mark.usefixtures("torch_backend_forced")
+def test_what_is_computed_again_is_the_same(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = MIXED.tensors().evaluate(ept_kernels, op)
+    monkeypatch.setenv("EPT_RECOMPUTE", "1")
+    calls = []
+    interleave = torch_backend.interleave
+    monkeypatch.setattr(torch_backend, "interleave", lambda *args: (calls.append(1), interleave(*args))[1])
+    for name, value in MIXED.tensors().evaluate(ept_kernels, op).items():
+        assert_same_bits(value, kept[name], name)
+    assert len(calls) == 2, "once in each direction"
+
+
+def compiled_results(op: str, problem: Problem, **how: str) -> dict[str, torch.Tensor]:
     """Forward compiled without graph breaks, and the backward that came with it."""
     names = list(problem.arguments(op))
     leaves = [tensor.detach().clone().requires_grad_() for tensor in problem.arguments(op).values()]
@@ -472,7 +501,7 @@ def compiled_results(op: str, problem: Problem, backend: str) -> dict[str, torch
         return 2 * problem.call(ept_kernels, op, **dict(zip(names, tensors, strict=True)))
 
     torch._dynamo.reset()
-    output = torch.compile(function, fullgraph=True, backend=backend)(*leaves)
+    output = torch.compile(function, fullgraph=True, **how)(*leaves)
     gradients = torch.autograd.grad(output, leaves, problem.cotangent_of(op) / 2)
     return {"output": output.detach() / 2, **dict(zip(names, gradients, strict=True))}
 
@@ -480,13 +509,14 @@ def compiled_results(op: str, problem: Problem, backend: str) -> dict[str, torch
 @pytest.mark.parametrize("case", [UNGROUPED, MIXED], ids=["ungrouped", "by sample"])
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_in_one_graph(op: str, case: Case) -> None:
-    results = compiled_results(op, case.tensors(), "aot_eager")
+    results = compiled_results(op, case.tensors(), backend="aot_eager")
     assert_all_match(results, exact(case, op), 1e-12)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="inductor needs a C++ compiler on a CPU")
-def test_compiles_with_inductor() -> None:
-    results = compiled_results("pyramid_linear", MIXED.tensors(), "inductor")
+def test_compiles_as_graphs_want_it() -> None:
+    """The line that docs/gpu.md gives for CUDA graphs, through inductor."""
+    results = compiled_results("pyramid_linear", MIXED.tensors(), mode="reduce-overhead")
     assert_all_match(results, exact(MIXED, "pyramid_linear"), 1e-12)
 
 
