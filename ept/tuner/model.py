@@ -26,7 +26,7 @@ from .checkpoint import check_adapter_state
 from .dense import watch_4bit_layers
 from .forward import TaskGenerate, batch_size, decoder_mask, decoder_of, takes_task_ids
 from .layer import EPTLinearLayer
-from .targets import target_features
+from .targets import target_features, tied_layers
 
 
 class EPTModel(BaseTuner):
@@ -69,6 +69,7 @@ class EPTModel(BaseTuner):
         """Last stop before PEFT changes the model: check the targets, make what the adapter's layers share."""
         (adapter_name,) = (name for name, config in self.peft_config.items() if config is peft_config)
         features = target_features(model, peft_config)
+        self._tied = tied_layers(model, features)
         weight = next((p for p in model.parameters() if p.is_floating_point()), None)
         device = weight.device if weight is not None else None
         dtype = torch.promote_types(weight.dtype, torch.float32) if weight is not None else None
@@ -95,6 +96,7 @@ class EPTModel(BaseTuner):
             layer = EPTLinearLayer(target)
             layer.train(target.training)
             layer.set_adapter(self.active_adapters)
+            layer.tied_to = self._tied.get(current_key)
         shared = self.ept_task_tables[adapter_name]
         layer.update_layer(adapter_name, peft_config, shared, current_key, inference_mode=peft_config.inference_mode)
         if layer is not target:
@@ -516,13 +518,13 @@ class EPTModel(BaseTuner):
 
         Raises:
             ValueError: a method that does not merge, no task given with more than one, an unknown task, already merged,
-                or a result that is not finite; no weight has changed then.
+                a weight that is computed at every call or shared with another module, or a result that is not finite;
+                no weight has changed then.
         """
         self._check_merge_allowed()
         names = self.active_adapters if adapter_names is None else adapter_names
         for name in names:
-            for adapter in self.adapters(name).values():
-                adapter.check_mergeable()
+            self.check_mergeable(name)
         tasks = [self.ept_task_tables[name].resolve(task) for name in names if name in self.ept_task_tables]
         if not tasks or not isinstance(tasks[0], int):
             raise ValueError(f"task must be one id or name for an adapter among {list(self.peft_config)}, got {task!r}")
@@ -537,6 +539,16 @@ class EPTModel(BaseTuner):
         except BaseException:  # Ctrl-C as well: half a merged model would answer for another task
             self.unmerge_adapter()
             raise
+
+    def check_mergeable(self, adapter_name: str) -> None:
+        """Raise ValueError where a task of an adapter cannot be put into the weights exactly, naming the layer."""
+        adapters = self.adapters(adapter_name)
+        tied = tied_layers(self.model, adapters)
+        for layer, adapter in adapters.items():
+            adapter.check_mergeable()
+            module: Any = self.model.get_submodule(layer)
+            module.tied_to = tied.get(layer)
+            module.check_own_weight(layer)
 
     def merge_and_unload(
         self,
