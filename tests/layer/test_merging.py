@@ -264,6 +264,6 @@ def test_a_linear_whose_weight_is_computed_cannot_be_shared(change: str) -> None
     linear = nn.Linear(11, 7)
     COMPUTED[change](linear)
     config = EPTConfig(r=3, kernel_sizes=(2, 3), num_tasks=2)
-    with pytest.raises(ValueError, match="linear .* computes its weight or bias"):
+    with pytest.raises(ValueError, match=r"linear .* computes its weight or bias"):
         EPTLinear.from_linear(linear, config)
     assert all(parameter.requires_grad for parameter in linear.parameters())
