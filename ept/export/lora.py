@@ -30,8 +30,7 @@ class LoraLayer:
     """One layer of an exported LoRA.
 
     Attributes:
-        rank: of the factors, not counting zeros that pad them. exact_rank: of the exact ones, ``r * sum of the active k``
-            for EPT.
+        rank: of the factors, without padding. exact_rank: of the exact ones, ``r * sum of the active k`` for EPT.
         norm: Frobenius norm of the exact update. error: of what the factors lack of it, as a share of ``norm``.
     """
 
@@ -95,8 +94,8 @@ def export_lora(
         rank: None for the exact factors; else the most that a layer may have, the rest being cut off by a singular
             value decomposition.
         adapter_name: default: the active one.
-        rank_pattern: write every layer at its own rank, for readers that know ``rank_pattern`` and ``alpha_pattern``, as
-            PEFT does: smaller files. A layer without an update gets zero factors of rank 1.
+        rank_pattern: write every layer at its own rank, for readers that know ``rank_pattern`` and ``alpha_pattern``
+            (PEFT): smaller files. A layer without an update gets zero factors of rank 1.
         overwrite: replace the whole folder where it is not empty.
 
     Raises:

@@ -102,6 +102,20 @@ class EPTModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """An adapter is made in fp32 or wider; without autocast its parameters take the dtypes of what they adapt."""
+        if autocast_adapter_dtype:
+            return
+        weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        parts = [(self.ept_task_tables[adapter_name], weight)]
+        for layer, adapter in self.adapters(adapter_name).items():
+            base: Any = self.model.get_submodule(layer)
+            parts.append((adapter, getattr(base.get_base_layer(), "weight", None)))
+        for part, like in parts:
+            if like is not None and like.dtype in (torch.bfloat16, torch.float16):
+                for parameter in part.parameters():
+                    parameter.data = parameter.data.to(like.dtype)
+
     # ---- tasks of a forward pass
 
     def _any_layer(self) -> EPTLinearLayer | None:
@@ -345,8 +359,15 @@ class EPTModel(BaseTuner):
     def auxiliary_losses(self) -> WeightedLosses:
         """The method's own losses of the last training forward, with their weights. See ``ept.auxiliary_losses``."""
         name = self.active_adapters[0]
-        config, shared = self.peft_config[name], self.ept_task_tables[name]
-        return method_of(config).adapter.losses(config, shared, self.adapters(name), self._trained)
+        config, shared, adapters = self.peft_config[name], self.ept_task_tables[name], self.adapters(name)
+        weights = [option for option in ("contrastive_weight", "orthogonality_weight") if getattr(config, option, 0)]
+        parameters = (parameter for part in (shared, *adapters.values()) for parameter in part.parameters())
+        if weights and any(parameter.dim() < 2 for parameter in parameters):  # every one is a matrix, or more
+            raise ValueError(
+                f"{weights[0]} is {getattr(config, weights[0])}, but FSDP1 shards this model and has whole parameters "
+                "inside its forward pass alone: use FSDP2, or set the weight to 0"
+            )
+        return method_of(config).adapter.losses(config, shared, adapters, self._trained)
 
     # ---- tasks added later
 
