@@ -23,6 +23,7 @@ from .linear import EPTLinear
 from .losses import contrastive_loss
 from .mixture import TaskMixture
 from .optim import parameter_groups
+from .recompute import remember_tasks as _remember_tasks
 from .suggest import SuggestedPyramid, suggest_pyramid
 from .tasks import TaskTable
 from .tuner import EPTModel
@@ -71,3 +72,4 @@ __all__ = [
 ]
 
 _register()
+_remember_tasks()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .adapter_config import AdapterConfig
 from .context import current
 from .layer_adapter import LayerAdapter
-from .merging import WeightStash, check_merged_task, keep_calling, merged_weight
+from .merging import WeightStash, check_merged_task, check_stored_weight, keep_calling, merged_weight
 from .tasks import TaskIds, TaskSet
 
 if TYPE_CHECKING:
@@ -81,9 +81,15 @@ class AdaptedLinear(LayerAdapter):
 
         Raises:
             TypeError: not an ``nn.Linear``.
+            ValueError: its weight or bias is computed at every call, so there is no parameter to share.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        if not {"weight", "bias"} <= linear._parameters.keys():
+            raise ValueError(
+                f"linear ({type(linear).__name__}) computes its weight or bias at every call (a parametrisation, "
+                "weight_norm, spectral_norm); make them ordinary parameters first, or adapt its model by get_peft_model"
+            )
         with torch.device("meta"):  # sizes are checked before anything is allocated or changed
             own: dict[str, Any] = {cls.shared_argument: shared}
             layer = cls(
@@ -161,10 +167,11 @@ class AdaptedLinear(LayerAdapter):
         """Put one task's update into ``weight``: zero inference cost until ``unmerge``.
 
         Raises:
-            ValueError: a method that does not merge, already merged, an unknown task, or a result that is not finite;
-                nothing is changed then.
+            ValueError: a method that does not merge, a weight that is computed (``parametrize``, ``weight_norm``),
+                already merged, an unknown task, or a result that is not finite; nothing is changed then.
         """
         self.check_mergeable()
+        check_stored_weight(self, "the layer")
         if self.merged:
             raise ValueError(f"task {self.merged_task} is already merged into the weight; unmerge it first")
         resolved = self.shared.resolve(task)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ept_kernels import (
@@ -137,7 +138,7 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
             ValueError: a size that is not among the layer's scales, for which the seed is cut.
         """
         self.check_scales(sizes)
-        embedding = self.task_table.weight[task]
+        embedding = self.task_table.weight[task].to(self.A.device)
         best = self.gate[(self.gate @ embedding).argmax()]
         step = _STEP_BETWEEN_NEW_EXPERTS * embedding / embedding.square().sum()
         first = max(1, self.top_k - 1)
@@ -186,7 +187,7 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         if self.by_token:
             raise ValueError("routing='token' gives experts to tokens, not to tasks; route_tokens(x) says to which")
         tasks = self.task_table.resolve(task_ids)
-        embeddings = self.task_table.embed(tasks)
+        embeddings = self.task_table.embed(tasks).to(self.A.device)
         if len(self._stages) == 1:
             return route(self.gate, embeddings, self.top_k)
         ids = torch.as_tensor(tasks, device=embeddings.device).reshape(-1)
@@ -223,30 +224,35 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         if isinstance(tasks, TaskMixture):
             folded, _, active = self.fold(tasks.every_task())
             return tasks.mix(folded), torch.arange(len(tasks), device=folded.device), tasks.mix_any(active)
+        table, device = self.task_table, self.A.device
+        weight = table.weight
+        elsewhere = weight.device != device  # a base on several devices: the table is on one of them
+        if elsewhere:
+            weight = weight.to(device)
+            tasks = tasks.to(device) if isinstance(tasks, Tensor) else tasks
         if len(self._stages) > 1:
-            return self._fold_stages(tasks)
-        table = self.task_table
+            return self._fold_stages(weight, tasks)
         groups: Tensor | None = None
         routed: int | Tensor | None = tasks
-        if not self.training:
+        if not (self.training or elsewhere):
             plan = (self._kernels(), self.top_k, self.scaling, self.geometry)
-            kept = fold_kept(self.kept, table.kept, self.gate, table.weight, tasks, *plan)
+            kept = fold_kept(self.kept, table.kept, self.gate, weight, tasks, *plan)
             if kept is not None:
                 return kept
         if isinstance(tasks, Tensor) and tasks.dim():
-            if len(tasks) > table.num_tasks:
+            if len(tasks) > table.num_tasks or elsewhere:
                 groups, routed = tasks, None
             elif len(tasks) != 1:
-                groups = torch.arange(len(tasks), device=table.weight.device)
-        folded, active = self._fold_rows(table.weight, routed, self.geometry)
+                groups = torch.arange(len(tasks), device=device)
+        folded, active = self._fold_rows(weight, routed, self.geometry)
         return folded, groups, active
 
-    def _fold_stages(self, tasks: int | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _fold_stages(self, weight: Tensor, tasks: int | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """``fold`` with experts that some tasks do not know: the tasks of every stage for themselves, in one piece.
 
         Masking the others' logits would be shorter; but a sum over more experts rounds in another way.
         """
-        weight, stages = self.task_table.weight, self._stages
+        stages = self._stages
         if isinstance(tasks, int):
             folded, active = self._fold_rows(weight, tasks, self._known_to(tasks + 1))
             return folded, None, active
@@ -265,8 +271,9 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         fused = fold_tasks(gate, table, rows, kernels, self.top_k, self.scaling, geometry)
         if fused is not None:
             return fused
-        embeddings = table if rows is None else self.task_table.embed(rows)
-        return fold_routed(kernels, *route(gate, embeddings, self.top_k), self.scaling, geometry)
+        if rows is not None:
+            table = table[rows : rows + 1] if isinstance(rows, int) else F.embedding(rows.reshape(-1), table)
+        return fold_routed(kernels, *route(gate, table, self.top_k), self.scaling, geometry)
 
     def fold_for(self, x: Tensor, task_ids: TaskIds | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """``fold`` of the tasks of a call with x ``[..., in]``, or with ``routing="token"`` of its rows."""

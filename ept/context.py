@@ -21,6 +21,11 @@ from .tasks import TaskIds, TaskSet
 T = TypeVar("T")
 
 
+def _graph_task() -> int:
+    """The backward pass that this code runs in, or -1 outside of any."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
 @dataclass
 class TaskContext:
     """Tasks of one forward pass.
@@ -37,6 +42,7 @@ class TaskContext:
         owner: the model whose forward pass this is, or None for a block of the caller's.
         outer: the context that this one hides.
         tables: tasks (``TaskSet``) that have resolved ``task_ids`` already, so that their layers need not do it again.
+        graph_task: the backward pass that it was made in, or -1.
     """
 
     task_ids: TaskIds | None
@@ -50,6 +56,7 @@ class TaskContext:
     owner: nn.Module | None = field(default=None, repr=False)
     outer: TaskContext | None = field(default=None, repr=False)
     tables: tuple[TaskSet, ...] = field(default=(), repr=False)
+    graph_task: int = field(default_factory=_graph_task, repr=False)
     _last: Tensor | None = field(default=None, repr=False)
     _decoding: bool = field(default=False, repr=False)
     _encoded: Tensor | None = field(default=None, repr=False)
@@ -121,7 +128,7 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     if mask is None or mask.shape != x.shape[:2]:
         return x.mean(1, dtype=dtype)
-    weights = mask.to(dtype).unsqueeze(-1)
+    weights = mask.to(x.device, dtype).unsqueeze(-1)
     return (x.to(dtype) * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
@@ -142,10 +149,21 @@ _traced = _Traced()
 
 
 def current() -> TaskContext | None:
-    """The context of the pass under way in this thread, or None."""
-    if torch.compiler.is_compiling() and _traced.context is not None:
-        return _traced.context
-    return _current.get()
+    """The context of the pass under way in this thread, or None.
+
+    Raises:
+        ValueError: a backward pass runs layers again and has left the tasks of their forward pass behind: those that
+            surround ``backward()`` need not be theirs.
+    """
+    if torch.compiler.is_compiling():
+        return _current.get() if _traced.context is None else _traced.context
+    context = _current.get()
+    if context is not None and context.graph_task != torch._C._current_graph_task_id():
+        raise ValueError(
+            "task_ids are unknown here: a backward pass runs layers anew, and not by torch.utils.checkpoint, which "
+            "remembers the tasks; use that, or open an ept.use_tasks block inside what is run anew"
+        )
+    return context
 
 
 def push(context: TaskContext) -> None:

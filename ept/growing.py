@@ -14,17 +14,28 @@ import torch
 from torch import Tensor, nn
 
 
+def _stored(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter of ``module``, or the plain tensor that FSDP puts in its place during a pass."""
+    parameter = module._parameters.get(name)
+    return module.__dict__.get(name) if parameter is None else parameter
+
+
 def growing(name: str) -> property:
-    """What a class has under the name of a parameter that may grow."""
+    """What a class has under the name of a parameter that may grow; set and deleted as any parameter."""
 
     def rows(module: nn.Module) -> Tensor:
-        if name not in module._parameters:
+        kept, added = _stored(module, name), _stored(module, f"{name}_added")
+        if kept is None:
             raise AttributeError(name)
-        kept, added = module._parameters[name], module._parameters.get(f"{name}_added")
-        assert kept is not None, "a growing parameter is set by its class"
         return kept if added is None else torch.cat([kept, added])
 
-    return property(rows, doc=f"All rows of ``{name}``; a parameter only while none have been added.")
+    def store(module: nn.Module, value: Tensor) -> None:
+        module.__dict__[name] = value
+
+    def remove(module: nn.Module) -> None:
+        del module.__dict__[name]
+
+    return property(rows, store, remove, f"All rows of ``{name}``; a parameter only while none have been added.")
 
 
 class GrowingModule(nn.Module):

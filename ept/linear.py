@@ -54,6 +54,7 @@ class EPTLinear(AdaptedLinear, PyramidAdapter):
 
         Raises:
             TypeError: not an ``nn.Linear``.
+            ValueError: its weight or bias is computed at every call, so there is no parameter to share.
         """
         return super().from_linear(linear, config, task_table)
 

@@ -34,7 +34,7 @@ def contrastive_task_loss(
     dtype = torch.promote_types(table.weight.dtype, torch.float32)
     if isinstance(tasks, TaskMixture) or not any(len(rows) for rows in pooled):
         return table.weight[:0].sum(dtype=dtype)
-    representations = torch.cat([rows.to(dtype) for rows in pooled])  # [samples of all layers, d]
+    representations = torch.cat([rows.to(table.weight.device, dtype) for rows in pooled])  # [samples of all layers, d]
     with without_autocast(representations.device):
         logits = _unit(representations) @ _unit(table.weight.to(dtype)).T / temperature
         return F.cross_entropy(logits, torch.cat([_targets(len(rows), tasks, logits.device) for rows in pooled]))

@@ -36,6 +36,26 @@ def merged_weight(weight: Tensor, adapters: list[LayerAdapter], task: int, *, tr
     return total
 
 
+def check_stored_weight(module: nn.Module, name: str) -> None:
+    """Refuse a weight that is computed at every call: what is put into it is lost at the next one.
+
+    Args:
+        name: what the error calls ``module``.
+
+    Raises:
+        ValueError: a parametrised, normed or pruned weight, or one that accelerate loads for each call.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"{name} ({type(module).__name__}) computes its weight anew at every call (a parametrisation, weight_norm, "
+            "spectral_norm, pruning), so nothing can be merged into it; make the weight an ordinary parameter first, "
+            "as torch.nn.utils.parametrize.remove_parametrizations does"
+        )
+    if weight.is_meta and getattr(module, "_hf_hook", None) is not None:
+        raise ValueError(f"{name} is offloaded: its weight is loaded for each call, and nothing can be merged into it")
+
+
 def check_merged_task(tasks: ResolvedTasks, merged_task: int) -> None:
     """Refuse a call for another task than the one whose update is in the weight.
 

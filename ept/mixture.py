@@ -48,7 +48,7 @@ class TaskMixture:
         """Weighted sums of ``rows [T, ...]``, one row a task: ``[N, ...]`` in their dtype, never below fp32 inside."""
         with without_autocast(rows.device):
             dtype = torch.promote_types(rows.dtype, torch.float32)
-            mixed = self.weights.to(dtype) @ rows.reshape(len(rows), -1).to(dtype)
+            mixed = self.weights.to(rows.device, dtype) @ rows.reshape(len(rows), -1).to(dtype)
         return mixed.to(rows.dtype).reshape(len(self), *rows.shape[1:])
 
     def mix_any(self, flags: Tensor) -> Tensor:

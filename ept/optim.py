@@ -55,8 +55,9 @@ def parameter_groups(
     for module in model.modules():
         if isinstance(module, PyramidAdapter):
             kernels |= {id(kernel): kernel for kernel in module.kernels}
+            width = module.in_features if module.by_token else module.task_table.dim  # FSDP1's shards are flat
             for rows in module.row_parameters("gate"):
-                gates.setdefault(rows.shape[1], {})[id(rows)] = rows
+                gates.setdefault(width, {})[id(rows)] = rows
             shared |= {id(factor): factor for factor in (module.A, module.B)}
         elif isinstance(module, TaskTable):
             shared |= {id(rows): rows for rows in module.row_parameters("weight")}

@@ -121,7 +121,8 @@ class DCFTAdapter(LayerAdapter):
             return {}
         factors: Any = adapters.values()  # all of this class
         vectors = [rows for adapter in factors for rows in (adapter.A, adapter.B.T)]
-        distances = torch.cat([rows.float().square().sum(1) - 1 for rows in vectors])
+        device = vectors[0].device
+        distances = torch.cat([rows.float().square().sum(1).to(device) - 1 for rows in vectors])
         return {"orthogonality_loss": (config.orthogonality_weight, distances.abs().mean())}
 
     def part_sizes(self) -> dict[str, int]:

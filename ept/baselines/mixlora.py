@@ -157,7 +157,8 @@ class MixLoRAAdapter(LayerAdapter):
     def _expand(self, hidden: Tensor) -> Tensor:
         """``(alpha / r) sum_e B_e hidden_e``: ``[..., E, r]`` -> ``[..., out]``."""
         with without_autocast(hidden.device):
-            return F.linear(hidden.flatten(-2), self.scaling * self.B.transpose(0, 1).flatten(1))
+            rows = hidden.flatten(-2).to(self.B.dtype)  # the route's weights are never below fp32
+            return F.linear(rows, self.scaling * self.B.transpose(0, 1).flatten(1))
 
     def _chosen(self, route: TokenRoute) -> Tensor:
         """Ones at each token's experts, by place: ``[k, ..., E]``."""
@@ -185,7 +186,8 @@ class MixLoRAAdapter(LayerAdapter):
             return {}
         if context is None or not context.terms:
             raise ValueError("model has no training forward yet: call it in training mode, then ept.auxiliary_losses")
-        loss = load_balance(torch.stack(context.terms)).mean()
+        device = context.terms[0].device  # the networks of a base may be on several
+        loss = load_balance(torch.stack([term.to(device) for term in context.terms])).mean()
         learns = any(router.requires_grad for router in shared.routers.values())
         if torch.is_grad_enabled() and learns and not loss.requires_grad:
             raise ValueError(

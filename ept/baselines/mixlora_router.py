@@ -99,7 +99,7 @@ class TokenRouters(TaskNames):
         router = self.routers[_key(block)]
         dtype = torch.promote_types(router.dtype, torch.float32)
         with without_autocast(x.device):
-            probabilities = (x.to(dtype) @ router.to(dtype).T).softmax(-1)
+            probabilities = (x.to(dtype) @ router.to(x.device, dtype).T).softmax(-1)
             best, experts = probabilities.topk(self.top_k, dim=-1)
             if context is not None and context.terms is not None:
                 context.terms.append(expert_load(probabilities, experts[..., 0], context.mask_of(x)))

@@ -129,7 +129,11 @@ class MOELoRAAdapter(DiagonalAdapter):
         return torch.arange(self.num_experts, device=weights.device).expand_as(weights), weights
 
     def core(self, tasks: int | Tensor) -> Tensor:
-        return self.shared.weights(tasks).repeat_interleave(self.geometry.rank // self.num_experts, dim=1)
+        return (
+            self.shared.weights(tasks)
+            .to(self.A.device)
+            .repeat_interleave(self.geometry.rank // self.num_experts, dim=1)
+        )
 
     def delta(self, x: Tensor, task_ids: TaskIds | None = None) -> Tensor:
         if self.dropout_p == 0:

@@ -58,12 +58,12 @@ class MoREAdapter(TaskRoutedAdapter, DiagonalAdapter):
 
     def route(self, task_ids: TaskIds | None = None) -> tuple[Tensor, Tensor]:
         """Rank of each given task, counted from 0, and its weight: ``([G, 1], [G, 1])``, as ``EPTLinear.route``."""
-        return route(self.gate, self.task_table.embed(self.task_table.resolve(task_ids)), 1)
+        return route(self.gate, self.task_table.embed(self.task_table.resolve(task_ids)).to(self.gate.device), 1)
 
     def core(self, tasks: int | Tensor) -> Tensor:
-        embeddings = self.task_table.embed(tasks)
         dtype = torch.promote_types(self.gate.dtype, torch.float32)
-        probabilities = (embeddings.to(dtype) @ self.gate.to(dtype).T).softmax(-1)
+        embeddings = self.task_table.embed(tasks).to(self.gate.device, dtype)
+        probabilities = (embeddings @ self.gate.to(dtype).T).softmax(-1)
         chosen = torch.zeros_like(probabilities).scatter(1, probabilities.argmax(1, keepdim=True), 1.0)
         ranks = torch.arange(1, self.geometry.rank + 1, device=chosen.device, dtype=dtype)
         cores = torch.tril(ranks[:, None].expand(-1, len(ranks))) / self.geometry.rank  # [e, i]: e / r for i <= e

@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--task", help="name or id; needed where there are several")
         if name == "lora":
             command.add_argument("--rank", type=int, help="largest rank of a layer (default: exact)")
+            command.add_argument("--rank-pattern", action="store_true", help="no padding: every layer at its own rank")
     return parser
 
 
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             export_merged(model, task, options.output, tokenizer=tokenizer, overwrite=options.overwrite)
             print(f"merged: {options.output}")
         else:
-            report = export_lora(model, task, options.output, options.rank, overwrite=options.overwrite)
+            choices = {"rank_pattern": options.rank_pattern, "overwrite": options.overwrite}
+            report = export_lora(model, task, options.output, options.rank, **choices)
             print(
                 f"LoRA of rank {report.max_rank} and {report.parameters:,d} parameters, "
                 f"relative error {report.error:.1e}: {options.output}"

@@ -21,7 +21,7 @@ from ..tuner.dense import has_dense_weight
 from ..tuner.model import EPTModel, ept_model
 from .factors import dcft_folded
 from .format import FORMAT, HEAD, MANIFEST, MODULES, SEED, LayerEntry, fingerprint, task_file
-from .parts import Parts, check_untied, choose_adapter, resolve_task, saved_modules, take_parts
+from .parts import Parts, choose_adapter, resolve_task, saved_modules, take_parts
 from .shadow import shadow
 from .target import check_target, write_folder
 
@@ -84,7 +84,7 @@ def export_deltas(
         raise ValueError(f"tasks must name at least one task, each once, got {tasks!r}")
     adapters: dict[str, Any] = tuner.adapters(name)  # folded_kernels refuses what has none
     folded = {task: {layer: folded_kernels(adapter, task) for layer, adapter in adapters.items()} for task in ids}
-    check_untied(tuner, name)
+    tuner.check_mergeable(name)
     target = check_target(path, overwrite)
     twin = shadow(tuner, name)
     saved = saved_modules(twin, name)

@@ -8,6 +8,7 @@ from math import hypot
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -29,7 +30,7 @@ class LoraLayer:
     """One layer of an exported LoRA.
 
     Attributes:
-        rank: of the factors written. exact_rank: of the exact ones, ``r * sum of the active k`` for EPT.
+        rank: of the factors, without padding. exact_rank: of the exact ones, ``r * sum of the active k`` for EPT.
         norm: Frobenius norm of the exact update. error: of what the factors lack of it, as a share of ``norm``.
     """
 
@@ -46,7 +47,7 @@ class LoraReport:
     Attributes:
         path: the folder. task: the task's id.
         layers: by name in the exported model.
-        parameters: numbers in all factors.
+        parameters: numbers in all factors, as written.
     """
 
     path: Path
@@ -73,13 +74,15 @@ def export_lora(
     rank: int | None = None,
     *,
     adapter_name: str | None = None,
+    rank_pattern: bool = False,
     overwrite: bool = False,
 ) -> LoraReport:
     """Write one task as a LoRA: ``adapter_config.json`` and ``adapter_model.safetensors`` of PEFT.
 
     An EPT task with active scales k is exactly a LoRA of rank ``r * sum of k``, and so are tasks of DCFT, MoRE and
-    MOELoRA at ranks of their own. All scaling is in the factors: ``lora_alpha`` is the rank. Ranks differ by layer
-    (``rank_pattern``); a layer without an update gets zero factors of rank 1. The base may be quantised.
+    MOELoRA at ranks of their own. All scaling is in the factors: ``lora_alpha`` is the rank. Ranks differ by layer, so
+    the factors are padded with zeros to the largest: some readers scale by ``lora_alpha`` over the rank of a layer's
+    tensors (llama.cpp), others by ``lora_alpha / r`` (vLLM). The base may be quantised.
 
     Trained modules (``modules_to_save``) are written as PEFT writes them. For a base with ``export_parts`` the adapter
     is one of its encoder, and the task's head lies beside it: see ``export_merged``.
@@ -91,6 +94,8 @@ def export_lora(
         rank: None for the exact factors; else the most that a layer may have, the rest being cut off by a singular
             value decomposition.
         adapter_name: default: the active one.
+        rank_pattern: write every layer at its own rank, for readers that know ``rank_pattern`` and ``alpha_pattern``
+            (PEFT): smaller files. A layer without an update gets zero factors of rank 1.
         overwrite: replace the whole folder where it is not empty.
 
     Raises:
@@ -107,18 +112,24 @@ def export_lora(
     base = shadow(tuner, name)
     saved = saved_modules(base, name)
     parts = take_parts(base.unload(), saved, resolved)
-    tensors, layers = {}, {}
+    factors, layers = {}, {}
     for layer, adapter in tuner.adapters(name).items():
         layer = parts.inside(layer, "layer")
         with torch.no_grad():
-            layers[layer], *factors = _layer(*lora_factors(adapter, resolved), rank)
-        for key, factor in zip("AB", factors, strict=True):
-            if not torch.isfinite(factor).all():
-                raise ValueError(f"layer {layer!r} has an update that is not finite; nothing was written")
-            tensors[f"base_model.model.{layer}.lora_{key}.weight"] = factor.contiguous()
+            layers[layer], *factors[layer] = _layer(*lora_factors(adapter, resolved), rank)
+        if not all(factor.isfinite().all() for factor in factors[layer]):
+            raise ValueError(f"layer {layer!r} has an update that is not finite; nothing was written")
+    ranks = {layer: max(1, found.rank) for layer, found in layers.items()}  # PEFT has no rank 0
+    if not rank_pattern:
+        ranks = dict.fromkeys(ranks, max(ranks.values()))
+    tensors = {}
+    for layer, (lora_A, lora_B) in factors.items():
+        missing = ranks[layer] - len(lora_A)
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = F.pad(lora_A, (0, 0, 0, missing)).contiguous()
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = F.pad(lora_B, (0, missing)).contiguous()
     parameters = sum(tensor.numel() for tensor in tensors.values())
     tensors |= {f"base_model.model.{key}": tensor.contiguous() for key, tensor in parts.saved_tensors().items()}
-    config = _config(parts, layers, tuner.peft_config[name])
+    config = _config(parts, ranks, tuner.peft_config[name])
 
     def write(folder: Path) -> None:
         config.save_pretrained(str(folder))
@@ -131,14 +142,10 @@ def export_lora(
 def _layer(lora_A: Tensor, lora_B: Tensor, rank: int | None) -> tuple[LoraLayer, Tensor, Tensor]:
     exact_rank = len(lora_A)
     lora_A, lora_B, norm, missing = truncate(lora_A, lora_B, rank)
-    layer = LoraLayer(len(lora_A), exact_rank, norm, missing / norm if norm else 0.0)
-    if len(lora_A) == 0:  # PEFT has no rank 0
-        lora_A, lora_B = lora_A.new_zeros(1, lora_A.shape[1]), lora_B.new_zeros(len(lora_B), 1)
-    return layer, lora_A, lora_B
+    return LoraLayer(len(lora_A), exact_rank, norm, missing / norm if norm else 0.0), lora_A, lora_B
 
 
-def _config(parts: Parts, layers: dict[str, LoraLayer], adapted: AdapterConfig) -> LoraConfig:
-    ranks = {name: max(layer.rank, 1) for name, layer in layers.items()}
+def _config(parts: Parts, ranks: dict[str, int], adapted: AdapterConfig) -> LoraConfig:
     highest = max(ranks.values())  # servers size their buffers by r
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != highest}
     return LoraConfig(
@@ -146,8 +153,8 @@ def _config(parts: Parts, layers: dict[str, LoraLayer], adapted: AdapterConfig) 
         lora_alpha=highest,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=_targets(parts.model, set(layers)),
-        fan_in_fan_out=all(isinstance(parts.model.get_submodule(name), Conv1D) for name in layers),
+        target_modules=_targets(parts.model, set(ranks)),
+        fan_in_fan_out=all(isinstance(parts.model.get_submodule(name), Conv1D) for name in ranks),
         modules_to_save=list(parts.saved) or None,
         task_type=TaskType.FEATURE_EXTRACTION if parts.prefix else adapted.task_type,
         base_model_name_or_path=parts.name(adapted),

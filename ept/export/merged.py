@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tuner.dense import is_quantised
 from ..tuner.model import EPTModel, ept_model
-from .parts import check_untied, choose_adapter, resolve_task, saved_modules, take_parts, write_head
+from .parts import choose_adapter, resolve_task, saved_modules, take_parts, write_head
 from .shadow import dequantise as dequantise_shadow
 from .shadow import shadow
 from .target import check_target, write_folder
@@ -63,7 +63,7 @@ def export_merged(
     resolved = resolve_task(tuner, name, task)
     target = check_target(path, overwrite)
     _check_quantised(tuner, dequantise)
-    check_untied(tuner, name)
+    tuner.check_mergeable(name)
     twin = shadow(tuner, name)
     if dequantise:
         dequantise_shadow(twin)

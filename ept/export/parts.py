@@ -82,27 +82,6 @@ def resolve_task(tuner: EPTModel, adapter_name: str, task: int | str | None) -> 
     return tuner.ept_task_tables[adapter_name].resolve(task)
 
 
-def check_untied(tuner: EPTModel, adapter_name: str) -> None:
-    """Refuse an adapted weight that is tied to another module's: both would get the update that is one's.
-
-    Raises:
-        ValueError: naming the two.
-    """
-    owners: dict[int, list[str]] = {}
-    for path, module in tuner.model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(path)
-    for path in tuner.adapters(adapter_name):
-        layer = tuner.model.get_submodule(path)
-        others = [owner for owner in owners[id(layer.get_base_layer().weight)] if not owner.startswith(f"{path}.")]
-        if others:
-            raise ValueError(
-                f"layer {path!r} shares its weight with {others[0]!r}, which merging would change too: "
-                "untie them before adapting, name the layer in exclude_modules, or use ept.export_lora"
-            )
-
-
 def saved_modules(tuner: EPTModel, adapter_name: str) -> list[str]:
     """Paths of the modules that are trained and saved with an adapter."""
     return [

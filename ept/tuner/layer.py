@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapter_config import AdapterConfig
 from ..layer_adapter import LayerAdapter
-from ..merging import WeightStash, keep_calling, merged_weight
+from ..merging import WeightStash, check_stored_weight, keep_calling, merged_weight
 from ..methods import method_of
 from ..tasks import TaskSet
 from .dense import has_dense_weight
@@ -42,6 +42,9 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: ``nn.Linear``, anything with ``in_features`` and ``out_features`` that maps ``[..., in]`` to
             ``[..., out]``, or ``Conv1D``.
+
+    Attributes:
+        tied_to: another module with the same weight, if there was one when it was last looked for.
     """
 
     adapter_layer_names: tuple[str, ...] = ("ept_adapters",)
@@ -59,6 +62,7 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         self.ept_stash = WeightStash()
         self.merged_adapters: list[str] = []
         self.merged_task: int | None = None
+        self.tied_to: str | None = None
         self.register_forward_pre_hook(keep_calling)
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -138,7 +142,8 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: a method that does not merge, no task given with more than one, already merged, a base weight
-                that is not a dense float, or a result that is not finite; nothing is changed then.
+                that is not a dense float, is computed at every call or is shared with another module, or a result
+                that is not finite; nothing is changed then.
         """
         names = check_adapters_to_merge(self, adapter_names)
         adapters = [self.ept_adapters[name] for name in names if name in self.ept_adapters]
@@ -155,11 +160,23 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
                 "quantising the sum again would lose part of the update. ept.export_merged(..., dequantise=True) "
                 "writes a merged floating-point checkpoint, ept.export_lora an adapter that needs no merging"
             )
+        self.check_own_weight(adapters[0].layer_name)
         weight = base.weight
         resolved = adapters[0].shared.resolve(task)
         transposed = isinstance(base, Conv1D)
         self.ept_stash.swap_in(weight, merged_weight(weight, adapters, resolved, transposed=transposed))
         self.merged_adapters, self.merged_task = list(names), resolved
+
+    def check_own_weight(self, name: str) -> None:
+        """Raise ValueError if the dense weight of this layer, ``name``, is computed, or another module's too."""
+        base: Any = self.get_base_layer()
+        if has_dense_weight(base):
+            check_stored_weight(base, f"layer {name!r}")
+        if self.tied_to is not None:
+            raise ValueError(
+                f"layer {name!r} shares its weight with {self.tied_to!r}, which merging would change too: "
+                "untie them before adapting, name the layer in exclude_modules, or use ept.export_lora"
+            )
 
     def unmerge(self) -> None:
         """Restore the base weight bit for bit; does nothing where nothing is merged."""

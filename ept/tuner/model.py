@@ -26,7 +26,7 @@ from .checkpoint import check_adapter_state
 from .dense import watch_4bit_layers
 from .forward import TaskGenerate, batch_size, decoder_mask, decoder_of, takes_task_ids
 from .layer import EPTLinearLayer
-from .targets import target_features
+from .targets import target_features, tied_layers
 
 
 class EPTModel(BaseTuner):
@@ -69,6 +69,7 @@ class EPTModel(BaseTuner):
         """Last stop before PEFT changes the model: check the targets, make what the adapter's layers share."""
         (adapter_name,) = (name for name, config in self.peft_config.items() if config is peft_config)
         features = target_features(model, peft_config)
+        self._tied = tied_layers(model, features)
         weight = next((p for p in model.parameters() if p.is_floating_point()), None)
         device = weight.device if weight is not None else None
         dtype = torch.promote_types(weight.dtype, torch.float32) if weight is not None else None
@@ -95,10 +96,25 @@ class EPTModel(BaseTuner):
             layer = EPTLinearLayer(target)
             layer.train(target.training)
             layer.set_adapter(self.active_adapters)
+            layer.tied_to = self._tied.get(current_key)
         shared = self.ept_task_tables[adapter_name]
         layer.update_layer(adapter_name, peft_config, shared, current_key, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """An adapter is made in fp32 or wider; without autocast its parameters take the dtypes of what they adapt."""
+        if autocast_adapter_dtype:
+            return
+        weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        parts = [(self.ept_task_tables[adapter_name], weight)]
+        for layer, adapter in self.adapters(adapter_name).items():
+            base: Any = self.model.get_submodule(layer)
+            parts.append((adapter, getattr(base.get_base_layer(), "weight", None)))
+        for part, like in parts:
+            if like is not None and like.dtype in (torch.bfloat16, torch.float16):
+                for parameter in part.parameters():
+                    parameter.data = parameter.data.to(like.dtype)
 
     # ---- tasks of a forward pass
 
@@ -343,8 +359,15 @@ class EPTModel(BaseTuner):
     def auxiliary_losses(self) -> WeightedLosses:
         """The method's own losses of the last training forward, with their weights. See ``ept.auxiliary_losses``."""
         name = self.active_adapters[0]
-        config, shared = self.peft_config[name], self.ept_task_tables[name]
-        return method_of(config).adapter.losses(config, shared, self.adapters(name), self._trained)
+        config, shared, adapters = self.peft_config[name], self.ept_task_tables[name], self.adapters(name)
+        weights = [option for option in ("contrastive_weight", "orthogonality_weight") if getattr(config, option, 0)]
+        parameters = (parameter for part in (shared, *adapters.values()) for parameter in part.parameters())
+        if weights and any(parameter.dim() < 2 for parameter in parameters):  # every one is a matrix, or more
+            raise ValueError(
+                f"{weights[0]} is {getattr(config, weights[0])}, but FSDP1 shards this model and has whole parameters "
+                "inside its forward pass alone: use FSDP2, or set the weight to 0"
+            )
+        return method_of(config).adapter.losses(config, shared, adapters, self._trained)
 
     # ---- tasks added later
 
@@ -516,13 +539,13 @@ class EPTModel(BaseTuner):
 
         Raises:
             ValueError: a method that does not merge, no task given with more than one, an unknown task, already merged,
-                or a result that is not finite; no weight has changed then.
+                a weight that is computed at every call or shared with another module, or a result that is not finite;
+                no weight has changed then.
         """
         self._check_merge_allowed()
         names = self.active_adapters if adapter_names is None else adapter_names
         for name in names:
-            for adapter in self.adapters(name).values():
-                adapter.check_mergeable()
+            self.check_mergeable(name)
         tasks = [self.ept_task_tables[name].resolve(task) for name in names if name in self.ept_task_tables]
         if not tasks or not isinstance(tasks[0], int):
             raise ValueError(f"task must be one id or name for an adapter among {list(self.peft_config)}, got {task!r}")
@@ -537,6 +560,16 @@ class EPTModel(BaseTuner):
         except BaseException:  # Ctrl-C as well: half a merged model would answer for another task
             self.unmerge_adapter()
             raise
+
+    def check_mergeable(self, adapter_name: str) -> None:
+        """Raise ValueError where a task of an adapter cannot be put into the weights exactly, naming the layer."""
+        adapters = self.adapters(adapter_name)
+        tied = tied_layers(self.model, adapters)
+        for layer, adapter in adapters.items():
+            adapter.check_mergeable()
+            module: Any = self.model.get_submodule(layer)
+            module.tied_to = tied.get(layer)
+            module.check_own_weight(layer)
 
     def merge_and_unload(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
@@ -56,6 +57,24 @@ def target_features(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[
         except (TypeError, ValueError) as error:
             raise type(error)(f"target module {name!r}: {error}") from None
     return features
+
+
+def tied_layers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Of the layers ``names`` of ``model``, adapted or to be, those whose weight is another module's too, and whose."""
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append(path)
+    tied = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        weight = base._parameters.get("weight")
+        sharing = [] if weight is None else holders[id(weight)]
+        others = [path for path in sharing if not f"{path}.".startswith(f"{name}.")]
+        if others:
+            tied[name] = others[0]
+    return tied
 
 
 def _linear_names(model: nn.Module) -> list[str]:

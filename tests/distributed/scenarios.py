@@ -24,7 +24,8 @@ from peft import PeftModel, get_peft_model
 from systems_testing import SMALL
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from training.conftest import DEGREE, POLARITY, TOPIC, VOCABULARY, make_model, make_task, make_tokenizer, write_source
 
@@ -155,24 +156,46 @@ def samples(kind: str, step: int = 0) -> dict[str, Tensor]:
     return {name: value[rank() :: world_size()].contiguous() for name, value in batch.items()}
 
 
-def own_loop(folder: Path, system: str) -> Result:
-    """A loop without ``Trainer``: every block of an encoder and the rest sharded by torch's ``fully_shard``."""
+def own_loop(folder: Path, system: str, version: int = 2) -> Result:
+    """A loop without ``Trainer``: every block of an encoder and the rest sharded by torch's FSDP of a version."""
     model = make_adapted(system, "encoder").train()
-    before = trained(model)
-    if world_size() > 1:
-        for layer in model.get_base_model().encoder.encoder.layer:
+    before, wrapped = trained(model), model
+    blocks = model.get_base_model().encoder.encoder.layer
+    if world_size() > 1 and version == 1:
+        policy = ModuleWrapPolicy({type(blocks[0])})
+        options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+        wrapped = FullyShardedDataParallel(model, auto_wrap_policy=policy, **options)
+    elif world_size() > 1:
+        for layer in blocks:
             fully_shard(layer, reshard_after_forward=True)
         fully_shard(model)
     optimizer = torch.optim.AdamW(ept.parameter_groups(model, lr=1e-2))
     losses = []
     for step in range(4):
-        loss = model(**samples("encoder", step)).loss + ept.auxiliary_loss(model)
+        loss = wrapped(**samples("encoder", step)).loss
+        if version == 2:  # FSDP1 has whole parameters inside the forward pass alone
+            loss = loss + ept.auxiliary_loss(model)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(mean_over_ranks(loss.detach()).item())
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    return {"before": before, "after": {name: state[name] for name in before}, "losses": {"loss": losses}}
+    state = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
+    after = {name: state[name] for name in before}
+    return {
+        "before": before,
+        "after": after,
+        "losses": {"loss": losses},
+        "refused": _refused(model) if version == 1 else None,
+    }
+
+
+def _refused(model: nn.Module) -> str | None:
+    """Why there is no auxiliary loss."""
+    try:
+        ept.auxiliary_loss(model)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -279,6 +302,8 @@ def _named() -> dict[str, Run]:
         "tucka encoder FSDP2, not started": Run(sharded, ("tucka", "encoder")),
         "ept blocks fully_shard": Run(own_loop, ("ept",)),
         "mixlora blocks fully_shard": Run(own_loop, ("mixlora",)),
+        "ept blocks FSDP1": Run(own_loop, ("ept",), {"version": 1}),
+        "more blocks FSDP1": Run(own_loop, ("more",), {"version": 1}),
         "unused": Run(unused),
         "ept-train": Run(command_line),
     }

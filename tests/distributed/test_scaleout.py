@@ -37,7 +37,8 @@ EQUAL = (
     "tucka encoder, single-task batches",
 )
 SHARDED = ("ept encoder FSDP2", "ept causal FSDP2")
-NAMES = (*EQUAL, *SHARDED, "ept blocks fully_shard", "tucka encoder FSDP2, not started", "ept encoder checkpointed")
+BLOCKS = ("ept blocks fully_shard", "ept blocks FSDP1", "more blocks FSDP1")
+NAMES = (*EQUAL, *SHARDED, *BLOCKS, "tucka encoder FSDP2, not started", "ept encoder checkpointed")
 NAMES += ("tucka encoder checkpointed", "unused", "ept-train")
 
 pytestmark = pytest.mark.skipif(
@@ -94,11 +95,16 @@ def test_sharded_training_equals_that_of_one_process(name: str, found: dict, fol
     assert distance(saved, expected, {key: torch.zeros_like(value) for key, value in saved.items()}) < WAY
 
 
-def test_sharding_block_by_block_in_a_loop_of_ones_own(found: dict, folder: Path) -> None:
-    name = "ept blocks fully_shard"
+@pytest.mark.parametrize("name", BLOCKS)
+def test_sharding_block_by_block_in_a_loop_of_ones_own(name: str, found: dict, folder: Path) -> None:
     wanted, ranks = alone(name, folder), found[name]
     assert distance(ranks[0]["after"], wanted["after"], wanted["before"]) < WAY
     assert loss_distance(ranks[0]["losses"], wanted["losses"]) < LOSS
+
+
+def test_a_loss_of_parameters_that_fsdp1_has_sharded_is_refused(found: dict) -> None:
+    for result in found["ept blocks FSDP1"]:
+        assert "contrastive_weight is 0.1, but FSDP1 shards this model" in result["refused"]
 
 
 def test_sharding_what_a_training_pass_must_write_is_refused(found: dict) -> None:

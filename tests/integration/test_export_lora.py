@@ -13,6 +13,7 @@ from baselines_testing import awaken_all
 from export_testing import assert_unchanged, bits, train_heads, without_ept
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
 from pyramid_testing import assert_matches, relative_error
+from safetensors.torch import load_file
 from torch import nn
 
 import ept
@@ -52,7 +53,7 @@ def test_ranks_are_those_of_the_active_scales(case: Case, tmp_path: Path) -> Non
     sizes = model.peft_config["default"].kernel_sizes
     routes = ept.routing(model)
     for task in range(3):
-        report = ept.export_lora(model, task, tmp_path / str(task))
+        report = ept.export_lora(model, task, tmp_path / str(task), rank_pattern=True)
         for name, layer in report.layers.items():
             scales = {sizes[expert] for expert in routes[name][0][task].tolist()}
             assert layer.rank == layer.exact_rank == 4 * sum(scales)
@@ -66,6 +67,42 @@ def test_ranks_are_those_of_the_active_scales(case: Case, tmp_path: Path) -> Non
         assert report.parameters == sum(p.numel() for p in factors)
         with torch.no_grad():
             assert_matches(loaded(**batch).logits, model(**batch, task_ids=task).logits, 1e-5)
+
+
+#: What readers scale ``lora_B @ lora_A`` by, given the config and the rank of the layer's tensors.
+READERS = {
+    "vLLM": lambda config, rank: config["lora_alpha"] / config["r"],
+    "llama.cpp": lambda config, rank: config["lora_alpha"] / rank,
+}
+
+
+@pytest.mark.parametrize("rank", [None, 9])
+@pytest.mark.parametrize(
+    "config",
+    [ept.EPTConfig(r=4, num_tasks=3), ept.MoREConfig(r=4, num_tasks=3)],
+    ids=["ept", "more"],
+)
+def test_every_reader_finds_the_update(config: peft.PeftConfig, rank: int | None, tmp_path: Path) -> None:
+    case = CASES["llama"]
+    base = case.build().eval()
+    config = copy.deepcopy(config)
+    config.task_type, config.target_modules = "CAUSAL_LM", "all-linear"
+    model = awaken_all(peft.get_peft_model(copy.deepcopy(base), config)).eval()
+    report = ept.export_lora(model, 1, tmp_path / "lora", rank)
+    assert len({layer.rank for layer in report.layers.values()}) > 1, "else this test shows nothing"
+    written = json.loads((report.path / "adapter_config.json").read_text())
+    tensors = load_file(report.path / "adapter_model.safetensors")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), report.path)
+    assert report.parameters == sum(tensor.numel() for tensor in tensors.values())
+    for name, layer in report.layers.items():
+        lora_A, lora_B = (tensors[f"base_model.model.{name}.lora_{key}.weight"] for key in "AB")
+        assert lora_A.shape[0] == lora_B.shape[1] == report.max_rank
+        assert not lora_A[layer.rank :].any() and not lora_B[:, layer.rank :].any()
+        expected = loaded.base_model.model.get_submodule(name).get_delta_weight("default")
+        for scale in READERS.values():
+            assert_matches(scale(written, len(lora_A)) * lora_B @ lora_A, expected, 1e-6)
+        if rank is None:
+            assert_matches(expected, ept.adapters(model)[name].delta_weight(1), 1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 6, 1000])
@@ -111,11 +148,12 @@ def test_baselines(config: peft.PeftConfig, tmp_path: Path) -> None:
         assert_matches(loaded(**batch).logits, model(**batch, task_ids=1).logits, 1e-5)
 
 
-def test_an_untrained_adapter_is_a_lora_that_does_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank_pattern", [False, True])
+def test_an_untrained_adapter_is_a_lora_that_does_nothing(rank_pattern: bool, tmp_path: Path) -> None:
     case = CASES["llama"]
     base = case.build().eval()
     model = peft.get_peft_model(copy.deepcopy(base), case.config()).eval()
-    report = ept.export_lora(model, 0, tmp_path / "lora")
+    report = ept.export_lora(model, 0, tmp_path / "lora", rank_pattern=rank_pattern)
     assert report.max_rank == 1 and report.error == 0
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), report.path).eval()
     batch = case.batch()

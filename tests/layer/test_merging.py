@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyramid_testing import assert_matches, assert_same_bits, shake
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from ept import EPTConfig, EPTLinear, use_tasks
 from ept.merging import merged_weight
@@ -224,3 +225,45 @@ def test_several_adapters_and_a_transposed_weight() -> None:
     assert_matches(merged, weight + (first.delta_weight(1) + second.delta_weight(1)).T, 1e-14)
     assert_same_bits(weight, before)
     assert not merged.requires_grad
+
+
+def _halve(layer: nn.Module) -> None:
+    class Half(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight / 2
+
+    parametrize.register_parametrization(layer, "weight", Half())
+
+
+#: Ways in which a layer may compute its weight at every call.
+COMPUTED = {
+    "parametrize": _halve,
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "weight_norm as a hook": nn.utils.weight_norm,
+    "spectral_norm as a hook": nn.utils.spectral_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("change", COMPUTED)
+def test_a_weight_that_is_computed_is_not_merged_into(change: str) -> None:
+    layer, x = make_layer().eval(), rows(4, 5, 11)
+    COMPUTED[change](layer)
+    expected = layer(x, 1).detach()
+    with pytest.raises(ValueError, match=r"the layer \(.*EPTLinear\) computes its weight anew at every call"):
+        layer.merge(1)
+    assert not layer.merged
+    assert_same_bits(layer(x, 1), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("change", COMPUTED)
+def test_a_linear_whose_weight_is_computed_cannot_be_shared(change: str) -> None:
+    linear = nn.Linear(11, 7)
+    COMPUTED[change](linear)
+    config = EPTConfig(r=3, kernel_sizes=(2, 3), num_tasks=2)
+    with pytest.raises(ValueError, match=r"linear .* computes its weight or bias"):
+        EPTLinear.from_linear(linear, config)
+    assert all(parameter.requires_grad for parameter in linear.parameters())

@@ -111,8 +111,8 @@ class TuckerAdapter(LayerAdapter):
         Differentiable in G, U, C and the route's weights.
         """
         with without_autocast(self.U.device):
-            slices = self.G.index_select(0, route.group)[0]
-            shares = route.weights.to(self.C.dtype) @ self.C
+            slices = self.G.index_select(0, route.group.to(self.G.device))[0]
+            shares = route.weights.to(self.C) @ self.C
             shares = shares * (self.alpha / (slices.norm() * self.C.norm() * self.U.square().sum()))
             core = (shares @ slices.flatten(1)).view_as(slices[0])
             return core.T @ self.U.T, self.U

@@ -100,7 +100,8 @@ class CentroidRouter(nn.Module):
                 total, tokens = sums[:-1], sums[-1]
             if not self._ready:
                 self._initialise(total.detach(), tokens.detach())
-            affinity = (self.centroids.to(dtype) @ (total / tokens.clamp_min(1))).view(self.num_groups, self.group_size)
+            affinity = self.centroids.to(x.device, dtype) @ (total / tokens.clamp_min(1))
+            affinity = affinity.view(self.num_groups, self.group_size)
             cosines = affinity / affinity.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
             group = cosines.detach().amax(1).argmax().view(1)
             weights = cosines.index_select(0, group)[0].sigmoid()
