@@ -105,7 +105,7 @@ def export_deltas(
     names = shared.names or tuple(map(str, range(shared.num_tasks)))
     manifest = {
         "format": FORMAT,
-        "method": str(tuner.peft_config[name].peft_type),
+        "method": tuner.peft_config[name].peft_type.value,
         "base_model": part.name(tuner.peft_config[name]),
         "tasks": [names[task] for task in ids],
         "heads": [parts[task].description for task in ids],
