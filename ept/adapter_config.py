@@ -25,6 +25,10 @@ BIASES = ("none", "all", "ept_only")
 ALL_LINEAR = "all-linear"
 
 
+class NotALoRAError(AttributeError, ValueError):
+    """A config was asked for what a LoRA's alone has; also an ``AttributeError``, which ``hasattr`` understands."""
+
+
 def check(condition: bool, message: str) -> None:
     """Raise ``ValueError(message)`` unless ``condition``."""
     if not condition:
@@ -94,8 +98,8 @@ class AdapterConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
-    rank_pattern: dict[str, int] | None = field(default=None, metadata={"help": "r of the layers that match."})
-    alpha_pattern: dict[str, float] | None = field(default=None, metadata={"help": "lora_alpha of such layers."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "r of the layers that match."})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "lora_alpha of such layers."})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Rows of the embedding to train."}
     )
@@ -116,6 +120,14 @@ class AdapterConfig(PeftConfig):
         self._check_patterns()
         self._check_beside()
 
+    @property
+    def runtime_config(self) -> Any:
+        """There is none: X-LoRA, which takes every adapter that it is given for a LoRA, asks for it."""
+        raise NotALoRAError(
+            f"{type(self).__name__} configures no LoRA, and here a LoRA is needed (X-LoRA mixes several): "
+            "ept.export_lora writes one task as a LoRA"
+        )
+
     def for_layer(self, name: str) -> Self:
         """The config of the layer ``name`` of a model: this one, with what the patterns give that layer.
 
@@ -124,13 +136,13 @@ class AdapterConfig(PeftConfig):
         """
         own = {}
         for argument, patterns in (("r", self.rank_pattern), ("lora_alpha", self.alpha_pattern)):
-            key = get_pattern_key(list(patterns or ()), name)
-            if patterns is not None and key in patterns:
+            key = get_pattern_key(list(patterns), name)
+            if key in patterns:
                 own[argument] = patterns[key]
         if not own:
             return self
         config = copy.copy(self)
-        config.rank_pattern = config.alpha_pattern = None
+        config.rank_pattern, config.alpha_pattern = {}, {}
         for argument, value in own.items():
             setattr(config, argument, value)
         config.__post_init__()
@@ -181,10 +193,8 @@ class AdapterConfig(PeftConfig):
 
     def _check_patterns(self) -> None:
         for name, argument in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-            pattern = getattr(self, name)
-            if pattern is None:
-                continue
-            check(isinstance(pattern, dict), f"{name} must be None or {{pattern: {argument}}}, got {pattern!r}")
+            pattern = {} if getattr(self, name) is None else getattr(self, name)
+            check(isinstance(pattern, dict), f"{name} must be {{pattern: {argument}}}, got {pattern!r}")
             for key, value in pattern.items():
                 try:
                     re.compile(key)
@@ -194,7 +204,7 @@ class AdapterConfig(PeftConfig):
                     check_size(f"{name}[{key!r}]", value)
                 else:
                     check_positive(f"{name}[{key!r}]", value)
-            setattr(self, name, dict(pattern) or None)
+            setattr(self, name, dict(pattern))
 
     def _check_beside(self) -> None:
         """What may train beside the adapter, and what ``LoraConfig`` knows and no method here can serve."""
