@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: No size of an adapter is larger: that of a damaged config is refused before anybody asks for so much memory.
 LARGEST_SIZE = 2**16
+
+#: Which biases may train.
+BIASES = ("none", "all", "ept_only")
+
+#: As ``target_modules``: every linear layer but the head.
+ALL_LINEAR = "all-linear"
+
+
+class NotALoRAError(AttributeError, ValueError):
+    """A config was asked for what a LoRA's alone has; also an ``AttributeError``, which ``hasattr`` understands."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -37,6 +53,15 @@ def check_size(name: str, value: Any, allowed: str = "an integer >= 1") -> None:
     check(value <= LARGEST_SIZE, f"{name} must be at most {LARGEST_SIZE}, got {value!r}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raise a ValueError unless ``value`` is a number > 0."""
+    check(is_number(value) and value > 0, f"{name} must be a number > 0, got {value!r}")
+
+
+def _is_nothing(value: object) -> bool:
+    return value is None or (isinstance(value, (list, tuple)) and not value)
+
+
 @dataclass
 class AdapterConfig(PeftConfig):
     """Rank, scale, tasks, dropout and targets of an adapter; a method's own config adds the rest.
@@ -50,8 +75,14 @@ class AdapterConfig(PeftConfig):
         target_modules: names or a regular expression of the modules to adapt, or "all-linear". None: PEFT's default for
             the architecture.
         exclude_modules: names or a regular expression of modules never to adapt.
-        layers_to_transform, layers_pattern: restrict to these layer indices, as in ``LoraConfig``.
+        layers_to_transform, layers_pattern: restrict to these layer indices, as in ``LoraConfig``; not with a regular
+            expression, which can say it itself.
         modules_to_save: other modules to train and to save with the adapter, such as a classification head.
+        rank_pattern, alpha_pattern: other ``r`` and ``lora_alpha`` for some layers, as in ``LoraConfig``.
+        trainable_token_indices: rows of the embedding to train for all tasks, as in ``LoraConfig``.
+        bias: which biases of the base train, for all tasks alike: "none", "all", or "ept_only" for those of adapted
+            layers.
+        target_parameters, layer_replication: None; nothing else is allowed.
 
     Raises:
         ValueError: a value out of its range; the message names the argument, the value and what is allowed.
@@ -67,24 +98,55 @@ class AdapterConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "r of the layers that match."})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "lora_alpha of such layers."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the embedding to train."}
+    )
+    bias: str = field(default="none", metadata={"help": "'none', 'all' or 'ept_only': biases to train."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
+    layer_replication: list[tuple[int, int]] | None = field(default=None, metadata={"help": "Not supported."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_size("r", self.r)
-        check(
-            is_number(self.lora_alpha) and self.lora_alpha > 0,
-            f"lora_alpha must be a number > 0, got {self.lora_alpha!r}",
-        )
+        check_positive("lora_alpha", self.lora_alpha)
         self._check_tasks()
         check(
             is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,
             f"lora_dropout must be a number in [0, 1), got {self.lora_dropout!r}",
         )
         self._check_targets()
+        self._check_patterns()
+        self._check_beside()
 
-    def for_layer(self, name: str) -> AdapterConfig:
-        """The config of the layer ``name`` of a model: this one, unless a method lets layers differ."""
-        return self
+    @property
+    def runtime_config(self) -> Any:
+        """There is none: X-LoRA, which takes every adapter that it is given for a LoRA, asks for it."""
+        raise NotALoRAError(
+            f"{type(self).__name__} configures no LoRA, and here a LoRA is needed (X-LoRA mixes several): "
+            "ept.export_lora writes one task as a LoRA"
+        )
+
+    def for_layer(self, name: str) -> Self:
+        """The config of the layer ``name`` of a model: this one, with what the patterns give that layer.
+
+        Raises:
+            ValueError: a rank or scale that does not fit the other arguments.
+        """
+        own = {}
+        for argument, patterns in (("r", self.rank_pattern), ("lora_alpha", self.alpha_pattern)):
+            key = get_pattern_key(list(patterns), name)
+            if key in patterns:
+                own[argument] = patterns[key]
+        if not own:
+            return self
+        config = copy.copy(self)
+        config.rank_pattern, config.alpha_pattern = {}, {}
+        for argument, value in own.items():
+            setattr(config, argument, value)
+        config.__post_init__()
+        return config
 
     def _check_targets(self) -> None:
         """What PEFT takes on trust."""
@@ -107,6 +169,66 @@ class AdapterConfig(PeftConfig):
         check(
             layers is None or is_int(layers) or (isinstance(layers, (list, tuple, set)) and all(map(is_int, layers))),
             f"layers_to_transform must be None, an integer or a list of integers, got {layers!r}",
+        )
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        """Restrictions to layers that would have no effect are refused; in a saved config they had none, and warn."""
+        restricts = self.layers_to_transform is not None and self.layers_to_transform != []
+        targets = self.target_modules
+        if self.layers_pattern and not restricts:
+            self._without_effect(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, got {self.layers_to_transform!r}"
+            )
+        elif restricts and isinstance(targets, str) and targets.lower() != ALL_LINEAR:
+            self._without_effect(
+                f"layers_to_transform={self.layers_to_transform!r} cannot restrict target_modules={targets!r}, a "
+                "regular expression: let it match the wanted layers alone, or give a list of names"
+            )
+
+    def _without_effect(self, message: str) -> None:
+        if not self.inference_mode:  # as every config that was saved is
+            raise ValueError(message)
+        warnings.warn(f"{message}; it has no effect", RuntimeWarning, stacklevel=2)
+
+    def _check_patterns(self) -> None:
+        for name, argument in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            pattern = {} if getattr(self, name) is None else getattr(self, name)
+            check(isinstance(pattern, dict), f"{name} must be {{pattern: {argument}}}, got {pattern!r}")
+            for key, value in pattern.items():
+                try:
+                    re.compile(key)
+                except (re.error, TypeError) as error:
+                    raise ValueError(f"{name}[{key!r}] is not a regular expression: {error}") from None
+                if argument == "r":
+                    check_size(f"{name}[{key!r}]", value)
+                else:
+                    check_positive(f"{name}[{key!r}]", value)
+            setattr(self, name, dict(pattern))
+
+    def _check_beside(self) -> None:
+        """What may train beside the adapter, and what ``LoraConfig`` knows and no method here can serve."""
+        check(
+            isinstance(self.bias, str) and self.bias in BIASES,
+            f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}",
+        )
+        check(
+            _is_nothing(self.target_parameters),
+            f"target_parameters must be None, got {self.target_parameters!r}: an adapter needs a module whose input it "
+            "sees, not a parameter; name modules in target_modules",
+        )
+        check(
+            _is_nothing(self.layer_replication),
+            f"layer_replication must be None, got {self.layer_replication!r}: replicate the layers of the base before "
+            "it is adapted",
+        )
+        tokens = self.trainable_token_indices
+        rows = list(tokens.values()) if isinstance(tokens, dict) else [] if tokens is None else [tokens]
+        check(
+            all(isinstance(ids, (list, tuple)) and all(is_int(row) and row >= 0 for row in ids) for ids in rows)
+            and (not isinstance(tokens, dict) or all(isinstance(name, str) for name in tokens)),
+            "trainable_token_indices must be None, a list of integers >= 0 or {name of an embedding: such a list}, "
+            f"got {tokens!r}",
         )
 
     def _check_tasks(self) -> None:

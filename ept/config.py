@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from peft.utils.other import get_pattern_key
 
@@ -13,6 +14,9 @@ from ept_kernels.geometry import check_kernel_sizes
 from .adapter_config import check, is_int
 from .contrastive_config import ContrastiveConfig
 from .peft_type import EPT
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
@@ -51,8 +55,11 @@ class EPTConfig(ContrastiveConfig):
         target_modules: names or a regular expression of the modules to adapt, or "all-linear". None: PEFT's default for
             the architecture.
         exclude_modules: names or a regular expression of modules never to adapt.
-        layers_to_transform, layers_pattern: restrict to these layer indices, as in ``LoraConfig``.
+        layers_to_transform, layers_pattern: restrict to these layer indices, as in ``LoraConfig``; not with a regular
+            expression, which can say it itself.
         modules_to_save: other modules to train and to save with the adapter, such as a classification head.
+        rank_pattern, alpha_pattern, trainable_token_indices, bias, target_parameters, layer_replication: as in
+            ``AdapterConfig``.
 
     Raises:
         ValueError: a value out of its range; the message names the argument, the value and what is allowed.
@@ -154,11 +161,12 @@ class EPTConfig(ContrastiveConfig):
             found.append((task, found[-1][1] + len(sizes)))
         return tuple(found)
 
-    def for_layer(self, name: str) -> EPTConfig:
-        """This config with the kernel sizes that ``kernel_pattern`` gives the layer ``name``."""
+    def for_layer(self, name: str) -> Self:
+        """As in ``AdapterConfig``, with the kernel sizes that ``kernel_pattern`` gives the layer."""
+        config = super().for_layer(name)
         key = get_pattern_key(list(self.kernel_pattern or ()), name)
         if self.kernel_pattern is None or key not in self.kernel_pattern:
-            return self
-        config = copy.copy(self)
+            return config
+        config = copy.copy(config)
         config.kernel_sizes = self.kernel_pattern[key]
         return config

@@ -90,7 +90,10 @@ class WeightStash(nn.Module):
         self.register_buffer("original", None, persistent=False)
 
     def swap_in(self, parameter: nn.Parameter, merged: Tensor) -> None:
-        self.original, parameter.data = parameter.data, merged
+        """Put ``merged`` in place of the original, or of what was merged before."""
+        if self.original is None:
+            self.original = parameter.data
+        parameter.data = merged
 
     def swap_out(self, parameter: nn.Parameter) -> None:
         assert self.original is not None, "nothing was swapped in"

@@ -21,10 +21,14 @@ class TaskRoutedPeftType(str):
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
 
     def __str__(self) -> str:
-        return str.__str__(self)
+        """As of a member of ``PeftType``: PEFT's ``get_model_status`` reports what follows the dot."""
+        return f"PeftType.{self.value}"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
 
     def __eq__(self, other: object) -> bool:
         return other is PeftType.POLY or str.__eq__(self, other) is True

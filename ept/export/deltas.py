@@ -21,7 +21,7 @@ from ..tuner.dense import has_dense_weight
 from ..tuner.model import EPTModel, ept_model
 from .factors import dcft_folded
 from .format import FORMAT, HEAD, MANIFEST, MODULES, SEED, LayerEntry, fingerprint, task_file
-from .parts import Parts, choose_adapter, resolve_task, saved_modules, take_parts
+from .parts import Parts, check_all_in_layers, choose_adapter, resolve_task, saved_modules, take_parts
 from .shadow import shadow
 from .target import check_target, write_folder
 
@@ -78,6 +78,7 @@ def export_deltas(
     """
     tuner = ept_model(model)
     name = choose_adapter(tuner, adapter_name)
+    check_all_in_layers(tuner, name, "export_deltas")
     shared = tuner.ept_task_tables[name]
     ids = [resolve_task(tuner, name, task) for task in (range(shared.num_tasks) if tasks is None else tasks)]
     if not ids or len(set(ids)) != len(ids):
@@ -105,7 +106,7 @@ def export_deltas(
     names = shared.names or tuple(map(str, range(shared.num_tasks)))
     manifest = {
         "format": FORMAT,
-        "method": str(tuner.peft_config[name].peft_type),
+        "method": tuner.peft_config[name].peft_type.value,
         "base_model": part.name(tuner.peft_config[name]),
         "tasks": [names[task] for task in ids],
         "heads": [parts[task].description for task in ids],

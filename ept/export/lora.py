@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapter_config import AdapterConfig, is_int
 from ..tuner.model import ept_model
 from .factors import lora_factors
-from .parts import Parts, choose_adapter, resolve_task, saved_modules, take_parts, write_head
+from .parts import Parts, check_all_in_layers, choose_adapter, resolve_task, saved_modules, take_parts, write_head
 from .shadow import shadow
 from .target import check_target, write_folder
 from .truncate import truncate
@@ -107,6 +107,7 @@ def export_lora(
         raise ValueError(f"rank must be None or an integer >= 1, got {rank!r}")
     tuner = ept_model(model)
     name = choose_adapter(tuner, adapter_name)
+    check_all_in_layers(tuner, name, "export_lora")
     resolved = resolve_task(tuner, name, task)
     target = check_target(path, overwrite)
     base = shadow(tuner, name)

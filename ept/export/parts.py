@@ -82,6 +82,22 @@ def resolve_task(tuner: EPTModel, adapter_name: str, task: int | str | None) -> 
     return tuner.ept_task_tables[adapter_name].resolve(task)
 
 
+def check_all_in_layers(tuner: EPTModel, adapter_name: str, what: str) -> None:
+    """Refuse an adapter with trained numbers that a file of updates has no place for.
+
+    Raises:
+        ValueError: trained biases of the base, or rows of an embedding.
+    """
+    config = tuner.peft_config[adapter_name]
+    for name, default in (("bias", "none"), ("trainable_token_indices", None)):
+        value = getattr(config, name)
+        if value != default:
+            raise ValueError(
+                f"{what} writes updates of layers alone, but the adapter was trained with {name}={value!r}: "
+                "ept.export_merged writes all that it has learned"
+            )
+
+
 def saved_modules(tuner: EPTModel, adapter_name: str) -> list[str]:
     """Paths of the modules that are trained and saved with an adapter."""
     return [

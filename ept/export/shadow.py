@@ -26,7 +26,8 @@ def shadow(tuner: EPTModel, adapter_name: str) -> EPTModel:
     quantizer = getattr(tuner.model, "hf_quantizer", None)
     memo[id(quantizer)] = quantizer
     twin = copy.deepcopy(tuner, memo)
-    twin.unmerge_adapter()
+    if twin.merged_task is not None:
+        twin.unmerge_adapter()
     twin.set_adapter(adapter_name, inference_mode=True)
     return twin
 

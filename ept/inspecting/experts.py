@@ -58,7 +58,7 @@ def expert_labels(saved: SavedAdapter, layer: str) -> tuple[int, ...]:
     if isinstance(config, EPTConfig):
         return config.for_layer(layer).all_kernel_sizes
     if isinstance(config, MoREConfig):
-        return tuple(range(1, config.r + 1))
+        return tuple(range(1, config.for_layer(layer).r + 1))
     return tuple(range(1, config.num_experts + 1)) if isinstance(config, MOELoRAConfig) else ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -136,22 +137,26 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Put the update of one task into the base weight. Always safe: a result that is not finite is refused.
 
+        An adapter that is merged beside others gives what merging all of them at once does: the sum is made anew from
+        the original weight.
+
         Args:
-            adapter_names: default: the active ones.
+            adapter_names: default: the active ones. One that is merged already is passed over with a warning.
             task: resolved id; None where the adapter has one task.
 
         Raises:
-            ValueError: a method that does not merge, no task given with more than one, already merged, a base weight
-                that is not a dense float, is computed at every call or is shared with another module, or a result
-                that is not finite; nothing is changed then.
+            ValueError: a method that does not merge, no task given with more than one, another task than is merged, a
+                base weight that is not a dense float, is computed at every call or is shared with another module, or a
+                result that is not finite; nothing is changed then.
         """
-        names = check_adapters_to_merge(self, adapter_names)
-        adapters = [self.ept_adapters[name] for name in names if name in self.ept_adapters]
-        if not adapters:
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.ept_adapters]
+        if not names:
             return
-        adapters[0].check_mergeable()
-        if self.merged:
-            raise ValueError(f"adapters {self.merged_adapters} are already merged; unmerge them first")
+        first = self.ept_adapters[names[0]]
+        first.check_mergeable()
+        resolved = first.shared.resolve(task)
+        if self.merged and resolved != self.merged_task:
+            raise ValueError(f"task must be {self.merged_task}, which is already merged, got {resolved}; unmerge first")
         base: Any = self.get_base_layer()
         if not has_dense_weight(base):
             held = type(getattr(base, "weight", None)).__name__
@@ -160,12 +165,13 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
                 "quantising the sum again would lose part of the update. ept.export_merged(..., dequantise=True) "
                 "writes a merged floating-point checkpoint, ept.export_lora an adapter that needs no merging"
             )
-        self.check_own_weight(adapters[0].layer_name)
-        weight = base.weight
-        resolved = adapters[0].shared.resolve(task)
-        transposed = isinstance(base, Conv1D)
-        self.ept_stash.swap_in(weight, merged_weight(weight, adapters, resolved, transposed=transposed))
-        self.merged_adapters, self.merged_task = list(names), resolved
+        self.check_own_weight(first.layer_name)
+        every = [*self.merged_adapters, *names]
+        original = base.weight if self.ept_stash.original is None else self.ept_stash.original
+        adapters = [self.ept_adapters[name] for name in every]
+        merged = merged_weight(original, adapters, resolved, transposed=isinstance(base, Conv1D))
+        self.ept_stash.swap_in(base.weight, merged)
+        self.merged_adapters, self.merged_task = every, resolved
 
     def check_own_weight(self, name: str) -> None:
         """Raise ValueError if the dense weight of this layer, ``name``, is computed, or another module's too."""
@@ -179,11 +185,13 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
             )
 
     def unmerge(self) -> None:
-        """Restore the base weight bit for bit; does nothing where nothing is merged."""
-        if self.merged:
-            base: Any = self.get_base_layer()
-            self.ept_stash.swap_out(base.weight)
-            self.merged_adapters, self.merged_task = [], None
+        """Restore the base weight bit for bit; warns, as PEFT's layers do, where nothing is merged."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base: Any = self.get_base_layer()
+        self.ept_stash.swap_out(base.weight)
+        self.merged_adapters, self.merged_task = [], None
 
     def get_delta_weight(self, adapter_name: str, task: int | str | None = None) -> Tensor:
         """The dense update of one adapter and task, ``[out, in]``."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+)
 from torch import Tensor, nn
 
 from ept_kernels.geometry import check_kernel_sizes
@@ -22,11 +28,11 @@ from ..methods import method_of
 from ..mixture import TaskMixture
 from ..prototypes import TaskPrototypes, embedding_layer, input_representation
 from ..tasks import AUTO, ResolvedTasks, TaskIds, TaskSet, count_samples, wants_auto
-from .checkpoint import check_adapter_state
+from .checkpoint import check_adapter_state, loading_options
 from .dense import watch_4bit_layers
 from .forward import TaskGenerate, batch_size, decoder_mask, decoder_of, takes_task_ids
 from .layer import EPTLinearLayer
-from .targets import target_features, tied_layers
+from .targets import matching, module_names, target_features, tied_layers
 
 
 class EPTModel(BaseTuner):
@@ -53,6 +59,7 @@ class EPTModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         self.ept_task_tables = nn.ModuleDict()
         self._trained: TaskContext | None = None
+        self._merged: tuple[EPTLinearLayer, ...] = ()
 
     def _post_injection_hook(self, model: Any, config: AdapterConfig, adapter_name: str) -> None:
         self._hooks = [
@@ -65,9 +72,26 @@ class EPTModel(BaseTuner):
         if hasattr(model, "generate"):
             model.generate = TaskGenerate(model, self)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT: what trains goes on training, the tables of other adapters included, and nothing else does."""
+        before = [(parameter, parameter.requires_grad) for parameter in self.ept_task_tables.parameters()]
+        self._injected = adapter_name  # several adapters may be of one config object
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for parameter, requires_grad in before:
+            parameter.requires_grad = requires_grad
+
+    def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
+        by_default = peft_config.target_modules is None
+        config: Any = super()._prepare_adapter_config(peft_config, model_config)
+        if by_default and not isinstance(config.target_modules, str):
+            # Some architectures' defaults are names of several models; one that this model lacks is no mistake.
+            found = matching(config.target_modules, module_names(self.model))
+            config.target_modules = found or config.target_modules
+        return config
+
     def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
         """Last stop before PEFT changes the model: check the targets, make what the adapter's layers share."""
-        (adapter_name,) = (name for name, config in self.peft_config.items() if config is peft_config)
+        adapter_name = self._injected
         features = target_features(model, peft_config)
         self._tied = tied_layers(model, features)
         weight = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -119,14 +143,13 @@ class EPTModel(BaseTuner):
     # ---- tasks of a forward pass
 
     def _any_layer(self) -> EPTLinearLayer | None:
-        """One layer: all are merged, and all are disabled, together."""
+        """One layer: all are disabled together."""
         return next((module for module in self.model.modules() if isinstance(module, EPTLinearLayer)), None)
 
     @property
     def merged_task(self) -> int | None:
         """The task whose updates are in the base weights, or None."""
-        layer = self._any_layer()
-        return None if layer is None else layer.merged_task
+        return self._merged[0].merged_task if self._merged else None
 
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.ept_task_tables]
@@ -225,7 +248,7 @@ class EPTModel(BaseTuner):
         for batch in batches:
             tasks = shared.resolve(batch.get("task_ids"))
             prototypes.observe(input_representation(self.model, (), dict(batch)), tasks)
-        config.auto_routing, shared.prototypes = True, prototypes
+        self._own_config(name).auto_routing, shared.prototypes = True, prototypes
 
     def _observe(self, resolved: ResolvedTasks | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Let the active adapters' statistics see a training batch whose tasks are known."""
@@ -371,6 +394,11 @@ class EPTModel(BaseTuner):
 
     # ---- tasks added later
 
+    def _own_config(self, adapter_name: str) -> Any:
+        """The adapter's config, to be changed: a copy, for other adapters and models may have been made with it."""
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        return config
+
     def add_task(
         self,
         name: str | None = None,
@@ -449,6 +477,7 @@ class EPTModel(BaseTuner):
                 raise ValueError(f"new_kernels={new_kernels!r} does not fit layer {layer!r}: {error}") from None
         finished = shared.num_tasks
         task = shared.add_task(name, start)
+        config = self._own_config(adapter_name)
         config.num_tasks, config.finished_tasks = finished + 1, finished
         if names is not None:
             config.task_names = [*names, name]
@@ -479,14 +508,22 @@ class EPTModel(BaseTuner):
             pyramids: Any = self.adapters(name).values()
             for adapter in pyramids:
                 adapter.finish(count)
+            if self.peft_config[name].bias != "none":
+                for path, parameter in self.model.named_parameters():
+                    if path.endswith("bias") and not any(part in path for part in (".modules_to_save.", ".ept_")):
+                        parameter.requires_grad_(False).grad = None
             for wrapper in self.model.modules():
+                if isinstance(wrapper, TrainableTokensWrapper):
+                    rows: Any = wrapper.token_adapter.trainable_tokens_delta
+                    if name in rows:
+                        rows[name].requires_grad_(False).grad = None
                 if not isinstance(wrapper, ModulesToSaveWrapper) or name not in wrapper.modules_to_save:
                     continue
-                copy: Any = wrapper.modules_to_save[name]
-                if hasattr(copy, "finish"):
-                    copy.finish(count)
+                saved: Any = wrapper.modules_to_save[name]
+                if hasattr(saved, "finish"):
+                    saved.finish(count)
                 else:
-                    copy.requires_grad_(False).zero_grad()
+                    saved.requires_grad_(False).zero_grad()
 
     # ---- adapters by name
 
@@ -497,8 +534,10 @@ class EPTModel(BaseTuner):
             shared.requires_grad_(name in names and not inference_mode)
         self.freeze_finished()
 
-    def enable_adapter_layers(self) -> None:
-        super().enable_adapter_layers()
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        for name, shared in self.ept_task_tables.items():  # as PEFT does with the layers
+            shared.requires_grad_(enabled and name in self.active_adapters)
         self.freeze_finished()
 
     def train(self, mode: bool = True) -> EPTModel:
@@ -532,34 +571,53 @@ class EPTModel(BaseTuner):
 
     # ---- merging
 
+    def _tuner_layers(self) -> list[Any]:
+        """The adapted layers, and those that PEFT makes itself: trained rows of an embedding, which know no tasks."""
+        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, task: int | str | None = None
     ) -> None:
         """Put one task's updates into the base weights; ``unmerge_adapter`` takes them out to the bit.
 
+        Adapters may be merged one after the other, for the same task. One that is merged already is passed over with a
+        warning.
+
+        Args:
+            adapter_names: default: the active ones.
+            task: id or name; None where there is one task, or one is merged.
+
         Raises:
-            ValueError: a method that does not merge, no task given with more than one, an unknown task, already merged,
-                a weight that is computed at every call or shared with another module, or a result that is not finite;
-                no weight has changed then.
+            ValueError: a method that does not merge, no task given with more than one, an unknown task, another one
+                than is merged, a weight that is computed at every call or shared with another module, or a result that
+                is not finite; no weight has changed then.
         """
         self._check_merge_allowed()
         names = self.active_adapters if adapter_names is None else adapter_names
         for name in names:
             self.check_mergeable(name)
+        merged = self.merged_task
+        task = merged if task is None else task
         tasks = [self.ept_task_tables[name].resolve(task) for name in names if name in self.ept_task_tables]
         if not tasks or not isinstance(tasks[0], int):
             raise ValueError(f"task must be one id or name for an adapter among {list(self.peft_config)}, got {task!r}")
         if len(set(tasks)) > 1:
             raise ValueError(f"task={task!r} means different tasks to the adapters {list(names)}; give an id")
-        layers = [module for module in self.model.modules() if isinstance(module, EPTLinearLayer)]
-        if any(layer.merged for layer in layers):
-            raise ValueError("an adapter is already merged; call unmerge_adapter first")
+        if merged not in (None, tasks[0]):
+            raise ValueError(f"task={task!r}, but task {merged} is already merged; call unmerge_adapter first")
+        layers = self._tuner_layers()
+        before = [list(layer.merged_adapters) for layer in layers]
         try:
             for layer in layers:
-                layer.merge(safe_merge, adapter_names, task=tasks[0])
+                _merge_layer(layer, adapter_names, tasks[0], safe_merge)
         except BaseException:  # Ctrl-C as well: half a merged model would answer for another task
-            self.unmerge_adapter()
+            for layer, had in zip(layers, before, strict=True):
+                if layer.merged_adapters != had:
+                    layer.unmerge()
+                    if had:
+                        _merge_layer(layer, had, merged)
             raise
+        self._merged = tuple(layer for layer in layers if isinstance(layer, EPTLinearLayer) and layer.merged)[:1]
 
     def check_mergeable(self, adapter_name: str) -> None:
         """Raise ValueError where a task of an adapter cannot be put into the weights exactly, naming the layer."""
@@ -581,22 +639,27 @@ class EPTModel(BaseTuner):
     ) -> nn.Module:
         """The base model with one task's updates in its weights and no trace of the adapter.
 
+        What is merged already stays so, as in PEFT.
+
         Raises:
             ValueError: as ``merge_adapter``.
         """
-        if self.merged_task is None:
-            self.merge_adapter(adapter_names, safe_merge, task=task)
-        elif task is not None and self.routes_by_task:
+        merged = {name for module in self._tuner_layers() for name in module.merged_adapters}
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if self.merged_task is not None and task is not None and self.routes_by_task:
             check_merged_task(self.ept_task_tables[self.active_adapters[0]].resolve(task), self.merged_task)
+        if not merged or not merged.issuperset(names):
+            self.merge_adapter([name for name in names if name not in merged], safe_merge, task=task)
         return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)
 
     def unload(self) -> nn.Module:
         """The base model as it was, without adapters."""
-        self.unmerge_adapter()
+        if self.merged_task is not None:
+            self.unmerge_adapter()
         return super().unload()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, ModulesToSaveWrapper):  # PEFT's version wants every trained module to have a weight
+        if isinstance(child, AuxiliaryTrainingWrapper):  # PEFT's version wants every trained module to have a weight
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -627,9 +690,17 @@ class EPTModel(BaseTuner):
             for key, tensor in model.state_dict().items()
             if any(part + marker in key for part in (".ept_adapters", "ept_task_tables", ".modules_to_save"))
         }
-        check_adapter_state(expected, remapped)
+        whole, ignores_sizes = loading_options()
+        check_adapter_state(expected, remapped, partial=not whole, ignore_sizes=ignores_sizes)
         ept_model(model).freeze_finished()  # of modules that are saved with the adapter, too: they are there only now
         return remapped
+
+
+def _merge_layer(layer: Any, names: list[str] | None, task: int | None, safe_merge: bool = False) -> None:
+    if isinstance(layer, EPTLinearLayer):
+        layer.merge(safe_merge, names, task=task)
+    else:
+        layer.merge(safe_merge, names)
 
 
 def ept_model(model: nn.Module) -> EPTModel:

@@ -2,60 +2,70 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from ..adapter_config import AdapterConfig
 from ..methods import method_of
 from .layer import base_features
 
+#: Inside PEFT's wrapper of a module that is saved with an adapter: its copies of the module.
+_COPIES = (".original_module", ".modules_to_save.")
+
 
 def target_features(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, int]]:
     """``(in_features, out_features)`` of every module that ``config`` targets in ``model``, by name.
 
     Raises:
-        ValueError: a name in ``target_modules`` that matches nothing, nothing matched at all, or a targeted layer that
-            does not fit ``config``, such as a scale larger than it.
+        NoMatchingPeftModuleError: a name in ``target_modules`` that matches nothing, or nothing matched at all.
+        ValueError: a targeted layer that does not fit ``config``, such as a scale larger than it.
         TypeError: a targeted module that cannot be adapted.
     """
     every = isinstance(config.target_modules, str)
     _maybe_include_all_linear_layers(config, model)
-    if every and not isinstance(config.target_modules, str):  # "all-linear", in a model that an adapter has wrapped
-        parts = (".original_module", ".modules_to_save.")
+    if every and not isinstance(config.target_modules, str):  # "all-linear"
         found: Any = config.target_modules  # a set, which PEFT does not declare
-        config.target_modules = type(found)(name for name in found if not any(part in name for part in parts))
-    inside_tuner = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside_tuner)]
+        config.target_modules = type(found)(name for name in found if _is_wanted(config, name))
+    names = module_names(model)
     matched = [name for name in names if check_target_module_exists(config, name)]
     if isinstance(config.target_modules, (set, list, tuple)):
-        unknown = [key for key in config.target_modules if not any(n == key or n.endswith(f".{key}") for n in names)]
+        unknown = set(config.target_modules) - matching(config.target_modules, names)
         if unknown:
-            raise ValueError(
+            raise NoMatchingPeftModuleError(
                 f"target_modules names {sorted(unknown)}, which match no module; "
-                f"this model has linear layers named {_linear_names(model)}"
+                f"this model has linear layers named {_linear_names(model, names)}"
             )
     if not matched:
-        raise ValueError(
-            f"target_modules={config.target_modules!r} (exclude_modules={config.exclude_modules!r}) matches no module; "
-            f"this model has linear layers named {_linear_names(model)}"
+        restricted = [
+            f"{name}={getattr(config, name)!r}"
+            for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+            if getattr(config, name) is not None
+        ]
+        raise NoMatchingPeftModuleError(
+            f"target_modules={config.target_modules!r} ({', '.join(restricted) or 'all layers'}) matches no module; "
+            f"this model has linear layers named {_linear_names(model, names)}"
         )
     features = {}
     for name in matched:
         module = model.get_submodule(name)
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
             raise ValueError(
                 f"target module {name!r} belongs to nn.MultiheadAttention, which reads its weight and never calls it: "
                 "an adapter there would have no effect; name it in exclude_modules"
             )
         try:
-            features[name] = base_features(base)
+            features[name] = base_features(_base(module))
             method_of(config).adapter.check_features(config.for_layer(name), *features[name])
         except (TypeError, ValueError) as error:
             raise type(error)(f"target module {name!r}: {error}") from None
+    _warn_of_idle_patterns(config, matched)
     return features
 
 
@@ -77,12 +87,54 @@ def tied_layers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return tied
 
 
-def _linear_names(model: nn.Module) -> list[str]:
-    names = set()
-    for name, module in model.named_modules():
+def module_names(model: nn.Module) -> list[str]:
+    """Names of the modules of ``model``, without what adapters have put into it."""
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+
+
+def matching(targets: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Those of ``targets`` that name, or end the name of, at least one of ``names``."""
+    names = list(names)
+    return {key for key in targets if any(name == key or name.endswith(f".{key}") for name in names)}
+
+
+def _is_wanted(config: AdapterConfig, name: str) -> bool:
+    """Whether a linear layer is a copy of none, and in ``layers_to_transform``, which PEFT skips for names in full."""
+    if any(part in name for part in _COPIES):
+        return False
+    if config.layers_to_transform is None or config.layers_to_transform == []:
+        return True
+    parent, _, last = name.rpartition(".")
+    probe: Any = copy.copy(config)
+    probe.target_modules = {last}
+    return bool(parent) and bool(check_target_module_exists(probe, name))
+
+
+def _warn_of_idle_patterns(config: AdapterConfig, names: list[str]) -> None:
+    """As PEFT does for ``rank_pattern`` and ``alpha_pattern``."""
+    patterns = getattr(config, "kernel_pattern", None) or {}
+    idle = [key for key in patterns if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
+    if idle:
+        warnings.warn(
+            f"the following kernel_pattern keys match no adapted module and have no effect: {sorted(idle)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _linear_names(model: nn.Module, names: list[str]) -> list[str]:
+    found = set()
+    for name in names:
+        if any(part in name for part in _COPIES):
+            continue
         try:
-            base_features(module)
+            base_features(_base(model.get_submodule(name)))
         except TypeError:
             continue
-        names.add(name.rpartition(".")[2])
-    return sorted(names)
+        found.add(name.rpartition(".")[2])
+    return sorted(found)

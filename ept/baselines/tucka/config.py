@@ -26,7 +26,8 @@ class TuckAConfig(AdapterConfig):
             router's input.
         init: "kaiming" (the method) or "centred", which starts as a no-op (see ``TuckerAdapter``).
         router_module: name, or end of the name, of the adapted module that routes: the first one called in a forward
-            pass. None: the first in the model's order of modules, which is that of most models.
+            pass. None: the one that the model's first pass calls first, if its input has the width of the first in the
+            model's order of modules.
     """
 
     lora_alpha: float = field(default=2.0, metadata={"help": "Scale of the update."})

@@ -20,7 +20,8 @@ class SharedRouter(TaskNames):
 
     Args:
         config: the adapter's hyperparameters.
-        width: of the input of the layer that routes. layer: that layer's name.
+        width: of the input of the layer that routes. layer: that layer's name; without ``config.router_module`` a
+            guess, until the first pass of the whole model shows which adapted layer is called first.
     """
 
     def __init__(
@@ -33,7 +34,8 @@ class SharedRouter(TaskNames):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(config.num_tasks, config.task_names, device=device)
-        self.layer = layer
+        self.layer, self.width = layer, width
+        self._is_guess = config.router_module is None
         self.router = CentroidRouter(
             width, config.num_groups, config.group_size, config.centroid_noise, device=device, dtype=dtype
         )
@@ -75,6 +77,10 @@ class SharedRouter(TaskNames):
         context = current()
 
         def decide() -> Route | None:
+            if self._is_guess and context is not None and context.owner is not None:
+                self._is_guess = False
+                if x.shape[-1] == self.width:
+                    self.layer = layer
             if layer != self.layer:
                 raise ValueError(
                     f"{layer} was called before {self.layer}, which routes: call the adapted model, not a part of it, "
