@@ -23,6 +23,7 @@ from .linear import EPTLinear
 from .losses import contrastive_loss
 from .mixture import TaskMixture
 from .optim import parameter_groups
+from .rows import row_layout
 from .suggest import SuggestedPyramid, suggest_pyramid
 from .tasks import TaskTable
 from .tuner import EPTModel
@@ -64,6 +65,7 @@ __all__ = [
     "parameter_groups",
     "print_parameter_breakdown",
     "routing",
+    "row_layout",
     "suggest_pyramid",
     "task_embeddings",
     "task_names",

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
+
+from .rows import LAYOUTS
 
 #: No size of an adapter is larger: that of a damaged config is refused before anybody asks for so much memory.
 LARGEST_SIZE = 2**16
@@ -52,6 +55,9 @@ class AdapterConfig(PeftConfig):
         exclude_modules: names or a regular expression of modules never to adapt.
         layers_to_transform, layers_pattern: restrict to these layer indices, as in ``LoraConfig``.
         modules_to_save: other modules to train and to save with the adapter, such as a classification head.
+        row_layout: how the rows run that some layers of a model see, where batches mix tasks and nothing else tells:
+            ``{pattern: "batch_first", "batch_second" or "rows"}``, with patterns as in ``LoraConfig.rank_pattern``; see
+            ``ept.row_layout`` and ``docs/rows.md``.
 
     Raises:
         ValueError: a value out of its range; the message names the argument, the value and what is allowed.
@@ -67,6 +73,7 @@ class AdapterConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
+    row_layout: dict[str, str] | None = field(default=None, metadata={"help": "How the rows of some layers run."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +88,12 @@ class AdapterConfig(PeftConfig):
             f"lora_dropout must be a number in [0, 1), got {self.lora_dropout!r}",
         )
         self._check_targets()
+        self._check_layouts()
+
+    def layout_of(self, name: str) -> str | None:
+        """What ``row_layout`` says of the layer ``name`` of a model."""
+        patterns = self.row_layout or {}
+        return patterns.get(get_pattern_key(list(patterns), name))
 
     def for_layer(self, name: str) -> AdapterConfig:
         """The config of the layer ``name`` of a model: this one, unless a method lets layers differ."""
@@ -108,6 +121,17 @@ class AdapterConfig(PeftConfig):
             layers is None or is_int(layers) or (isinstance(layers, (list, tuple, set)) and all(map(is_int, layers))),
             f"layers_to_transform must be None, an integer or a list of integers, got {layers!r}",
         )
+
+    def _check_layouts(self) -> None:
+        given = self.row_layout
+        wanted = f"row_layout must be None or {{pattern: one of {', '.join(LAYOUTS)}}}, got {given!r}"
+        check(given is None or (isinstance(given, dict) and all(isinstance(key, str) for key in given)), wanted)
+        for pattern, layout in (given or {}).items():
+            check(isinstance(layout, str) and layout in LAYOUTS, wanted)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"row_layout[{pattern!r}] is not a regular expression: {error}") from None
 
     def _check_tasks(self) -> None:
         if self.task_names is not None:

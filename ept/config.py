@@ -53,6 +53,7 @@ class EPTConfig(ContrastiveConfig):
         exclude_modules: names or a regular expression of modules never to adapt.
         layers_to_transform, layers_pattern: restrict to these layer indices, as in ``LoraConfig``.
         modules_to_save: other modules to train and to save with the adapter, such as a classification head.
+        row_layout: how the rows run that some layers see, as in ``AdapterConfig``.
 
     Raises:
         ValueError: a value out of its range; the message names the argument, the value and what is allowed.
