@@ -14,7 +14,7 @@ from .adapter_config import AdapterConfig
 from .context import TaskContext, current
 from .mixture import TaskMixture
 from .rows import PLAIN, Place, fit
-from .tasks import ResolvedTasks, TaskIds, TaskNames, TaskSet, count_samples, flat_ids
+from .tasks import ResolvedTasks, TaskIds, TaskNames, TaskSet, count_samples
 
 #: A method's additional losses by name, each with the weight that it has in the total: ``{name: (weight, value)}``.
 WeightedLosses = dict[str, tuple[float, Tensor]]
@@ -168,14 +168,13 @@ class LayerAdapter(nn.Module):
         return fitted
 
     def _explicit_tasks(self, x: Tensor, task_ids: TaskIds) -> ResolvedTasks:
-        """The tasks of a call that names them: one for all, or one a sample, which come first, or one a row of x."""
-        ids, shape = flat_ids(task_ids)
-        tasks = self.shared.resolve(task_ids if shape is None or shape != x.shape[:-1] else ids)
-        count = count_samples(tasks)
+        """The tasks of a call that names them: one for all, or one for each sample, which are the first dimension."""
+        tasks = self.shared.resolve(task_ids)
+        samples = count_samples(tasks)
         batch = x.shape[0] if x.dim() > 1 else 1
-        if count not in (None, batch) and shape is None:
+        if samples not in (None, batch):
             raise ValueError(
-                f"task_ids must hold one id for each of the {batch} samples of x {list(x.shape)}, got {count}"
+                f"task_ids must hold one id for each of the {batch} samples of x {list(x.shape)}, got {samples}"
             )
         return tasks
 

@@ -68,14 +68,14 @@ def decoder_mask(kwargs: dict[str, Any]) -> Tensor | None:
 
 
 @lru_cache(maxsize=64)
-def _forward_takes_task_ids(model_class: type[nn.Module]) -> bool:
-    return "task_ids" in inspect.signature(model_class.forward).parameters
+def _arguments(model_class: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
-def takes_task_ids(model: nn.Module) -> bool:
-    """Whether the wrapped model itself wants the task ids, for example to choose a head."""
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the wrapped model's forward names ``argument``: task ids, for example, to choose a head."""
     kind: Any = type(model)
-    return _forward_takes_task_ids(kind)
+    return argument in _arguments(kind)
 
 
 class TaskGenerate:

@@ -26,7 +26,7 @@ from ..rows import repeat, take
 from ..tasks import AUTO, ResolvedTasks, TaskIds, TaskSet, count_samples, wants_auto
 from .checkpoint import check_adapter_state
 from .dense import watch_4bit_layers
-from .forward import TaskGenerate, decoder_mask, decoder_of, has_sequence, main_input, takes_task_ids
+from .forward import TaskGenerate, decoder_mask, decoder_of, has_sequence, main_input, takes
 from .layer import EPTLinearLayer
 from .packing import Entries, entries_of
 from .structure import follow_rows, place_of, takes_choices, unfollow
@@ -302,12 +302,14 @@ class EPTModel(BaseTuner):
         )
         if context.count is not None:
             self._spread(context, entries, x, outer)
+            if entries.shape is not None and "position_ids" in kwargs and takes(module, "use_cache"):
+                kwargs.setdefault("use_cache", False)  # transformers keeps packed samples apart only without a cache
         if self.training:
             checkpoint_with_tasks(module)
             if entries.shape is None:
                 self._observe(resolved, args, kwargs)
         push(context)
-        if takes_task_ids(module):
+        if takes(module, "task_ids"):
             tokens: Any = context.task_ids
             kwargs["task_ids"] = resolved if entries.shape is None else tokens.view(entries.shape)
         self._trained = context if pools or sums else None
