@@ -8,6 +8,7 @@ from .baselines.more import MoREConfig, MoRELinear
 from .baselines.tucka.config import TuckAConfig
 from .baselines.tucka.linear import TuckALinear
 from .baselines.tucka.routes import fix_route, free_route, group_load
+from .checking import check_rows
 from .config import EPTConfig
 from .context import checkpoint, use_tasks
 from .export import apply_delta, export_deltas, export_lora, export_merged, load_deltas
@@ -52,6 +53,7 @@ __all__ = [
     "apply_delta",
     "auxiliary_loss",
     "auxiliary_losses",
+    "check_rows",
     "checkpoint",
     "contrastive_loss",
     "export_deltas",

@@ -153,11 +153,11 @@ class TaskContext:
         return take(tasks, slice(0, 1))
 
     @contextmanager
-    def only(self, sample: int) -> Iterator[None]:
-        """Inside the block every layer serves the task of one sample, whatever the rows of its input."""
+    def serving(self, places: Tensor | slice) -> Iterator[None]:
+        """Inside the block the ids are those at some places of ``task_ids``, resolved, and nothing is pooled."""
         kept = self.task_ids, self.pooled, self.fitted
-        tasks: Any = self.task_ids  # resolved, of several samples
-        self.task_ids, self.pooled, self.fitted = take(tasks, slice(sample, sample + 1)), None, {}
+        tasks: Any = self.task_ids  # of a model's pass, and so resolved
+        self.task_ids, self.pooled, self.fitted = take(tasks, places), None, {}
         try:
             yield
         finally:

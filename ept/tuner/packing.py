@@ -45,9 +45,11 @@ def entries_of(task_ids: TaskIds | None, x: Tensor | None, kwargs: Mapping[str, 
     ids, shape = flat_ids(task_ids)
     uniform = len(set(ids)) == 1 if isinstance(ids, (list, tuple)) and all(map(_is_plain, ids)) else None
     if shape is not None:
-        if x is None or x.shape[:2] != shape:
-            wanted = "tokens" if x is None else f"the {list(x.shape[:2])} tokens of the batch"
-            raise ValueError(f"task_ids {list(shape)} must be [batch], one a sample, or one for each of {wanted}")
+        if x is None or x.dim() not in (2, 3) or x.shape[:2] != shape:
+            wanted = "the batch" if x is None else f"the batch {list(x.shape)}"
+            raise ValueError(
+                f"task_ids must be 1-D, one a sample, or of the shape of the tokens of {wanted}, got {list(shape)}"
+            )
         return Entries(ids, shape, uniform=uniform)
     count = len(ids) if isinstance(ids, (list, tuple, np.ndarray, TaskMixture)) else None
     if isinstance(ids, Tensor) and ids.dim() == 1:

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..following import EnterPart, FollowedForward, leave_part
 from ..rows import BATCH_FIRST, BATCH_SECOND, ROWS, Place
-from .alone import SampleByFunction
+from .alone import SampleByFunction, SelectedSamples
 
 #: Layouts inside classes of transformers, by the package of the model: the innermost class that matches counts.
 _LAYOUTS: dict[str, dict[str, str]] = {
@@ -80,6 +80,10 @@ _SHARED_INPUTS = {
     ("deberta_v2", "DisentangledSelfAttention"): "disentangled_attention_bias",
     ("sew_d", "DisentangledSelfAttention"): "disentangled_attention_bias",
 }
+
+
+#: Whisper's method that goes on with some of the samples.
+_LONG_FORM = "generate_with_fallback"
 
 
 def _package(module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -171,7 +175,9 @@ def follow_rows(model: nn.Module, adapted: type[nn.Module]) -> list[RemovableHan
         for kind in _package(block):
             method = _SHARED_INPUTS.get(kind)
             if method is not None and method not in block.__dict__:
-                setattr(block, method, SampleByFunction(block, method))
+                object.__setattr__(block, method, SampleByFunction(block, method))
+        if hasattr(type(block), _LONG_FORM) and _LONG_FORM not in block.__dict__:
+            object.__setattr__(block, _LONG_FORM, SelectedSamples(block, _LONG_FORM))
         lists = [part for part in _experts(block) if _is_list(part)]
         if not lists or isinstance(block.__dict__.get("forward"), FollowedForward):
             continue
@@ -192,7 +198,7 @@ def unfollow(model: nn.Module) -> None:
                 del module.__dict__["forward"]
             else:
                 module.__dict__["forward"] = forward.replaced
-        for name in [name for name, value in module.__dict__.items() if isinstance(value, SampleByFunction)]:
+        for name in [name for name, value in module.__dict__.items() if isinstance(value, (SampleByFunction, SelectedSamples))]:
             del module.__dict__[name]
 
 
