@@ -172,7 +172,7 @@ def _conditional(length: int) -> Batch:
 
 def _llava() -> nn.Module:
     text, vision = T.LlamaConfig(**_DECODER), T.CLIPVisionConfig(**_VISION)
-    config = T.LlavaConfig(vision, text, image_token_index=4, image_token_id=4, vision_feature_layer=-1)
+    config = T.LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, vision_feature_layer=-1)
     return T.LlavaForConditionalGeneration(config)
 
 
@@ -242,6 +242,7 @@ _DEBERTA = {
     "pos_att_type": ["p2c", "c2p"],
     "max_relative_positions": 8,
 }
+_UNKNOWN = "which of its rows belong to which id is not known|may be another than the batch in a module that is unknown"
 _SHARED = "is one for all samples, such as relative positions"
 _MEDIA = "how many images or clips each sample has is not known"
 
@@ -403,7 +404,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda: Blocks(MoEBlock("ffns")),
         tokens,
         ["ffns.0.0", "ffns.1.0"],
-        refused="which of its rows belong to which id is not known|may be another than the batch",
+        refused=_UNKNOWN,
     ),
     "Mamba": Architecture(
         "state space",
@@ -436,9 +437,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "RWKV": Architecture(
         "state space",
-        encoder("RwkvForCausalLM", "RwkvConfig", vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=1),
+        encoder("RwkvForCausalLM", "RwkvConfig", vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2, rescale_every=0),
         tokens,
-        generates=True,
     ),
     "ViT": Architecture("vision", encoder("ViTForImageClassification", "ViTConfig", **_VISION), images(), lengths=(6,)),
     "BEiT": Architecture("vision", encoder("BeitForImageClassification", "BeitConfig", **_VISION), images(), lengths=(6,)),
@@ -458,6 +458,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             num_attention_heads=2,
             mlp_ratio=1.0,
             hidden_dropout_prob=0.0,
+            initializer_range=0.2,
         ),
         images(64),
         lengths=(6,),
@@ -530,7 +531,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "nn.TransformerEncoderLayer": Architecture("PyTorch", SequenceFirst, tokens, ["linear1", "linear2"]),
     "a sequence first that nothing declares": Architecture(
-        "PyTorch", HandWrittenSequenceFirst, tokens, refused="which of its rows belong to which id is not known"
+        "PyTorch", HandWrittenSequenceFirst, tokens, refused=_UNKNOWN
     ),
     "a sequence first, declared": Architecture(
         "PyTorch", HandWrittenSequenceFirst, tokens, options={"row_layout": {"mix": "batch_second"}}

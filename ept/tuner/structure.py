@@ -33,12 +33,12 @@ _LAYOUTS: dict[str, dict[str, str]] = {
     "timesformer": {"TimesformerLayer": ROWS},  # frames or patches beside the samples
     "mobilevit": {"MobileViTTransformer": ROWS},
     "mobilevitv2": {"MobileViTV2Transformer": ROWS},
-    "patchtst": {"PatchTSTAttention": ROWS},
+    "patchtst": {"PatchTSTEncoderLayer": ROWS},
     "patchtsmixer": {"PatchTSMixerAttention": ROWS},
     "mllama": {"MllamaVision.*": ROWS},  # images and tiles
     # Windows of an image, sample by sample.
     **{
-        package: {r"\w+(SelfAttention|SwinAttention|Swinv2Attention|Swin2SRAttention|AudioAttention)": ROWS}
+        package: {r"(\w*Swin|Swinv2|Swin2SR|ClapAudio)(Self)?Attention": ROWS}
         for package in ("swin", "swinv2", "swin2sr", "donut", "maskformer", "clap")
     },
     **{
