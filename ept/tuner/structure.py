@@ -36,6 +36,10 @@ _LAYOUTS: dict[str, dict[str, str]] = {
     "patchtst": {"PatchTSTEncoderLayer": ROWS},
     "patchtsmixer": {"PatchTSMixerAttention": ROWS},
     "mllama": {"MllamaVision.*": ROWS},  # images and tiles
+    **{
+        package: {r"\w+TopKGating": ROWS}  # of a mixture-of-experts block
+        for package in ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "jetmoe")
+    },
     # Windows of an image, sample by sample.
     **{
         package: {r"(\w*Swin|Swinv2|Swin2SR|ClapAudio)(Self)?Attention": ROWS}
@@ -146,10 +150,11 @@ def _layout_of_neighbours(module: nn.Module) -> str | None:
 
 
 def _has_media(model: Any) -> bool:
-    config = getattr(model, "config", None)
-    if config is None or any(package in _ONE_A_SAMPLE for package, _ in _package(model)):
+    if any(package in _ONE_A_SAMPLE for package, _ in _package(model)):
         return False
-    return any(getattr(config, name, None) is not None for name in _MEDIA_TOKENS)
+    config = getattr(model, "config", None)
+    parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))] if config else []
+    return any(getattr(part, name, None) is not None for part in parts for name in _MEDIA_TOKENS)
 
 
 def _experts(module: nn.Module) -> list[nn.Module]:

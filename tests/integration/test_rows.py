@@ -106,8 +106,8 @@ def test_an_expert_that_gets_as_many_tokens_as_there_are_samples(name: str) -> N
 def whisper() -> Any:
     model = adapted(ARCHITECTURES["Whisper"])
     settings = model.base_model.model.generation_config
-    settings.update(no_timestamps_token_id=40, is_multilingual=False, return_timestamps=True, pad_token_id=1)
-    settings.update(max_initial_timestamp_index=None, suppress_tokens=[], begin_suppress_tokens=[])
+    for name, value in {"no_timestamps_token_id": 40, "is_multilingual": False, "pad_token_id": 1}.items():
+        setattr(settings, name, value)
     return model
 
 
