@@ -8,6 +8,7 @@ from .baselines.more import MoREConfig, MoRELinear
 from .baselines.tucka.config import TuckAConfig
 from .baselines.tucka.linear import TuckALinear
 from .baselines.tucka.routes import fix_route, free_route, group_load
+from .checking import check_rows
 from .config import EPTConfig
 from .context import checkpoint, use_tasks
 from .export import apply_delta, export_deltas, export_lora, export_merged, load_deltas
@@ -24,6 +25,7 @@ from .losses import contrastive_loss
 from .mixture import TaskMixture
 from .optim import parameter_groups
 from .recompute import remember_tasks as _remember_tasks
+from .rows import row_layout
 from .suggest import SuggestedPyramid, suggest_pyramid
 from .tasks import TaskTable
 from .tuner import EPTModel
@@ -52,6 +54,7 @@ __all__ = [
     "apply_delta",
     "auxiliary_loss",
     "auxiliary_losses",
+    "check_rows",
     "checkpoint",
     "contrastive_loss",
     "export_deltas",
@@ -65,6 +68,7 @@ __all__ = [
     "parameter_groups",
     "print_parameter_breakdown",
     "routing",
+    "row_layout",
     "suggest_pyramid",
     "task_embeddings",
     "task_names",

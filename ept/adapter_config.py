@@ -12,6 +12,8 @@ import torch
 from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from .rows import LAYOUTS
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -83,6 +85,9 @@ class AdapterConfig(PeftConfig):
         bias: which biases of the base train, for all tasks alike: "none", "all", or "ept_only" for those of adapted
             layers.
         target_parameters, layer_replication: None; nothing else is allowed.
+        row_layout: how the rows run that some layers of a model see, where batches mix tasks and nothing else tells:
+            ``{pattern: "batch_first", "batch_second" or "rows"}``, with patterns as in ``LoraConfig.rank_pattern``; see
+            ``ept.row_layout`` and ``docs/rows.md``.
 
     Raises:
         ValueError: a value out of its range; the message names the argument, the value and what is allowed.
@@ -106,6 +111,7 @@ class AdapterConfig(PeftConfig):
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'ept_only': biases to train."})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
     layer_replication: list[tuple[int, int]] | None = field(default=None, metadata={"help": "Not supported."})
+    row_layout: dict[str, str] | None = field(default=None, metadata={"help": "How the rows of some layers run."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +125,12 @@ class AdapterConfig(PeftConfig):
         self._check_targets()
         self._check_patterns()
         self._check_beside()
+        self._check_layouts()
+
+    def layout_of(self, name: str) -> str | None:
+        """What ``row_layout`` says of the layer ``name`` of a model."""
+        patterns = self.row_layout or {}
+        return patterns.get(get_pattern_key(list(patterns), name))
 
     @property
     def runtime_config(self) -> Any:
@@ -230,6 +242,17 @@ class AdapterConfig(PeftConfig):
             "trainable_token_indices must be None, a list of integers >= 0 or {name of an embedding: such a list}, "
             f"got {tokens!r}",
         )
+
+    def _check_layouts(self) -> None:
+        given = self.row_layout
+        wanted = f"row_layout must be None or {{pattern: one of {', '.join(LAYOUTS)}}}, got {given!r}"
+        check(given is None or (isinstance(given, dict) and all(isinstance(key, str) for key in given)), wanted)
+        for pattern, layout in (given or {}).items():
+            check(isinstance(layout, str) and layout in LAYOUTS, wanted)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"row_layout[{pattern!r}] is not a regular expression: {error}") from None
 
     def _check_tasks(self) -> None:
         if self.task_names is not None:

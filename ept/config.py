@@ -60,6 +60,7 @@ class EPTConfig(ContrastiveConfig):
         modules_to_save: other modules to train and to save with the adapter, such as a classification head.
         rank_pattern, alpha_pattern, trainable_token_indices, bias, target_parameters, layer_replication: as in
             ``AdapterConfig``.
+        row_layout: how the rows run that some layers see, as in ``AdapterConfig``.
 
     Raises:
         ValueError: a value out of its range; the message names the argument, the value and what is allowed.

@@ -10,15 +10,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from .tasks import TaskIds, TaskSet
+from .mixture import TaskMixture
+from .rows import BATCH_SECOND, Layout, RowIndex, take
+from .tasks import ResolvedTasks, TaskIds, TaskSet, count_samples, flat_ids
+
+if TYPE_CHECKING:
+    from .following import RowTracker
 
 T = TypeVar("T")
+
+#: In place of a task: a representation that no token went into, which the contrastive loss leaves out.
+NO_TASK = -100
 
 
 def _graph_task() -> int:
@@ -35,7 +44,7 @@ class TaskContext:
         attention_mask: ``[batch, sequence]``, 1 for tokens and 0 for padding, or None.
         decoder_mask: of the decoder's tokens, where the model is an encoder-decoder and they are known.
         pooled: inputs of adapted layers, pooled to ``[batch, d]``, for the contrastive loss; None does not collect.
-        expands: whether a model's batch may be a whole multiple of the ids (generation: the beams of a sample).
+        expands: how often ``generate`` repeats every sample (beams, returned sequences); 0 outside a generation.
         terms: what layers contribute to their method's loss (``auxiliary.py``); None does not collect.
         shared: what one layer computed for the others of this pass, see ``once``.
         recomputes: whether this repeats a part of an earlier pass, for gradient checkpointing.
@@ -43,13 +52,22 @@ class TaskContext:
         outer: the context that this one hides.
         tables: tasks (``TaskSet``) that have resolved ``task_ids`` already, so that their layers need not do it again.
         graph_task: the backward pass that it was made in, or -1.
+        shape: ``(batch, sequence)`` where there is an id for every token, in their order; None with one a sample.
+        segments: of packed samples, which one each token belongs to, ``[batch * sequence]``, and their own tasks.
+        sequence: whether the batch has a dimension beside that of its samples.
+        layout: how rows run in the part of the model under way (``ept.row_layout``); None says nothing.
+        tracker: follows tokens that a part of the model selects, while one does.
+        outer_layouts: what ``layout`` was outside the parts of such a block that are under way.
+        uniform: whether all ids are the same; None as long as nobody has read them.
+        fitted: tasks for inputs of layers that were asked for before, see ``rows.fit``.
+        targets: the tasks of ``pooled``, one tensor each; None: those of ``task_ids``.
     """
 
     task_ids: TaskIds | None
     attention_mask: Tensor | None = None
     decoder_mask: Tensor | None = None
     pooled: list[Tensor] | None = None
-    expands: bool = False
+    expands: int = 0
     terms: list[Tensor] | None = None
     shared: dict[Any, Any] = field(default_factory=dict, repr=False)
     recomputes: bool = False
@@ -57,9 +75,29 @@ class TaskContext:
     outer: TaskContext | None = field(default=None, repr=False)
     tables: tuple[TaskSet, ...] = field(default=(), repr=False)
     graph_task: int = field(default_factory=_graph_task, repr=False)
+    shape: tuple[int, ...] | None = None
+    segments: tuple[Tensor, ResolvedTasks] | None = field(default=None, repr=False)
+    sequence: bool = False
+    layout: Layout | None = None
+    tracker: RowTracker | None = field(default=None, repr=False)
+    outer_layouts: list[Layout | None] = field(default_factory=list, repr=False)
+    uniform: bool | None = None
+    fitted: dict[Any, ResolvedTasks] = field(default_factory=dict, repr=False)
+    targets: list[Tensor | None] = field(default_factory=list, repr=False)
     _last: Tensor | None = field(default=None, repr=False)
     _decoding: bool = field(default=False, repr=False)
     _encoded: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def plain(self) -> bool:
+        """Whether ids are the samples', and nothing else is known of the part of the model under way."""
+        return self.layout is None and self.shape is None
+
+    @property
+    def count(self) -> int | None:
+        """How many samples, or tokens, have ids of their own; None with one for all."""
+        given: Any = self.task_ids
+        return len(given) if isinstance(given, (list, tuple, np.ndarray)) else count_samples(given)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """``make()`` at the first call of this pass with ``key``, and the same result at every later one.
@@ -88,7 +126,7 @@ class TaskContext:
     def recomputation(self) -> Callable[[], TaskContext]:
         """Makes contexts for running the code that follows once more: same tasks, same mask, same shared results."""
         shared, terms = dict(self.shared), self.terms
-        decoding, encoded = self._decoding, self._encoded
+        decoding, encoded, layout = self._decoding, self._encoded, self.layout
 
         def again() -> TaskContext:
             return TaskContext(
@@ -99,25 +137,95 @@ class TaskContext:
                 shared=dict(shared),
                 tables=self.tables,
                 recomputes=True,
+                shape=self.shape,
+                sequence=self.sequence,
+                layout=layout,
+                uniform=self.uniform,
                 _decoding=decoding,
                 _encoded=encoded,
             )
 
         return again
 
-    def collect(self, x: Tensor, dim: int) -> None:
+    def one_task(self, tasks: ResolvedTasks) -> ResolvedTasks | None:
+        """The task that all of ``task_ids`` name, as resolved for a whole batch; None where they differ.
+
+        Reads the device, once for all layers, and only where their rows cannot be told apart.
+        """
+        if self.uniform is None:
+            values = tasks.weights if isinstance(tasks, TaskMixture) else tasks
+            self.uniform = isinstance(values, Tensor) and len(values) > 0 and bool((values == values[:1]).all())
+        if not self.uniform or isinstance(tasks, int):
+            return None
+        return take(tasks, slice(0, 1))
+
+    @contextmanager
+    def serving(self, places: Tensor | slice) -> Iterator[None]:
+        """Inside the block the ids are those at some places of ``task_ids``, resolved, and nothing is pooled."""
+        kept = self.task_ids, self.pooled, self.fitted
+        tasks: Any = self.task_ids  # of a model's pass, and so resolved
+        self.task_ids, self.pooled, self.fitted = take(tasks, places), None, {}
+        try:
+            yield
+        finally:
+            self.task_ids, self.pooled, self.fitted = kept
+
+    def collect(self, x: Tensor, dim: int, layout: Layout | None = None) -> None:
         """Pool the input of an adapted layer over its tokens, if it has the width ``dim`` of the task embeddings.
 
         Detached: the loss moves the embeddings towards the representations, not the other way round. Layers that read
-        the same tensor one after the other (query, key and value) count once.
+        the same tensor one after the other (query, key and value) count once. Tokens that some part of the model has
+        selected are no samples, and do not count.
         """
         if self.pooled is None or x.shape[-1] != dim or x.dim() not in (2, 3) or x is self._last:
             return
+        if isinstance(layout, RowIndex):
+            return
         self._last = x
-        rows = x.detach()
+        rows: Tensor = x.detach()
+        target: Tensor | None = None
         if rows.dim() == 3:
-            rows = masked_mean(rows, self.mask_of(x))
+            if layout == BATCH_SECOND:
+                rows = rows.transpose(0, 1)
+            if self.shape is not None:
+                if rows.shape[:2] != self.shape:
+                    return
+                rows, target = self._pool_packed(rows)
+            else:
+                rows = masked_mean(rows, self.mask_of(x))
+        elif self.shape is not None:
+            return
+        if target is None and self.count and len(rows) % self.count:
+            return
         self.pooled.append(rows)
+        self.targets.append(target)
+
+    def _pool_packed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Means of the packed samples of x ``[batch, sequence, d]``, and their tasks: ``[G, d]``, ``[G]``.
+
+        Where samples are not told apart, the tokens that one task has in one row of the batch stand for one.
+        """
+        tasks: Any = self.task_ids  # resolved, one a token
+        if isinstance(tasks, TaskMixture):  # no labels, and no loss
+            return x[:0, 0], torch.empty(0, dtype=torch.long, device=x.device)
+        if self.segments is not None:
+            places, targets = self.segments
+            groups: Any = len(targets) if isinstance(targets, Tensor) else 0
+        else:
+            count = self.tables[0].num_tasks if self.tables else int(tasks.max()) + 1
+            rows = torch.arange(len(x), device=x.device).repeat_interleave(x.shape[1], output_size=len(tasks))
+            places, groups = rows * count + tasks.to(x.device), len(x) * count
+            targets = torch.arange(count, device=x.device).repeat(len(x))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        mask = self.attention_mask
+        kept = x.new_ones(len(places), 1, dtype=dtype)
+        if mask is not None and mask.shape == x.shape[:2]:
+            kept = mask.reshape(-1, 1).to(dtype)
+        places = places.to(x.device)
+        sums = kept.new_zeros(groups, x.shape[-1]).index_add_(0, places, x.flatten(0, 1).to(dtype) * kept)
+        sizes = kept.new_zeros(groups, 1).index_add_(0, places, kept)
+        assert isinstance(targets, Tensor), "packed samples have a task each"
+        return sums / sizes.clamp_min(1), targets.to(x.device).masked_fill(sizes[:, 0] == 0, NO_TASK)
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -182,6 +290,7 @@ def pop(context: TaskContext) -> None:
     else:
         _current.set(context.outer)
     context.outer = context._last = context._encoded = None
+    context.fitted = {}
     context.shared = {}  # not cleared: the passes of a generation hold the same one
 
 
@@ -206,12 +315,14 @@ def use_tasks(task_ids: TaskIds, attention_mask: Tensor | None = None) -> Iterat
 
     Args:
         task_ids: an id or name for the whole batch, one for each sample, or an integer tensor ``[batch]``.
+            Or ``[batch, sequence]``, one for every token.
         attention_mask: ``[batch, sequence]``, for the contrastive loss's pooling.
 
     Yields:
         The context; pass it to ``ept.contrastive_loss`` after the forward pass.
     """
-    with activate(TaskContext(task_ids, attention_mask, pooled=[])) as context:
+    ids, shape = flat_ids(task_ids)
+    with activate(TaskContext(ids, attention_mask, pooled=[], shape=shape)) as context:
         yield context
 
 

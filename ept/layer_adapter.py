@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from .adapter_config import AdapterConfig
 from .context import TaskContext, current
 from .mixture import TaskMixture
+from .rows import PLAIN, Place, fit
 from .tasks import ResolvedTasks, TaskIds, TaskNames, TaskSet, count_samples
 
 #: A method's additional losses by name, each with the weight that it has in the total: ``{name: (weight, value)}``.
@@ -36,12 +38,14 @@ class LayerAdapter(nn.Module):
         stacks: whether several adapters of the method may be active at once.
         expert_labels: what each expert of ``route`` is, for reports: kernel sizes, ranks or numbers; None without one.
         expert_kind: what these labels are.
+        place: how rows run where the map stands.
     """
 
     unmergeable: str | None = None
     stacks: ClassVar[bool] = True
     expert_labels: tuple[int, ...] | None = None
     expert_kind: ClassVar[str] = "expert"
+    place: Place = PLAIN
 
     def __init__(
         self, in_features: int, out_features: int, config: AdapterConfig, shared: TaskSet, *, name: str = ""
@@ -143,23 +147,35 @@ class LayerAdapter(nn.Module):
         Raises:
             ValueError, TypeError: as ``TaskSet.resolve``, or a number of ids that does not fit the batch.
         """
-        explicit, shared, resolved = task_ids is not None, self.shared, False
-        if not explicit and shared.num_tasks > 1:
-            context = current()
-            if context is not None:
-                self.collect(context, x)
-                task_ids = context.task_ids
-                resolved = any(other is shared for other in context.tables)
-        tasks: Any = task_ids if resolved else shared.resolve(task_ids)
+        shared = self.shared
+        if task_ids is not None:
+            return self._explicit_tasks(x, task_ids)
+        context = current() if shared.num_tasks > 1 else None
+        if context is None:
+            return shared.resolve(None)
+        self.collect(context, x)
+        given: Any = context.task_ids
+        tasks: Any = given if any(other is shared for other in context.tables) else shared.resolve(given)
+        count = count_samples(tasks)
+        if count is None:
+            return tasks
+        place = self.place
+        if place.plain and x.dim() > 2 and x.shape[0] == count and context.plain:
+            return tasks
+        fitted = fit(tasks, count, x, context, place, self.layer_name)
+        if not place.known and fitted is tasks and x.dim() > 2 and x.shape[0] == count != x.shape[1]:
+            self.place = replace(place, known=True)  # a layer with another dimension first would have been refused
+        return fitted
+
+    def _explicit_tasks(self, x: Tensor, task_ids: TaskIds) -> ResolvedTasks:
+        """The tasks of a call that names them: one for all, or one for each sample, which are the first dimension."""
+        tasks = self.shared.resolve(task_ids)
         samples = count_samples(tasks)
-        if samples is not None:
-            batch = x.shape[0] if x.dim() > 1 else 1
-            # Inside a model a layer may see beams, windows or flattened tokens: whole multiples, sample by sample.
-            several = not explicit and samples > 0 and batch % samples == 0
-            if not (several or batch == samples):
-                raise ValueError(
-                    f"task_ids must hold one id for each of the {batch} samples of x {list(x.shape)}, got {samples}"
-                )
+        batch = x.shape[0] if x.dim() > 1 else 1
+        if samples not in (None, batch):
+            raise ValueError(
+                f"task_ids must hold one id for each of the {batch} samples of x {list(x.shape)}, got {samples}"
+            )
         return tasks
 
     def collect(self, context: TaskContext, x: Tensor) -> None:

@@ -17,7 +17,11 @@ from .tasks import ResolvedTasks, TaskTable
 
 
 def contrastive_task_loss(
-    pooled: Sequence[Tensor], tasks: ResolvedTasks, table: TaskTable, temperature: float
+    pooled: Sequence[Tensor],
+    tasks: ResolvedTasks,
+    table: TaskTable,
+    temperature: float,
+    targets: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """``CE(cos(z, e_.) / temperature, task)``, averaged over samples and over the layers that were pooled.
 
@@ -26,6 +30,8 @@ def contrastive_task_loss(
         tasks: resolved ids, an int for the batch or ``[batch]``, or a mixture.
         table: embeddings ``[T, d]``.
         temperature: of the cosine similarities.
+        targets: the task of every representation of each layer, ``[batch]``, where ``tasks`` do not say it (packed
+            samples); -100 is left out.
 
     Returns:
         A scalar in at least fp32; 0, still attached to the table, where nothing was pooled, the batch is empty,
@@ -37,7 +43,12 @@ def contrastive_task_loss(
     representations = torch.cat([rows.to(table.weight.device, dtype) for rows in pooled])  # [samples of all layers, d]
     with without_autocast(representations.device):
         logits = _unit(representations) @ _unit(table.weight.to(dtype)).T / temperature
-        return F.cross_entropy(logits, torch.cat([_targets(len(rows), tasks, logits.device) for rows in pooled]))
+        own = targets or [None] * len(pooled)
+        wanted = [
+            _targets(len(rows), tasks, logits.device) if target is None else target
+            for rows, target in zip(pooled, own, strict=True)
+        ]
+        return F.cross_entropy(logits, torch.cat(wanted))
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -79,7 +90,8 @@ def contrastive_loss(
     if isinstance(model, TaskContext):
         if table is None:
             raise ValueError("table is missing: a TaskContext needs the TaskTable that its layers share")
-        return contrastive_task_loss(model.pooled or [], table.resolve(model.task_ids), table, temperature)
+        tasks = table.resolve(model.task_ids)
+        return contrastive_task_loss(model.pooled or [], tasks, table, temperature, model.targets)
     from .tuner.model import ept_model  # the tuner imports this module's siblings
 
     tuner = ept_model(model)

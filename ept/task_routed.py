@@ -43,7 +43,7 @@ class TaskRoutedAdapter(LayerAdapter):
         )
 
     def collect(self, context: TaskContext, x: Tensor) -> None:
-        context.collect(x, self.task_table.dim)
+        context.collect(x, self.task_table.dim, context.layout if context.layout is not None else self.place.layout)
 
     @classmethod
     def collects(cls, config: ContrastiveConfig) -> tuple[bool, bool]:
@@ -64,5 +64,5 @@ class TaskRoutedAdapter(LayerAdapter):
         if context is None:
             raise ValueError("model has no training forward yet: call it in training mode, then ept.contrastive_loss")
         tasks: Any = context.task_ids  # a model's context holds resolved ones
-        loss = contrastive_task_loss(context.pooled or [], tasks, shared, config.temperature)
+        loss = contrastive_task_loss(context.pooled or [], tasks, shared, config.temperature, context.targets)
         return {"contrastive_loss": (config.contrastive_weight, loss)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,6 +39,27 @@ def wants_auto(task_ids: TaskIds | None) -> bool:
 def count_samples(tasks: ResolvedTasks) -> int | None:
     """How many samples resolved tasks are for; None for one task of a whole batch."""
     return len(tasks) if isinstance(tasks, TaskMixture) or (isinstance(tasks, Tensor) and tasks.dim()) else None
+
+
+def flat_ids(task_ids: Any) -> tuple[Any, tuple[int, int] | None]:
+    """Ids for every token, ``[batch, sequence]`` as a tensor, an array or lists of lists, in one dimension, and their shape.
+
+    Whatever is not two-dimensional comes back as it is, with None.
+
+    Raises:
+        ValueError: lists of different lengths.
+    """
+    if isinstance(task_ids, (list, tuple)) and task_ids and all(isinstance(row, (list, tuple)) for row in task_ids):
+        lengths = {len(row) for row in task_ids}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"task_ids of tokens must be [batch, sequence], got lists of the lengths {sorted(lengths)}"
+            )
+        return [task for row in task_ids for task in row], (len(task_ids), lengths.pop())
+    if isinstance(task_ids, (np.ndarray, Tensor)) and task_ids.ndim == 2:
+        batch, sequence = task_ids.shape
+        return task_ids.reshape(-1), (batch, sequence)
+    return task_ids, None
 
 
 class TaskSet(nn.Module):

@@ -17,14 +17,36 @@ if TYPE_CHECKING:
 #: transformers' label of a token that the loss leaves out.
 IGNORED = -100
 
-_BATCHED = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
+_BATCHED = (
+    "input_ids",
+    "inputs_embeds",
+    "pixel_values",
+    "pixel_values_videos",
+    "input_values",
+    "input_features",
+    "past_values",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+)
+
+
+def main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor of a call whose first dimension is the batch, or None where no usual input is found."""
+    candidates = [kwargs.get(name) for name in _BATCHED] + list(args)
+    return next((value for value in candidates if isinstance(value, Tensor) and value.dim() > 1), None)
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """Samples in a call's inputs, or None where no usual input is found."""
-    candidates = [kwargs.get(name) for name in _BATCHED] + list(args)
-    sizes = (value.shape[0] for value in candidates if isinstance(value, Tensor) and value.dim() > 1)
-    return next(sizes, None)
+    x = main_input(args, kwargs)
+    return None if x is None else x.shape[0]
+
+
+def has_sequence(x: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether the main input of a call holds more than one vector or token for each sample."""
+    if x is None or x.dim() > 2:
+        return True
+    return x.shape[1] > 1 and (not x.is_floating_point() or x is kwargs.get("input_values"))
 
 
 def decoder_of(model: Any) -> nn.Module | None:
@@ -46,14 +68,14 @@ def decoder_mask(kwargs: dict[str, Any]) -> Tensor | None:
 
 
 @lru_cache(maxsize=64)
-def _forward_takes_task_ids(model_class: type[nn.Module]) -> bool:
-    return "task_ids" in inspect.signature(model_class.forward).parameters
+def _arguments(model_class: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
-def takes_task_ids(model: nn.Module) -> bool:
-    """Whether the wrapped model itself wants the task ids, for example to choose a head."""
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the wrapped model's forward names ``argument``: task ids, for example, to choose a head."""
     kind: Any = type(model)
-    return _forward_takes_task_ids(kind)
+    return argument in _arguments(kind)
 
 
 class TaskGenerate:
@@ -74,5 +96,15 @@ class TaskGenerate:
             return generate(self.model, *args, **kwargs)
         inputs = {**kwargs, "input_ids": kwargs.get("input_ids", kwargs.get("inputs"))}
         task_ids = self.tuner.find_out(task_ids, args, inputs)
-        with self.tuner.generating(task_ids, batch_size(args, inputs), kwargs.get("attention_mask")):
+        batch, times = batch_size(args, inputs), self._copies(kwargs)
+        with self.tuner.generating(task_ids, batch, kwargs.get("attention_mask"), times):
             return generate(self.model, *args, **kwargs)
+
+    def _copies(self, kwargs: dict[str, Any]) -> int:
+        """How many rows ``generate`` will make of every sample."""
+        configs = (kwargs.get("generation_config"), getattr(self.model, "generation_config", None))
+        counts = []
+        for name in ("num_beams", "num_return_sequences"):
+            given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+            counts.append(next((value for value in given if isinstance(value, int)), 1))
+        return max(counts)

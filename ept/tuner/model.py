@@ -17,6 +17,7 @@ from peft.utils import (
     TrainableTokensWrapper,
 )
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ept_kernels.geometry import check_kernel_sizes
 
@@ -27,11 +28,14 @@ from ..merging import check_merged_task
 from ..methods import method_of
 from ..mixture import TaskMixture
 from ..prototypes import TaskPrototypes, embedding_layer, input_representation
+from ..rows import repeat, take
 from ..tasks import AUTO, ResolvedTasks, TaskIds, TaskSet, count_samples, wants_auto
 from .checkpoint import check_adapter_state, loading_options
 from .dense import watch_4bit_layers
-from .forward import TaskGenerate, batch_size, decoder_mask, decoder_of, takes_task_ids
+from .forward import TaskGenerate, decoder_mask, decoder_of, has_sequence, main_input, takes
 from .layer import EPTLinearLayer
+from .packing import Entries, entries_of
+from .structure import follow_rows, place_of, takes_choices, unfollow
 from .targets import matching, module_names, target_features, tied_layers
 
 
@@ -39,9 +43,9 @@ class EPTModel(BaseTuner):
     """Expert Pyramid Tuning around a model; made by ``peft.get_peft_model(model, EPTConfig(...))``.
 
     ``model(**batch, task_ids=...)`` and ``model.generate(..., task_ids=...)`` take an id or a name for the whole batch,
-    or one for each sample (a list or a tensor ``[batch]``); "auto" leaves it to the input (``auto_routing``). With one
-    task, or a method that treats all alike, they may be left out. Inside the model the first dimension of an adapted
-    layer's input must run over the samples (beams, windows or tokens of a sample consecutive).
+    or one for each sample (a list or a tensor ``[batch]``) or token (``[batch, sequence]``, for packed samples); "auto"
+    leaves it to the input (``auto_routing``). With one task, or a method that treats all alike, they may be left out.
+    A layer that cannot tell which rows belong to which id refuses a batch of several tasks (``docs/rows.md``).
 
     ``ept_task_tables`` holds, for every adapter, its tasks and whatever its layers share (a ``TaskSet``).
     """
@@ -60,9 +64,10 @@ class EPTModel(BaseTuner):
         self.ept_task_tables = nn.ModuleDict()
         self._trained: TaskContext | None = None
         self._merged: tuple[EPTLinearLayer, ...] = ()
+        self._hooks: list[RemovableHandle] = []
 
     def _post_injection_hook(self, model: Any, config: AdapterConfig, adapter_name: str) -> None:
-        self._hooks = [
+        self._hooks += [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
             *watch_4bit_layers(model),
@@ -79,6 +84,7 @@ class EPTModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for parameter, requires_grad in before:
             parameter.requires_grad = requires_grad
+        self._hooks += follow_rows(model, EPTLinearLayer)
 
     def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
         by_default = peft_config.target_modules is None
@@ -123,6 +129,7 @@ class EPTModel(BaseTuner):
             layer.tied_to = self._tied.get(current_key)
         shared = self.ept_task_tables[adapter_name]
         layer.update_layer(adapter_name, peft_config, shared, current_key, inference_mode=peft_config.inference_mode)
+        layer.ept_adapters[adapter_name].place = place_of(self.model, current_key, peft_config.layout_of(current_key))
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -275,7 +282,10 @@ class EPTModel(BaseTuner):
             self.ept_task_tables[name].resolve(task_ids)
         samples = count_samples(resolved)
         if samples is not None and batch is not None and samples != batch:
-            raise ValueError(f"task_ids must hold one id for each of the {batch} samples, got {samples}")
+            raise ValueError(
+                f"task_ids must hold one id for each of the {batch} samples, got {samples}; samples that are packed "
+                "into rows need task_ids of the shape of input_ids, or position_ids or cu_seq_lens_q beside theirs"
+            )
         return resolved
 
     def _check_same_names(self, names: list[str], task_ids: TaskIds | None) -> None:
@@ -289,21 +299,23 @@ class EPTModel(BaseTuner):
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook of the wrapped model: take ``task_ids`` out of the call, put them beside it."""
         task_ids = kwargs.pop("task_ids", None)
-        batch = batch_size(args, kwargs)
+        x = main_input(args, kwargs)
         several = any(shared.num_tasks > 1 for shared in self.ept_task_tables.values())
         needs_tasks = several and task_ids is None and self.routes_by_task
         outer = current() if needs_tasks or not torch.compiler.is_compiling() else None  # Dynamo cannot read it
         if outer is not None and outer.owner is module:  # left by a pass that Ctrl-C ended: hooks see no such end
             pop(outer)
             outer = current()
-        if outer is not None and several and task_ids is None:
-            task_ids, batch = outer.task_ids, None if outer.expands else batch
+        inherits = outer is not None and several and task_ids is None
         if self.merged_task is not None and self._disabled():
             self.unmerge_adapter()
-        task_ids = self.find_out(task_ids, args, kwargs)
+        if outer is not None and inherits:
+            entries = self._inherited(outer, x)
+        else:
+            entries = entries_of(self.find_out(task_ids, args, kwargs), x, kwargs)
         merged_task = self.merged_task
-        by_merge = merged_task is not None and task_ids is None and self.routes_by_task
-        resolved = merged_task if by_merge else self._resolve(task_ids, batch)
+        by_merge = merged_task is not None and entries.ids is None and self.routes_by_task
+        resolved = merged_task if by_merge else self._resolve(entries.ids, self._expected(entries, x, outer))
         if merged_task is not None and resolved is not None and self.routes_by_task:
             check_merged_task(resolved, merged_task)
         config = self.peft_config.get(next(iter(self.active_adapters), ""))
@@ -319,15 +331,67 @@ class EPTModel(BaseTuner):
             shared=outer.shared if outer is not None and outer.expands else {},
             owner=module,
             tables=() if resolved is None or by_merge else self._tables(),
+            shape=entries.shape,
+            sequence=has_sequence(x, kwargs),
+            uniform=entries.uniform,
         )
+        if context.count is not None:
+            self._spread(context, entries, x, outer)
+            if entries.shape is not None and "position_ids" in kwargs and takes(module, "use_cache"):
+                kwargs.setdefault("use_cache", False)  # transformers keeps packed samples apart only without a cache
         if self.training:
             checkpoint_with_tasks(module)
-            self._observe(resolved, args, kwargs)
+            if entries.shape is None:
+                self._observe(resolved, args, kwargs)
         push(context)
-        if takes_task_ids(module):
-            kwargs["task_ids"] = resolved
+        if takes(module, "task_ids"):
+            tokens: Any = context.task_ids
+            kwargs["task_ids"] = resolved if entries.shape is None else tokens.view(entries.shape)
         self._trained = context if pools or sums else None
         return args, kwargs
+
+    def _inherited(self, outer: TaskContext, x: Tensor | None) -> Entries:
+        """The ids of a block or generation around this call, which may stand for tokens."""
+        if outer.shape is not None and (x is None or x.shape[:2] != outer.shape):
+            given = None if x is None else list(x.shape[:2])
+            raise ValueError(f"task_ids {list(outer.shape)} must hold one id for each token of the batch, got {given}")
+        return Entries(outer.task_ids, outer.shape, uniform=outer.uniform)
+
+    @staticmethod
+    def _expected(entries: Entries, x: Tensor | None, outer: TaskContext | None) -> int | None:
+        """How many ids there must be; None where nobody knows, or ``_spread`` looks after it."""
+        if x is None or entries.places is not None or (outer is not None and outer.expands):
+            return None
+        return x.shape[0] if entries.shape is None else x.shape[0] * x.shape[1]
+
+    def _spread(self, context: TaskContext, entries: Entries, x: Tensor | None, outer: TaskContext | None) -> None:
+        """From ids as they were given to ids of what the layers will see: tokens, beams, choices.
+
+        Raises:
+            ValueError: a generation that runs other rows than it has announced, or tokens of an encoder-decoder.
+        """
+        tasks: Any = context.task_ids
+        if entries.shape is not None and decoder_of(self.model) is not None:
+            raise ValueError(
+                "task_ids must be one a sample: an encoder-decoder has tokens of two kinds, got one a token"
+            )
+        if entries.places is not None:
+            places = entries.places.to(self.ept_task_tables[self._active()[0]].device)
+            context.segments = (places, tasks)
+            context.task_ids = take(tasks, places)
+        elif entries.shape is None and x is not None and x.dim() == 3 and takes_choices(self.model):
+            context.task_ids = repeat(tasks, x.shape[1])
+        elif outer is not None and outer.expands and x is not None and context.count not in (1, len(x)):
+            if len(x) == context.count * outer.expands:
+                context.task_ids = repeat(tasks, outer.expands)
+            elif (one := context.one_task(tasks)) is not None:
+                context.task_ids = one
+            else:
+                raise ValueError(
+                    f"task_ids must hold one id for each of the {len(x)} rows that generate runs, got {context.count} "
+                    f"and {outer.expands} announced for each (num_beams, num_return_sequences): which sample a row "
+                    "belongs to is not known. Generate for one task at a time"
+                )
 
     def _enter_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         context = current()
@@ -341,12 +405,19 @@ class EPTModel(BaseTuner):
 
     @contextmanager
     def generating(
-        self, task_ids: TaskIds | None, batch: int | None, attention_mask: Tensor | None = None
+        self, task_ids: TaskIds | None, batch: int | None, attention_mask: Tensor | None = None, copies: int = 1
     ) -> Iterator[None]:
-        """Give ``task_ids`` to every forward pass of a generation; beams of a sample share its id."""
+        """Give ``task_ids`` to every forward pass of a generation.
+
+        Args:
+            copies: rows that it may run for each sample, consecutively; they share its id.
+        """
         resolved = self._resolve(task_ids, batch)
+        uniform = entries_of(task_ids, None, {}).uniform
         tables = () if resolved is None else self._tables()
-        with activate(TaskContext(resolved, attention_mask, expands=True, tables=tables)):
+        with activate(
+            TaskContext(resolved, attention_mask, expands=copies, tables=tables, sequence=True, uniform=uniform)
+        ):
             yield
 
     @contextmanager
@@ -668,6 +739,7 @@ class EPTModel(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         for hook in self._hooks:
             hook.remove()
+        unfollow(model)
         model.__dict__.pop("generate", None)
         return model
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from ept import EPTConfig, EPTLinear, TaskTable, use_tasks
+from ept import EPTConfig, EPTLinear, TaskTable, row_layout, use_tasks
 from ept.context import checkpoint_with_tasks
 from ept_kernels import PyramidGeometry
 
@@ -550,14 +550,17 @@ def test_use_tasks_gives_the_ids() -> None:
         layer(x)
 
 
-def test_inside_a_model_a_sample_may_become_several_consecutive_ones() -> None:
-    """Beams and windows: whole multiples, as transformers expands a batch. An explicit argument is exact."""
+def test_a_sample_may_become_several_consecutive_ones_where_that_is_declared() -> None:
+    """Windows and flattened tokens: whole multiples. An explicit argument is exact."""
     layer = make_layer()
     x, tasks = rows(6, 2, 11), torch.tensor([3, 0])
     with use_tasks(tasks):
-        assert_matches(layer(x), layer(x, tasks.repeat_interleave(3)), 1e-6)
-        with pytest.raises(ValueError, match="one id for each of the 5 samples"):
-            layer(x[:5])
+        with pytest.raises(ValueError, match="one id for each of the 6 samples"):
+            layer(x)
+        with row_layout("rows"):
+            assert_matches(layer(x), layer(x, tasks.repeat_interleave(3)), 1e-6)
+            with pytest.raises(ValueError, match="one id for each of the 5 samples"):
+                layer(x[:5])
     with pytest.raises(ValueError, match="one id for each of the 6 samples"):
         layer(x, tasks)
 

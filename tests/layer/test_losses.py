@@ -9,7 +9,7 @@ import torch
 from pyramid_testing import shake
 from torch import Tensor, nn
 
-from ept import EPTConfig, EPTLinear, TaskTable, contrastive_loss, use_tasks
+from ept import EPTConfig, EPTLinear, TaskTable, contrastive_loss, row_layout, use_tasks
 from ept.context import TaskContext, masked_mean
 from ept.losses import contrastive_task_loss
 
@@ -208,9 +208,9 @@ def test_names_work_as_in_the_layers() -> None:
 @pytest.mark.parametrize("tasks", [[2, 0], torch.tensor([2, 0]), 1])
 @pytest.mark.parametrize("shape", [(6, DIM), (6, 3, DIM)])
 def test_a_sample_that_became_several_keeps_its_task(tasks: object, shape: tuple[int, ...]) -> None:
-    """Windows, beams and flattened tokens are routed in whole multiples; their loss must follow the same rule."""
+    """Windows and flattened tokens, declared, are routed in whole multiples; their loss must follow the same rule."""
     model, x = Model(), rows(*shape)
-    with use_tasks(tasks) as context:
+    with use_tasks(tasks) as context, row_layout("rows"):
         model.query(x)
     loss = contrastive_loss(context, model.table)
     each = [tasks] * 6 if isinstance(tasks, int) else [int(task) for task in tasks for _ in range(3)]
@@ -222,7 +222,8 @@ def test_layers_may_see_different_multiples() -> None:
     model = Model()
     with use_tasks([2, 0]) as context:
         model.query(rows(2, 3, DIM))
-        model.key(rows(4, 3, DIM))
+        with row_layout("rows"):
+            model.key(rows(4, 3, DIM))
     assert contrastive_loss(context, model.table).isfinite()
 
 

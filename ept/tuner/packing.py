@@ -1,0 +1,102 @@
+"""What the task ids of a model's call stand for: its samples, its tokens, or samples that are packed into its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..mixture import TaskMixture
+from ..tasks import TaskIds, flat_ids
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Ids of a call, in one dimension, and what each of them is for.
+
+    Attributes:
+        ids: as the caller gave them.
+        shape: ``(batch, sequence)`` where layers see tokens with ids of their own; None with an id a sample.
+        places: of packed samples, which of ``ids`` each token has, int64 ``[batch * sequence]``; None: its own.
+        uniform: whether all ids are the same, as far as the host knows them.
+    """
+
+    ids: TaskIds | None
+    shape: tuple[int, int] | None = None
+    places: Tensor | None = None
+    uniform: bool | None = None
+
+
+def entries_of(task_ids: TaskIds | None, x: Tensor | None, kwargs: Mapping[str, Any]) -> Entries:
+    """What ``task_ids`` are for.
+
+    Args:
+        x: the call's main input, ``[batch, ...]``: tokens ``[batch, sequence]``, or embeddings of these.
+        kwargs: of the call. Samples that are packed (``DataCollatorWithFlattening``, packing and padding-free batches
+            of TRL) are told apart by ``cu_seq_lens_q``, ``seq_idx`` or ``position_ids`` that start at 0 for each.
+
+    Raises:
+        ValueError: ids for every token of a batch of another shape, or another number of packed samples than of ids.
+    """
+    ids, shape = flat_ids(task_ids)
+    uniform = len(set(ids)) == 1 if isinstance(ids, (list, tuple)) and all(map(_is_plain, ids)) else None
+    if shape is not None:
+        if x is None or x.dim() not in (2, 3) or x.shape[:2] != shape:
+            wanted = "the batch" if x is None else f"the batch {list(x.shape)}"
+            raise ValueError(
+                f"task_ids must be 1-D, one a sample, or of the shape of the tokens of {wanted}, got {list(shape)}"
+            )
+        return Entries(ids, shape, uniform=uniform)
+    count = len(ids) if isinstance(ids, (list, tuple, np.ndarray, TaskMixture)) else None
+    if isinstance(ids, Tensor) and ids.dim() == 1:
+        count = len(ids)
+    if count is None or x is None or x.dim() not in (2, 3) or count == x.shape[0]:
+        return Entries(ids, uniform=uniform)
+    batch, sequence = x.shape[:2]
+    if batch == 1 and count == sequence:
+        return Entries(ids, (batch, sequence), uniform=uniform)
+    places = _places(count, batch, sequence, kwargs)
+    return Entries(ids, None if places is None else (batch, sequence), places, uniform)
+
+
+def _is_plain(task: object) -> bool:
+    return isinstance(task, (int, str))
+
+
+def _places(count: int, batch: int, sequence: int, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The packed sample of every token, or None where nothing tells where samples begin."""
+    ends = next((kwargs[name] for name in ("cu_seq_lens_q", "cu_seqlens") if kwargs.get(name) is not None), None)
+    if ends is not None and batch == 1:
+        if len(ends) != count + 1:
+            raise ValueError(f"task_ids must hold one id for each of the {len(ends) - 1} packed samples, got {count}")
+        return torch.searchsorted(ends[1:].contiguous(), torch.arange(sequence, device=ends.device), right=True)
+    index = kwargs.get("seq_idx")
+    if isinstance(index, Tensor) and index.shape == (batch, sequence) and batch == 1:
+        found = index.reshape(-1).long()
+        _check((found[-1] + 1) == count, count, "seq_idx")
+        return found
+    positions = kwargs.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() == 3:  # one of several kinds of positions
+        positions = positions[0]
+    if not isinstance(positions, Tensor) or positions.shape != (batch, sequence):
+        return None
+    starts = positions.eq(0)
+    found = starts.reshape(-1).cumsum(0) - 1
+    _check((starts.sum() == count) & starts[:, 0].all(), count, "position_ids")
+    return found
+
+
+def _check(holds: Tensor, count: int, name: str) -> None:
+    """Without a host synchronisation, as for ids that are out of range."""
+    message = f"task_ids must hold one id for each of the packed samples that {name} tell apart, got {count} ids"
+    if torch.compiler.is_compiling():
+        torch._assert_async(holds, message)
+        return
+    try:
+        torch._assert_async(holds, message)
+    except RuntimeError as error:
+        raise ValueError(message) from error
