@@ -35,8 +35,6 @@ def force(plan: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch
     monkeypatch.setenv("EPT_BACKEND", backend)
     monkeypatch.setenv("EPT_GPU_PLAN", of_update)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
 
 
 def skip_unless_served(backend: str, dtype: torch.dtype = torch.float32) -> None:

@@ -1,4 +1,4 @@
-"""Every plan and backend on a GPU against ``reference.py`` in float64: the accuracy rule on real layers, determinism."""
+"""Every plan and backend on a GPU against ``reference.py`` in float64: accuracy on real layers, determinism."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_groups_that_do_not_exist(plan: str, dtype: torch.dtype, monkeypatch: py
     force(plan, monkeypatch, dtype)
     problem = on_gpu(Case(PyramidGeometry(70, 34, 3, (2, 3, 9)), (50,), "row", 3).tensors(dtype))
     groups = problem.groups.clone()
-    groups[[1, -1]] = torch.tensor([3, -1], device="cuda")
+    groups[[1, -1]] = groups.new_tensor([3, -1])
     results = replace(problem, groups=groups).evaluate(ept_kernels, "pyramid_delta")
     for name in ("output", "x"):
         assert results[name].isnan().all(1).nonzero().flatten().tolist() == [1, 49], name

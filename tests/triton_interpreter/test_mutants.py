@@ -95,8 +95,11 @@ MUTANTS = {
         ),
         "items after the first block are dropped": ("range(first, end, ITEMS)", "range(first, first + ITEMS, ITEMS)"),
         "the gradient is transposed": ("a[:, None] * K + q[None, :]", "q[None, :] * K + a[:, None]"),
-        "gradient slots share a block": ("q = block % blocks * SLOTS", "q = block // blocks * SLOTS"),
-        "gradient slots beyond a block are dropped": ("range(blocks * blocks)", "range(blocks)"),
+        "gradient slots share a block": ("q = q0 + tl.arange", "q = a0 + tl.arange"),
+        "gradient slots beyond a block are dropped": (
+            "for q0 in range(0, K, SLOTS)",
+            "for q0 in range(0, SLOTS, SLOTS)",
+        ),
         "ranks of the span are counted as rows": ("end = last * RANK", "end = last"),
     },
     "dropout.py": {
@@ -114,10 +117,10 @@ MUTANTS = {
         "the sum is rounded before": ("values = x.to(tl.float32)", "values = x"),
     },
     "fused.py": {
-        "x is read beyond its columns": ("x = tl.load(x_tile, mask=", "x = tl.load(x_tile, mask=1 + 0 * "),
-        "V is read beyond its columns": ("i[None, :] < WIDTH - start", "i[None, :] < WIDTH"),
+        "x is read beyond its columns": ("mask=i[None, :] < inner - start", "mask=i[None, :] < inner"),
+        "V is read beyond its columns": ("mask=i[None, :] < WIDTH - start", "mask=i[None, :] < WIDTH"),
         "the update is added once": ("range(0, WIDTH, BLOCK_I)", "range(0, BLOCK_I, BLOCK_I)"),
-        "V stays at its first columns": ("v_tile += BLOCK_I", "v_tile += 0"),
+        "rows stay at their first columns": ("x_tile += BLOCK_I", "x_tile += 0"),
         "the bias is left out": ("if bias_ptr is not None:", "if False:"),
         "rows beyond the last are written": ("mask=(t < rows)[:, None]", "mask=(t < rows + 1)[:, None]"),
         "features beyond the last are written": ("(o < features)[None, :]", "(o < features + 1)[None, :]"),
