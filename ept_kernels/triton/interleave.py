@@ -36,7 +36,8 @@ def write_hat(
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < features
     for s in tl.static_range(len(SCALES)):
-        entries = tl.load(factor_ptr + p * stride_p + (c // SCALES[s]) * stride_j, mask=inside, other=0.0)
+        source = factor_ptr + tl.cast(stride_p, tl.int64) * p + (c // SCALES[s]).to(tl.int64) * stride_j
+        entries = tl.load(source, mask=inside, other=0.0)
         for q0 in range(0, SCALES[s], SLOTS):
             q = q0 + tl.arange(0, SLOTS)
             values = tl.where((c % SCALES[s])[None, :] == q[:, None], entries[None, :], 0.0)

@@ -16,8 +16,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU here (torch.cuda.is_available() is False)"))
-
-
-@pytest.fixture(autouse=True)
-def triton_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EPT_BACKEND", "triton")

@@ -17,6 +17,7 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+from ept_kernels.triton.plan import plan_for
 from static_compile import compiled
 from static_record import Call, record
 from static_rules import EXPECTATIONS, Expectation, violations
@@ -24,7 +25,6 @@ from static_targets import TARGETS
 
 from ept_kernels.triton import linear as linear_module
 from ept_kernels.triton.launch import Config, launch
-from ept_kernels.triton.plan import plan_for
 
 
 @triton.jit
