@@ -3,10 +3,11 @@
     python benchmarks/host_time.py                              # a table
     python benchmarks/host_time.py --json runs/host_time.jsonl  # and a line for each row of it
 
-A layer of few tokens takes as long as the host needs to start its work: on a GPU in every eager call, on a CPU where the
-products are small. Candidates: EPT on backend ``cpu`` as it is; and ``gpu``, the orchestration of backend ``triton``
-whose kernels are not started (``launch.runner`` does nothing) and whose products are tiny, so that what is left is what
-the host does. Triton's own share of a launch is not in it, nor is the vendor library's.
+A layer of few tokens takes as long as the host needs to start its work: on a GPU in every eager call, on a CPU where
+the products are small. Candidates: EPT on backend ``cpu`` as it is; and ``gpu``, the orchestration of backend
+``triton`` whose kernels are not started (``launch.runner`` does nothing) and whose products are tiny, so that what is
+left is what the host does. Triton's own share of a launch is not in it, nor is the vendor library's; nor what a GPU
+keeps between calls in inference.
 
 *inference*: evaluation mode, no gradients; backend ``cpu`` finds its folded kernels kept. *forward*: training mode, a
 graph is built. *forward+backward*: with the gradients of x and of everything trainable. Each sample is the processor
@@ -140,7 +141,7 @@ def table(rows: Sequence[dict[str, object]]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Host time of a small EPT layer beside PEFT's LoRA.")
-    parser.add_argument("--rounds", type=int, default=300, help="samples of each candidate (default 300)")
+    parser.add_argument("--rounds", type=int, default=120, help="samples of each candidate (default 300)")
     parser.add_argument("--json", type=Path, help="append a line for each row to this file")
     return parser
 

@@ -156,7 +156,7 @@ def _problem(
         x.dtype is torch.bfloat16,
         in_features,
         out_features,
-        len(A),
+        A.shape[0],
         scales,
         x.data_ptr(),
         x.stride(0),
@@ -164,9 +164,9 @@ def _problem(
         A.data_ptr(),
         B.data_ptr(),
         folded.data_ptr(),
-        len(folded),
+        folded.shape[0],
         _address(groups),
-        0 if groups is None else len(groups),
+        0 if groups is None else groups.shape[0],
         _address(active),
     )
 
@@ -198,7 +198,7 @@ def pyramid_delta(
     scales: Sequence[int],
     active: Tensor | None = None,
 ) -> Tensor:
-    y = x.new_empty(len(x), out_features)
+    y = x.new_empty(x.shape[0], out_features)
     _update(y, None, x, A, B, folded, groups, scales, active)
     return y
 
@@ -214,7 +214,7 @@ def pyramid_linear(
     scales: Sequence[int],
     active: Tensor | None = None,
 ) -> Tensor:
-    y = x.new_empty(len(x), len(weight))
+    y = x.new_empty(x.shape[0], weight.shape[0])
     _update(y, None if bias is None else bias.contiguous(), x, A, B, folded, groups, scales, active)
     return y.addmm_(x, weight.T)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import native
 from .geometry import PyramidGeometry
-from .tracing import refuse_batched
+from .tracing import apply_eagerly, refuse_batched
 
 
 @lru_cache(maxsize=1024)
@@ -34,9 +34,9 @@ def _rows(tasks: int | Tensor | None, table: Tensor) -> tuple[int, Tensor | None
     if isinstance(tasks, int):
         return 1, None, tasks
     if tasks is None:
-        return len(table), None, 0
+        return table.shape[0], None, 0
     several = tasks.reshape(-1).to(table.device, torch.int64).contiguous()
-    return len(several), several, 0
+    return several.shape[0], several, 0
 
 
 def _router(
@@ -56,7 +56,7 @@ def _router(
         gate.shape[1],
         gate.data_ptr(),
         table.data_ptr(),
-        len(table),
+        table.shape[0],
         groups,
         0 if several is None else several.data_ptr(),
         first,
@@ -133,5 +133,5 @@ def fold_tasks(
         IndexError: a task that the table lacks.
     """
     if torch.is_grad_enabled():
-        return _FoldTasks.apply(geometry, scaling, top_k, tasks, gate, table, *kernels)
+        return apply_eagerly(_FoldTasks, geometry, scaling, top_k, tasks, gate, table, *kernels)
     return _fold(geometry, scaling, top_k, tasks, gate, table, kernels)
