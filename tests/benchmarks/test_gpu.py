@@ -37,7 +37,7 @@ def rows_of(stages: list[Stage], programs: dict[str, str], out: Path, minutes: f
 def test_a_dry_run_of_every_stage(tmp_path: Path) -> None:
     """What a GPU machine would do, on a CPU: rows with their origin, nothing failed, a table that says what it is."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), "--dry", "--minutes", "10", "--out", str(tmp_path)]
+    command = [sys.executable, str(SCRIPT), "--dry", "--minutes", "30", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     rows = read_rows(tmp_path / gpu.FILE)
@@ -59,7 +59,7 @@ def test_a_dry_run_of_every_stage(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--minutes", "5", "--stages", "machine", "--out", str(tmp_path)]
+    command = [sys.executable, str(SCRIPT), "--minutes", "30", "--stages", "machine", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 1
     (row,) = read_rows(tmp_path / gpu.FILE)
