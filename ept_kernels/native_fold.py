@@ -100,7 +100,9 @@ class _FoldTasks(torch.autograd.Function):
         grads = [torch.empty_like(p) if need else None for p, need in zip(parameters, needs, strict=True)]
         grad = grad.to(torch.float32).contiguous()
         grad_gate, grad_table, *grad_kernels = (0 if g is None else g.data_ptr() for g in grads)
-        router = _router(*ctx.plan, _rows(tasks if ctx.task is None else ctx.task, table), gate, table, kernels)
+        geometry, scaling, top_k = ctx.plan
+        rows = _rows(tasks if ctx.task is None else ctx.task, table)
+        router = _router(geometry, scaling, top_k, rows, gate, table, kernels)
         router.backward(grad.data_ptr(), grad_gate, grad_table, grad_kernels)
         return None, None, None, None, *grads
 
