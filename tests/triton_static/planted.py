@@ -50,7 +50,7 @@ def multiply(total, x_ptr, inner, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def two_loops(x_ptr, y_ptr, inner, SHORT_LAST: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Two products into one accumulator; the order decides whether Triton 3.6 has its matrix instructions serialised."""
+    """Two products into one accumulator; their order decides whether ptxas serialises them (Triton 3.6)."""
     total = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
     if SHORT_LAST:
         total = multiply(total, x_ptr, inner, BLOCK_T)
