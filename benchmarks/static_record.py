@@ -109,7 +109,7 @@ def _try_all(key: object, candidates: Sequence[Config], device: torch.device, tr
 def record(target: Target, dtype: str, calls: Mapping[Call, Callable[[], object]]) -> list[Launch]:
     """The distinct launches of ``calls`` (on meta tensors of ``dtype``) on ``target``, with every candidate."""
     found: dict[tuple[str, str], Launch] = {}
-    current: list[Launch] = []
+    current: dict[str, Any] = {}
 
     def runner(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any], config: Config) -> None:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -122,11 +122,11 @@ def record(target: Target, dtype: str, calls: Mapping[Call, Callable[[], object]
                 return start()
 
         variant = _variant(kernel, arguments, constants)
-        current[:] = [Launch(kernel.fn.__name__, target.name, dtype, config, variant, call, compiled)]
+        current["launch"] = Launch(kernel.fn.__name__, target.name, dtype, config, variant, current["call"], compiled)
         start()
 
     def keep(*, compile: Mapping[str, Any], **_: Any) -> bool:
-        found.setdefault((current[0].kernel, compile["specialization_data"]), current[0])
+        found.setdefault((current["launch"].kernel, compile["specialization_data"]), current["launch"])
         return True  # Triton then does not compile
 
     with (
@@ -136,5 +136,6 @@ def record(target: Target, dtype: str, calls: Mapping[Call, Callable[[], object]
         mock.patch.object(fused, "choose", _try_all),
     ):
         for call, begin in calls.items():
+            current["call"] = call
             begin()
     return list(found.values())

@@ -45,8 +45,8 @@ def fused_kernel(
     inside_band = tl.program_id(0) % (_TOGETHER * across)
     first_t = (band * _TOGETHER + inside_band % size) * BLOCK_T
     first_o = (inside_band // size) * BLOCK_O
-    # Rows and features beyond the last stand for others, so that only the inner dimension needs a mask. A remainder, not
-    # a minimum: then the compiler still sees that neighbours are contiguous.
+    # Rows and features beyond the last read others, so that only the inner dimension needs a mask. A remainder, not a
+    # minimum: then the compiler still sees that neighbours are contiguous.
     t = first_t.to(tl.int64) + tl.arange(0, BLOCK_T) % tl.minimum(rows - first_t, BLOCK_T)
     o = first_o.to(tl.int64) + tl.arange(0, BLOCK_O) % tl.minimum(features - first_o, BLOCK_O)
     i = tl.arange(0, BLOCK_I)
