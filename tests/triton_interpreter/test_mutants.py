@@ -215,19 +215,22 @@ def with_text(file: str, target: Path, right: str, wrong: str) -> ModuleType:
     return module
 
 
+def run_checks(file: str, module: ModuleType) -> None:
+    with traced() as trace:
+        for _ in CHECKS[file](module):
+            trace.assert_written_once()
+
+
 @pytest.mark.parametrize("file", CHECKS)
 def test_the_checks_pass_without_an_error(file: str, tmp_path: Path) -> None:
-    with traced():
-        for _ in CHECKS[file](with_text(file, tmp_path, "", "")):
-            pass
+    run_checks(file, with_text(file, tmp_path, "", ""))
 
 
 @pytest.mark.parametrize(("file", "what"), [(file, what) for file, mutants in MUTANTS.items() for what in mutants])
 def test_a_planted_error_is_noticed(file: str, what: str, tmp_path: Path) -> None:
     module = with_text(file, tmp_path, *MUTANTS[file][what])
     torch.manual_seed(0)
-    with traced(), pytest.raises(Exception) as noticed:
-        for _ in CHECKS[file](module):
-            pass
+    with pytest.raises(Exception) as noticed:
+        run_checks(file, module)
     assert not isinstance(noticed.value, (ImportError, AttributeError, NameError, SyntaxError)), noticed.value
     print(f"{what}: {noticed.value}")
