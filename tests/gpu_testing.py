@@ -27,14 +27,13 @@ PAPER = (2, 2, 4, 4, 6, 6, 8, 8)
 
 
 def force(plan: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32) -> None:
-    """Let one of ``PLANS`` compute, in exact fp32; skips where it cannot serve, and says why."""
+    """Let one of ``PLANS`` compute; skips where it cannot serve, and says why."""
     backend, of_update = PLANS[plan]
     skip_unless_served(backend, dtype)
     if of_update == "fused" and dtype == torch.float32:
         pytest.skip("plan fused is for half precision: fp32 runs as library")
     monkeypatch.setenv("EPT_BACKEND", backend)
     monkeypatch.setenv("EPT_GPU_PLAN", of_update)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 def skip_unless_served(backend: str, dtype: torch.dtype = torch.float32) -> None:

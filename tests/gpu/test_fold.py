@@ -34,11 +34,6 @@ def triton_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPT_BACKEND", "triton")
 
 
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 @pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
 def test_small_cases_match_the_definition(make) -> None:
     assert_matches_definition(make(), fold_tasks)

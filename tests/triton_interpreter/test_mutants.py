@@ -45,8 +45,7 @@ MUTANTS = {
         "slots are shifted": ("(c % SCALES[s])[None, :] ==", "((c + 1) % SCALES[s])[None, :] =="),
         "slots beyond a block are dropped": ("range(0, SCALES[s], SLOTS)", "range(0, SLOTS, SLOTS)"),
         "slots beyond the last are written": ("mask=(q < SCALES[s])[:, None] & ", "mask="),
-        "strides of A are swapped": ("A,\n        B,", "A.T,\n        B,"),
-        "strides of A's call are swapped": ("*A.stride()", "*A.stride()[::-1]"),
+        "strides of A are swapped": ("*A.stride()", "*A.stride()[::-1]"),
         "strides of B are swapped": ("*B.stride()", "*B.stride()[::-1]"),
         "every scale is written to the first": ("hat_ptr += tl.cast(RANK * SCALES[s], tl.int64) * features", "pass"),
         "the seed's neighbours are read": ("(c // SCALES[s])", "(c % SCALES[s])"),
@@ -216,19 +215,22 @@ def with_text(file: str, target: Path, right: str, wrong: str) -> ModuleType:
     return module
 
 
+def run_checks(file: str, module: ModuleType) -> None:
+    with traced() as trace:
+        for _ in CHECKS[file](module):
+            trace.assert_written_once()
+
+
 @pytest.mark.parametrize("file", CHECKS)
 def test_the_checks_pass_without_an_error(file: str, tmp_path: Path) -> None:
-    with traced():
-        for _ in CHECKS[file](with_text(file, tmp_path, "", "")):
-            pass
+    run_checks(file, with_text(file, tmp_path, "", ""))
 
 
 @pytest.mark.parametrize(("file", "what"), [(file, what) for file, mutants in MUTANTS.items() for what in mutants])
 def test_a_planted_error_is_noticed(file: str, what: str, tmp_path: Path) -> None:
     module = with_text(file, tmp_path, *MUTANTS[file][what])
     torch.manual_seed(0)
-    with traced(), pytest.raises(Exception) as noticed:
-        for _ in CHECKS[file](module):
-            pass
+    with pytest.raises(Exception) as noticed:
+        run_checks(file, module)
     assert not isinstance(noticed.value, (ImportError, AttributeError, NameError, SyntaxError)), noticed.value
     print(f"{what}: {noticed.value}")

@@ -37,15 +37,17 @@ from ept_kernels.triton.interleave import interleave
 
 @pytest.mark.parametrize("name", FACTORS)
 def test_interleave_and_gather(name: str) -> None:
-    with traced():
+    with traced() as trace:
         check_interleave(backend, FACTORS[name])
         check_gather(backend, FACTORS[name])
+    trace.assert_written_once()
 
 
 @pytest.mark.parametrize("name", CORES)
 def test_core(name: str) -> None:
-    with traced(), correct_bf16():
+    with traced() as trace, correct_bf16():
         check_core(backend, CORES[name])
+    trace.assert_written_once()
 
 
 @pytest.mark.parametrize("k", [*range(1, 17), 23])
