@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_uint32, c_void_p
+import struct
+from collections.abc import Callable, Sequence
+from ctypes import Structure, c_float, c_int32, c_int64, c_uint32, c_void_p
 from pathlib import Path
 
 import torch
@@ -43,10 +44,6 @@ class Pyramid(Structure):
         ("count", c_int32),
         ("k", c_int32 * INLINE_SCALES),
     ]
-
-
-class Groups(Structure):
-    _fields_ = [("ids", c_void_p), ("rows_per_id", c_int64), ("count", c_int64), ("wide", c_int32)]
 
 
 class InterleaveParams(Structure):
@@ -86,7 +83,9 @@ class GatherParams(Structure):
 class CoreParams(Structure):
     _fields_ = [
         ("pyramid", Pyramid),
-        ("groups", Groups),
+        ("ids", c_void_p),
+        ("rows_per_id", c_int64),
+        ("groups", c_int64),
         ("folded", c_void_p),
         ("active", c_void_p),
         ("rows", c_int64),
@@ -98,6 +97,7 @@ class CoreParams(Structure):
         ("partial", c_void_p),
         ("spans", c_int64),
         ("rows_per_span", c_int64),
+        ("wide_ids", c_int32),
         ("dtype", c_int32),
     ]
 
@@ -223,6 +223,20 @@ FUNCTIONS: dict[str, type[Structure]] = {
     "ept_fold_grad": FoldGradParams,
 }
 
+_CODES = {c_void_p: "P", c_int64: "q", c_int32: "i", c_uint32: "I", c_float: "f"}
+
+
+def _packer(params: type[Structure]) -> Callable[..., bytes]:
+    """Makes the bytes of a struct from its fields in order, inner structs and arrays as bytes of their own.
+
+    Several times as fast as to fill a ``Structure``, and an eager layer waits for it.
+    """
+    codes = [_CODES.get(kind) or f"{ctypes.sizeof(kind)}s" for _, kind in params._fields_]
+    return struct.Struct(f"@{''.join(codes)}0q").pack
+
+
+PACKERS = {function: _packer(params) for function, params in FUNCTIONS.items()}
+
 
 @functools.cache
 def _open(path: Path) -> ctypes.CDLL:
@@ -238,8 +252,8 @@ def _open(path: Path) -> ctypes.CDLL:
                 f"{path.name} is of another version of this package, with the interface {found} instead of {expected};"
                 " build it again with EPT_BUILD_CUDA=1 pip install ."
             )
-        for function, params in FUNCTIONS.items():
-            getattr(library, function).argtypes = (POINTER(params), c_void_p)
+        for function in FUNCTIONS:
+            getattr(library, function).argtypes = (c_void_p, c_void_p)
         for text in ("ept_error_name", "ept_error_text", "ept_build_info"):
             getattr(library, text).restype = ctypes.c_char_p
     except (OSError, AttributeError, ValueError) as error:
@@ -290,36 +304,42 @@ _current_device = getattr(torch._C, "_cuda_getDevice", None)
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def launch(function: str, params: Structure, tensor: Tensor) -> None:
-    """Call a function of the library on the device of ``tensor`` and its current stream."""
-    library, device = _open(LIBRARY), tensor.get_device()
+@functools.cache
+def _serving() -> ctypes.CDLL:
+    return _open(LIBRARY)
+
+
+def launch(function: str, tensor: Tensor, *fields: object) -> None:
+    """Call a function with the fields of its struct, on the device of ``tensor`` and its current stream."""
+    call, params, device = getattr(_serving(), function), PACKERS[function](*fields), tensor.get_device()
     if device == _current_device():
-        code = getattr(library, function)(byref(params), _current_stream(device))
+        code = call(params, _current_stream(device))
     else:
         with torch.cuda.device(device):
-            code = getattr(library, function)(byref(params), _current_stream(device))
+            code = call(params, _current_stream(device))
     if code:
-        raise RuntimeError(f"{function} failed on {tensor.device}: {_error(library, code)}")
+        raise RuntimeError(f"{function} failed on {tensor.device}: {_error(_serving(), code)}")
 
 
 @functools.lru_cache(maxsize=1024)
-def _cached_pyramid(rank: int, scales: tuple[int, ...], device: torch.device | None) -> Pyramid:
-    columns, folded = rank * sum(scales), sum(k * k for k in scales)
-    if device is None:
-        return Pyramid(None, columns, folded, rank, len(scales), scales)
-    table = torch.tensor(scales, dtype=torch.int32, device=device)
-    pyramid = Pyramid(table.data_ptr(), columns, folded, rank, len(scales))
-    pyramid.tensor = table  # lives as long
-    return pyramid
+def _cached_pyramid(
+    rank: int, scales: tuple[int, ...], device: torch.device | None
+) -> tuple[int, bytes, Tensor | None]:
+    table = None if device is None else torch.tensor(scales, dtype=torch.int32, device=device)
+    columns, inline = rank * sum(scales), scales if table is None else ()
+    params = Pyramid(address(table), columns, sum(k * k for k in scales), rank, len(scales), inline)
+    return columns, bytes(params), table
 
 
-def _pyramid(rank: int, scales: Sequence[int], like: Tensor) -> Pyramid:
+def _pyramid(rank: int, scales: Sequence[int], like: Tensor) -> tuple[int, bytes, Tensor | None]:
+    """W, the struct, and the table that the struct points to if it does not hold the scales itself."""
     scales = tuple(scales)
     return _cached_pyramid(rank, scales, None if len(scales) <= INLINE_SCALES else like.device)
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def address(tensor: Tensor | None) -> int:
+    """What a struct holds for a tensor; null for none."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def interleave(
@@ -330,13 +350,14 @@ def interleave(
     Args:
         A: ``[r, ceil(in / k_min)]``, B: ``[ceil(out / k_min), r]``, one dtype, any strides.
     """
-    pyramid = _pyramid(A.shape[0], scales, A)
-    columns = pyramid.columns
+    columns, pyramid, _ = _pyramid(A.shape[0], scales, A)
     start = -(-columns * in_features // 8) * 8  # of B_hat, at a multiple of 16 bytes
     flat = torch.empty(start + columns * out_features, dtype=dtype, device=A.device)
     A_hat = flat.as_strided((columns, in_features), (in_features, 1))
     B_hat = flat.as_strided((columns, out_features), (out_features, 1), start)
-    params = InterleaveParams(
+    launch(
+        "ept_interleave",
+        A,
         pyramid,
         A.data_ptr(),
         *A.stride(),
@@ -350,7 +371,6 @@ def interleave(
         DTYPES[A.dtype],
         DTYPES[dtype],
     )
-    launch("ept_interleave", params, A)
     return A_hat, B_hat
 
 
@@ -376,12 +396,14 @@ def gather(
         grad_B_hat = grad_B_hat.contiguous()
         grad_B = torch.empty(seed_height, rank, dtype=torch.float32, device=like.device)
         out_features, b_dtype = grad_B_hat.shape[1], DTYPES[grad_B_hat.dtype]
-    params = GatherParams(
-        _pyramid(rank, scales, like),
-        _address(grad_A_hat),
-        _address(grad_B_hat),
-        _address(grad_A),
-        _address(grad_B),
+    launch(
+        "ept_gather",
+        like,
+        _pyramid(rank, scales, like)[1],
+        address(grad_A_hat),
+        address(grad_B_hat),
+        address(grad_A),
+        address(grad_B),
         in_features,
         out_features,
         seed_width,
@@ -389,7 +411,6 @@ def gather(
         a_dtype,
         b_dtype,
     )
-    launch("ept_gather", params, like)
     return grad_A, grad_B
 
 
@@ -412,41 +433,46 @@ def _core(
     need_V, need_dU, need_folded = needs
     rows, columns = U.shape
     U, folded = U.contiguous(), folded.contiguous()
-    pyramid = _pyramid(columns // sum(scales), scales, U)
+    _, pyramid, _ = _pyramid(columns // sum(scales), scales, U)
+    count = folded.shape[0]
     V = torch.empty_like(U) if need_V else None
     if dV is not None:
         dV = dV.contiguous()
     dU = torch.empty_like(U) if need_dU else None
-    table = (None, 1, len(folded), 0)
+    rows_per_id, wide = 1, False
     if groups is not None:
         groups = groups.contiguous()
-        table = (groups.data_ptr(), rows // max(len(groups), 1), len(folded), groups.dtype == torch.int64)
+        rows_per_id, wide = rows // max(groups.shape[0], 1), groups.dtype == torch.int64
     if active is not None:
         active = active.contiguous()
     grad_folded = partial = None
     spans = length = 1
     if need_folded:
         grad_folded = torch.empty_like(folded)
-        spans, length = _spans(rows, len(folded))
+        spans, length = _spans(rows, count)
         if spans > 1:
             partial = folded.new_empty(spans, *folded.shape)
-    params = CoreParams(
+    launch(
+        "ept_core",
+        U,
         pyramid,
-        table,
+        address(groups),
+        rows_per_id,
+        count,
         folded.data_ptr(),
-        _address(active),
+        address(active),
         rows,
         U.data_ptr(),
-        _address(V),
-        _address(dV),
-        _address(dU),
-        _address(grad_folded),
-        _address(partial),
+        address(V),
+        address(dV),
+        address(dU),
+        address(grad_folded),
+        address(partial),
         spans,
         length,
+        wide,
         DTYPES[U.dtype],
     )
-    launch("ept_core", params, U)
     return V, dU, grad_folded
 
 
@@ -491,7 +517,9 @@ def dropout(x: Tensor, seed: Tensor, p: float, onto: Tensor | None = None) -> Te
     if onto is not None and onto.stride(1) != 1:
         return onto.add_(dropout(x, seed, p))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if onto is None else onto
-    params = DropoutParams(
+    launch(
+        "ept_dropout",
+        x,
         x.data_ptr(),
         out.data_ptr(),
         seed.data_ptr(),
@@ -504,7 +532,6 @@ def dropout(x: Tensor, seed: Tensor, p: float, onto: Tensor | None = None) -> Te
         onto is not None,
         DTYPES[x.dtype],
     )
-    launch("ept_dropout", params, x)
     return out
 
 
@@ -524,19 +551,20 @@ def _weight(
 ) -> Tensor:
     A, B, folded = _fp32(A), _fp32(B), _fp32(folded)
     out = torch.empty(len(folded), out_features, in_features, dtype=dtype, device=A.device)
-    params = WeightParams(
-        _pyramid(A.shape[0], scales, A),
+    launch(
+        "ept_weight",
+        A,
+        _pyramid(A.shape[0], scales, A)[1],
         A.data_ptr(),
         B.data_ptr(),
         folded.data_ptr(),
         len(folded),
-        _address(base),
+        address(base),
         out.data_ptr(),
         in_features,
         out_features,
         DTYPES[dtype],
     )
-    launch("ept_weight", params, A)
     return out
 
 
@@ -564,22 +592,23 @@ def pyramid_weight_backward(
     seed_size = sum(-(-out_features // k) * -(-in_features // k) for k in scales)
     seed_grad = grad.new_empty(seed_size) if need_A or need_B else None
     gradients = tuple(torch.empty_like(t) if need else None for t, need in zip((A, B, folded), needs, strict=True))
-    params = WeightGradParams(
-        _pyramid(A.shape[0], scales, A),
+    launch(
+        "ept_weight_grad",
+        grad,
+        _pyramid(A.shape[0], scales, A)[1],
         A.data_ptr(),
         B.data_ptr(),
         folded.data_ptr(),
         len(folded),
         grad.data_ptr(),
-        _address(seed_grad),
+        address(seed_grad),
         seed_size,
-        *map(_address, gradients),
+        *map(address, gradients),
         in_features,
         out_features,
         A.shape[1],
         len(B),
     )
-    launch("ept_weight_grad", params, grad)
     grad_A, grad_B, grad_folded = (
         None if gradient is None else gradient.to(tensor.dtype)
         for gradient, tensor in zip(gradients, like, strict=True)

@@ -6,6 +6,7 @@ launches forward and twice as many backward: more than the layer around it.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,21 +15,22 @@ import torch
 from torch import Tensor
 
 from .cuda_backend import MOST_EXPERTS as MOST_EXPERTS  # more are left to the composition
-from .cuda_backend import Experts, FoldGradParams, FoldParams, launch
+from .cuda_backend import Experts, address, launch
 from .geometry import PyramidGeometry
 from .tracing import refuse_batched
 
 
 @lru_cache(maxsize=1024)
-def _experts(geometry: PyramidGeometry, scaling: float) -> Experts:
+def _experts(geometry: PyramidGeometry, scaling: float) -> bytes:
     scale = geometry.expert_scale
-    return Experts(
+    experts = Experts(
         tuple(geometry.offsets[s] for s in scale),
         geometry.kernel_sizes,
         scale,
         tuple(scaling * geometry.alp_factors[s] for s in scale),
         len(scale),
     )
+    return bytes(experts)
 
 
 class _Groups(NamedTuple):
@@ -51,17 +53,17 @@ def _groups(tasks: int | Tensor | None, table: Tensor) -> _Groups:
 
 
 def _shared_arguments(
-    experts: Experts, gate: Tensor, table: Tensor, groups: _Groups, kernels: Sequence[Tensor], folded_size: int
+    experts: bytes, gate: Tensor, table: Tensor, groups: _Groups, kernels: Sequence[Tensor], folded_size: int
 ) -> tuple:
     """The fields with which both structs begin."""
     return (
         experts,
-        tuple([kernel.data_ptr() for kernel in kernels]),
+        struct.pack(f"{len(kernels)}P", *[kernel.data_ptr() for kernel in kernels]),
         gate.data_ptr(),
         table.data_ptr(),
-        None if groups.tasks is None else groups.tasks.data_ptr(),
+        address(groups.tasks),
         groups.first,
-        len(table),
+        table.shape[0],
         groups.count,
         folded_size,
     )
@@ -87,17 +89,18 @@ def _fold(
     active = gate.new_empty((groups.count, len(geometry.scales)), dtype=torch.bool)
     gates = gate.new_empty(groups.count, experts) if keep else None
     probability = gate.new_empty(groups.count, experts) if keep and top_k == 1 else None
-    params = FoldParams(
+    launch(
+        "ept_fold",
+        gate,
         *_shared_arguments(_experts(geometry, scaling), gate, table, groups, kernels, geometry.folded_size),
         folded.data_ptr(),
         active.data_ptr(),
-        None if gates is None else gates.data_ptr(),
-        None if probability is None else probability.data_ptr(),
+        address(gates),
+        address(probability),
         gate.shape[1],
         len(geometry.scales),
         top_k,
     )
-    launch("ept_fold", params, gate)
     return folded, active, gates, probability
 
 
@@ -126,15 +129,16 @@ class _FoldTasks(torch.autograd.Function):
         grad_table = torch.empty_like(table) if need_table else None
         packed = gate.new_empty(sum(sizes)) if any(need_kernels) else None
         groups = _Groups(tasks, ctx.first, ctx.count)
-        params = FoldGradParams(
+        launch(
+            "ept_fold_grad",
+            gate,
             *_shared_arguments(ctx.experts, gate, table, groups, kernels, grad.shape[1]),
             grad.data_ptr(),
             gates.data_ptr(),
-            *(None if t is None else t.data_ptr() for t in (probability, logits_grad, packed, grad_gate, grad_table)),
+            *map(address, (probability, logits_grad, packed, grad_gate, grad_table)),
             sum(sizes),
             gate.shape[1],
         )
-        launch("ept_fold_grad", params, gate)
         grads: list[Tensor | None] = [None] * len(kernels)
         if packed is not None:
             parts = zip(packed.split(sizes), kernels, need_kernels, strict=True)

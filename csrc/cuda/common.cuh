@@ -71,17 +71,6 @@ __device__ inline Block find_block(const Pyramid& pyramid, F&& found) {
   return block;
 }
 
-// The group of a row, which need not be one of groups.count.
-__device__ inline int64_t group_of(const Groups& groups, int64_t row) {
-  if (groups.ids == nullptr) return 0;
-  int64_t index = row;
-  if (groups.rows_per_id != 1) {  // a division of 64 bits takes some hundred instructions
-    const bool small = ((row | groups.rows_per_id) >> 32) == 0;
-    index = small ? static_cast<uint32_t>(row) / static_cast<uint32_t>(groups.rows_per_id) : row / groups.rows_per_id;
-  }
-  return groups.wide ? static_cast<const int64_t*>(groups.ids)[index] : static_cast<const int32_t*>(groups.ids)[index];
-}
-
 // The sum of `value` over a warp, in lane 0.
 __device__ inline float warp_sum(float value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_down_sync(0xffffffffu, value, distance);
@@ -90,14 +79,10 @@ __device__ inline float warp_sum(float value) {
 
 // --- host -------------------------------------------------------------------------------------------------------------
 
-// f(T{}) for the type T of a dtype.
-template <typename F>
-int with_dtype(int dtype, F&& f) {
-  switch (dtype) {
-    case kFloat16: return f(__half{});
-    case kBFloat16: return f(__nv_bfloat16{});
-    default: return f(float{});
-  }
+// The kernel for a dtype.
+template <typename Kernel>
+Kernel by_dtype(int dtype, Kernel fp32, Kernel fp16, Kernel bf16) {
+  return dtype == kFloat16 ? fp16 : dtype == kBFloat16 ? bf16 : fp32;
 }
 
 // A launch of blocks x sides; none where there is nothing to do.

@@ -10,6 +10,17 @@
 namespace ept::cuda {
 namespace {
 
+// The group of a row, which need not be one of params.groups.
+__device__ int64_t group_of(const CoreParams& params, int64_t row) {
+  if (params.ids == nullptr) return 0;
+  int64_t index = row;
+  if (params.rows_per_id != 1) {  // a division of 64 bits takes some hundred instructions
+    const bool small = ((row | params.rows_per_id) >> 32) == 0;
+    index = small ? static_cast<uint32_t>(row) / static_cast<uint32_t>(params.rows_per_id) : row / params.rows_per_id;
+  }
+  return params.wide_ids ? static_cast<const int64_t*>(params.ids)[index] : static_cast<const int32_t*>(params.ids)[index];
+}
+
 // The folded kernel of a row for one scale; or what the row becomes without one.
 struct RowKernel {
   const float* kernel;
@@ -17,8 +28,8 @@ struct RowKernel {
 };
 
 __device__ RowKernel kernel_of(const CoreParams& params, const Block& block, int64_t row) {
-  const int64_t group = group_of(params.groups, row);
-  if (group < 0 || group >= params.groups.count) return {nullptr, NAN};
+  const int64_t group = group_of(params, row);
+  if (group < 0 || group >= params.groups) return {nullptr, NAN};
   if (params.active != nullptr && !params.active[group * params.pyramid.count + block.s]) return {nullptr, 0.0f};
   return {params.folded + group * params.pyramid.folded + block.offset, 0.0f};
 }
@@ -108,8 +119,8 @@ __global__ void __launch_bounds__(kThreads) core_grad_kernel(const __grid_consta
   EPT_SHARED(GradShared, shared);
   const Pyramid& pyramid = params.pyramid;
   const int64_t span = blockIdx.x % params.spans, part = blockIdx.x / params.spans;
-  const int64_t group = part % params.groups.count;
-  const int64_t entry = part / params.groups.count * kThreads + threadIdx.x;
+  const int64_t group = part % params.groups;
+  const int64_t entry = part / params.groups * kThreads + threadIdx.x;
   const bool exists = entry < pyramid.folded;
   const Block block = find_block(pyramid, [&](const Block& b) {
     return entry < b.offset + static_cast<int64_t>(b.k) * b.k;
@@ -123,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) core_grad_kernel(const __grid_consta
   const int64_t end = smaller((span + 1) * params.rows_per_span, params.rows);
   for (int64_t begin = span * params.rows_per_span; begin < end; begin += kThreads) {
     const int64_t row = begin + threadIdx.x;
-    const bool own = row < end && group_of(params.groups, row) == group;
+    const bool own = row < end && group_of(params, row) == group;
     shared.own[threadIdx.x] = own;
     if (!__syncthreads_or(own)) continue;  // few rows of many are a group's
     const int count = static_cast<int>(smaller<int64_t>(kThreads, end - begin));
@@ -138,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) core_grad_kernel(const __grid_consta
     __syncthreads();  // the next rows' flags replace these
   }
   if (!exists) return;
-  float* out = params.spans == 1 ? params.grad_folded : params.partial + span * params.groups.count * pyramid.folded;
+  float* out = params.spans == 1 ? params.grad_folded : params.partial + span * params.groups * pyramid.folded;
   out[group * pyramid.folded + entry] = sum;
 }
 
@@ -152,7 +163,7 @@ struct SumShared {
 __global__ void __launch_bounds__(kSumWarps* kWarp) core_sum_kernel(const __grid_constant__ CoreParams params) {
   EPT_SHARED(SumShared, shared);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t entries = params.groups.count * params.pyramid.folded;
+  const int64_t entries = params.groups * params.pyramid.folded;
   const int64_t entry = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
   float sum = 0.0f;
   for (int64_t span = warp; entry < entries && span < params.spans; span += kSumWarps) {
@@ -172,19 +183,19 @@ __global__ void __launch_bounds__(kSumWarps* kWarp) core_sum_kernel(const __grid
 int ept_core(const ept::cuda::CoreParams* params, void* stream) {
   using namespace ept::cuda;
   const Pyramid& pyramid = params->pyramid;
-  return with_dtype(params->dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const int sides = (params->V != nullptr) + (params->dU != nullptr);
-    const int64_t row_blocks = ceil_div<int64_t>(params->rows, rows_per_block(pyramid.rank)) * pyramid.count;
-    if (sides > 0) {
-      const int error = launch(core_kernel<T>, row_blocks, sides, kThreads, stream, *params);
-      if (error != cudaSuccess) return error;
-    }
-    if (params->grad_folded == nullptr) return static_cast<int>(cudaSuccess);
-    const int64_t entries = params->groups.count * pyramid.folded;
-    const int64_t parts = params->groups.count * ceil_div<int64_t>(pyramid.folded, kThreads);
-    const int error = launch(core_grad_kernel<T>, parts * params->spans, 1, kThreads, stream, *params);
-    if (error != cudaSuccess || params->spans == 1) return error;
-    return launch(core_sum_kernel, ceil_div<int64_t>(entries, kWarp), 1, kSumWarps * kWarp, stream, *params);
-  });
+  const int sides = (params->V != nullptr) + (params->dU != nullptr);
+  if (sides > 0) {
+    const auto kernel = by_dtype(params->dtype, core_kernel<float>, core_kernel<__half>, core_kernel<__nv_bfloat16>);
+    const int64_t blocks = ceil_div<int64_t>(params->rows, rows_per_block(pyramid.rank)) * pyramid.count;
+    const int error = launch(kernel, blocks, sides, kThreads, stream, *params);
+    if (error != cudaSuccess) return error;
+  }
+  if (params->grad_folded == nullptr) return cudaSuccess;
+  const auto kernel =
+      by_dtype(params->dtype, core_grad_kernel<float>, core_grad_kernel<__half>, core_grad_kernel<__nv_bfloat16>);
+  const int64_t parts = params->groups * ceil_div<int64_t>(pyramid.folded, kThreads);
+  const int error = launch(kernel, parts * params->spans, 1, kThreads, stream, *params);
+  if (error != cudaSuccess || params->spans == 1) return error;
+  const int64_t entries = params->groups * pyramid.folded;
+  return launch(core_sum_kernel, ceil_div<int64_t>(entries, kWarp), 1, kSumWarps * kWarp, stream, *params);
 }

@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(kThreads) dropout_kernel(const __grid_constant
 int ept_dropout(const ept::cuda::DropoutParams* params, void* stream) {
   using namespace ept::cuda;
   const int64_t blocks = params->rows * ceil_div(params->columns, kThreads * kQuad);
-  return with_dtype(params->dtype, [&](auto zero) {
-    using T = decltype(zero);
-    return launch(dropout_kernel<T>, blocks, 1, kThreads, stream, *params);
-  });
+  const auto kernel =
+      by_dtype(params->dtype, dropout_kernel<float>, dropout_kernel<__half>, dropout_kernel<__nv_bfloat16>);
+  return launch(kernel, blocks, 1, kThreads, stream, *params);
 }

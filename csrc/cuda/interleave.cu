@@ -57,9 +57,8 @@ __global__ void __launch_bounds__(kThreads) interleave_kernel(const __grid_const
 int ept_interleave(const ept::cuda::InterleaveParams* params, void* stream) {
   using namespace ept::cuda;
   const int longest = params->in_features > params->out_features ? params->in_features : params->out_features;
-  return with_dtype(params->dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t blocks = params->pyramid.columns * ceil_div(longest, kThreads * Vector<T>::kSize);
-    return launch(interleave_kernel<T>, blocks, 2, kThreads, stream, *params);
-  });
+  const int piece = kThreads * (params->dtype == kFloat32 ? Vector<float>::kSize : Vector<__half>::kSize);
+  const auto kernel = by_dtype(params->dtype, interleave_kernel<float>, interleave_kernel<__half>,
+                               interleave_kernel<__nv_bfloat16>);
+  return launch(kernel, params->pyramid.columns * ceil_div(longest, piece), 2, kThreads, stream, *params);
 }

@@ -35,14 +35,6 @@ struct Pyramid {
   int32_t k[kInlineScales];
 };
 
-// ids[t / rows_per_id] is the group of row t, one of `count`; without ids every row belongs to group 0.
-struct Groups {
-  const void* ids;
-  int64_t rows_per_id;
-  int64_t count;
-  int32_t wide;  // int64 rather than int32
-};
-
 struct InterleaveParams {
   Pyramid pyramid;
   const void* A;  // (p, j) at p * a_rank + j * a_index; B likewise
@@ -73,10 +65,13 @@ struct GatherParams {
   int32_t b_dtype;
 };
 
+// ids[t / rows_per_id] is the group of row t, one of `groups`; without ids every row belongs to group 0.
 struct CoreParams {
   Pyramid pyramid;
-  Groups groups;
-  const float* folded;   // [groups, pyramid.folded]
+  const void* ids;
+  int64_t rows_per_id;
+  int64_t groups;
+  const float* folded;    // [groups, pyramid.folded]
   const uint8_t* active;  // [groups, scales]: 0 where a kernel is known to be zero; or null
   int64_t rows;
   const void* U;  // all of them [rows, W]
@@ -87,7 +82,8 @@ struct CoreParams {
   float* partial;      // [spans, groups, pyramid.folded], scratch; not read where there is one span
   int64_t spans;
   int64_t rows_per_span;
-  int32_t dtype;  // of U, V, dV, dU
+  int32_t wide_ids;  // int64 rather than int32
+  int32_t dtype;     // of U, V, dV, dU
 };
 
 struct DropoutParams {

@@ -76,8 +76,7 @@ int ept_weight(const ept::cuda::WeightParams* params, void* stream) {
   if (groups == 0) return cudaSuccess;
   const int64_t tiles = static_cast<int64_t>(ceil_div(params->out_features, kTileRows)) *
                         ceil_div(params->in_features, kTileColumns);
-  return with_dtype(params->dtype, [&](auto zero) {
-    using T = decltype(zero);
-    return launch(weight_kernel<T>, tiles, groups, kThreads, stream, *params);
-  });
+  const auto kernel =
+      by_dtype(params->dtype, weight_kernel<float>, weight_kernel<__half>, weight_kernel<__nv_bfloat16>);
+  return launch(kernel, tiles, groups, kThreads, stream, *params);
 }

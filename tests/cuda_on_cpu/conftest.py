@@ -70,4 +70,4 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def cuda(library: Path, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The functions of ``cuda_backend`` serve CPU tensors, in this process."""
-    monkeypatch.setattr(cuda_backend, "LIBRARY", library)
+    monkeypatch.setattr(cuda_backend, "_serving", lambda: cuda_backend._open(library))

@@ -59,7 +59,7 @@ class Failure(Exception):
 
 
 class DriverLibrary:
-    """Has the functions of the library, for ``cuda_backend._open`` to return."""
+    """Has the functions of the library, for ``cuda_backend._serving`` to return."""
 
     def __init__(self, driver: Path, memory: Memory, folder: Path, *, reverse: bool = False) -> None:
         self._driver, self._memory, self._folder = driver, memory, folder
@@ -71,7 +71,7 @@ class DriverLibrary:
         }
 
     def __getattr__(self, function: str) -> Callable[..., int]:
-        return lambda reference, stream: self._run(function, reference._obj)
+        return lambda params, stream: self._run(function, cuda_backend.FUNCTIONS[function].from_buffer_copy(params))
 
     def _run(self, function: str, params: ctypes.Structure) -> int:
         storages: list[torch.UntypedStorage] = []
@@ -105,7 +105,7 @@ def run_in(driver: Path, check: Callable[[], None], folder: Path, *, reverse: bo
     cuda_backend._cached_pyramid.cache_clear()  # whose tables are of memory from before
     with pytest.MonkeyPatch.context() as patch, Memory() as memory:
         library = DriverLibrary(driver, memory, folder, reverse=reverse)
-        patch.setattr(cuda_backend, "_open", lambda path: library)
+        patch.setattr(cuda_backend, "_serving", lambda: library)
         try:
             check()
         except (Failure, AssertionError) as error:

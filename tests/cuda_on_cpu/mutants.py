@@ -75,9 +75,7 @@ MUTANTS = {
     "rows without a group are zero": Mutant(
         "core.cu", "return {nullptr, NAN};", "return {nullptr, 0.0f};", "values", "core, unknown groups"
     ),
-    "rows of every group summed": Mutant(
-        "core.cu", "group_of(params.groups, row) == group;", "true;", "values", "core"
-    ),
+    "rows of every group summed": Mutant("core.cu", "group_of(params, row) == group;", "true;", "values", "core"),
     "gradient of a kernel transposed": Mutant(
         "core.cu",
         "static_cast<const T*>(params.U) + block.column + q",
@@ -89,12 +87,8 @@ MUTANTS = {
         "core.cu", "to_float(U[place + static_cast<int64_t>(p) * k])", "to_float(U[place + p])", "values", "core"
     ),
     "spans dropped": Mutant("core.cu", "span += kSumWarps) {", "span += 2 * kSumWarps) {", "values", "core, spans"),
-    "64-bit ids read as 32": Mutant(
-        "common.cuh", "return groups.wide ?", "return false ?", "values", "core", ("core.cu",)
-    ),
-    "a row's id taken for the row before": Mutant(
-        "common.cuh", "groups.rows_per_id != 1", "false", "address", "core", ("core.cu",)
-    ),
+    "64-bit ids read as 32": Mutant("core.cu", "return params.wide_ids ?", "return false ?", "values", "core"),
+    "a row's id taken for the row before": Mutant("core.cu", "params.rows_per_id != 1", "false", "address", "core"),
     "nine rounds": Mutant("dropout.cu", "kRounds = 10", "kRounds = 9", "values", "dropout"),
     "a mask that does not know its row": Mutant(
         "dropout.cu", "static_cast<uint64_t>(row));", "0);", "values", "dropout"
@@ -142,7 +136,7 @@ MUTANTS = {
     ),
     "rows beyond the last": Mutant("core.cu", "smaller<int64_t>(rows, params.rows - begin)", "rows", "address", "core"),
     "a kernel of a group that is not there": Mutant(
-        "core.cu", "group < 0 || group >= params.groups.count", "false", "address", "core, unknown groups"
+        "core.cu", "group < 0 || group >= params.groups", "false", "address", "core, unknown groups"
     ),
     "ids beyond the last row": Mutant("core.cu", "row < end && group_of", "group_of", "address", "core, half"),
     "entries beyond the last": Mutant("core.cu", "  if (!exists) return;\n", "", "address", "core"),
