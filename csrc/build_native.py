@@ -191,7 +191,7 @@ def cuda_commands(objects: Path, target: Path) -> tuple[Commands, Link]:
     """How to compile and link ``ept_kernels/_cuda.so``: every ``cuda/*.cu``, and the CUDA runtime inside."""
     nvcc = probe_cuda()
     architectures = gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES)
-    flags = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures]
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures]
     commands: Commands = {}
     for source in cuda_sources():
         made = objects / f"{source.stem}.o"

@@ -516,17 +516,18 @@ def dropout(x: Tensor, seed: Tensor, p: float, onto: Tensor | None = None) -> Te
         x = x.contiguous()
     if onto is not None and onto.stride(1) != 1:
         return onto.add_(dropout(x, seed, p))
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if onto is None else onto
+    rows, columns = x.shape
+    out = x.new_empty(rows, columns) if onto is None else onto
     launch(
         "ept_dropout",
         x,
         x.data_ptr(),
         out.data_ptr(),
         seed.data_ptr(),
-        len(x),
+        rows,
         x.stride(0),
         out.stride(0),
-        x.shape[1],
+        columns,
         min(int(p * 2**32), 2**32 - 1),
         1 / (1 - p),
         onto is not None,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import pytest
 import torch
 from fold_testing import (
     FoldCase,
@@ -196,6 +197,13 @@ def check_core(*arguments, **options) -> None:
     CoreCase(*arguments, **options).check()
 
 
+def check_one_span() -> None:
+    """More rows than a block takes at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_backend, "_spans", lambda rows, groups: (1, rows))
+        CoreCase(300, 1, (2, 3), "rows", inactive=True).check()
+
+
 def check_needs() -> None:
     """Each result alone is what it is among the others."""
     case = CoreCase(70, 3, (2, 5), "rows", inactive=True)
@@ -333,6 +341,7 @@ SAMPLE: dict[str, Check] = {
     "core, half": partial(check_core, 70, 9, (1, 4, 6, 35), "rows", torch.bfloat16),
     "core, unknown groups": partial(check_core, 131, 2, (2, 6), "unknown", torch.float16, narrow=True),
     "core, spans": partial(check_core, 333, 1, (2, 12), "none"),
+    "core, one span": check_one_span,
     "core, no rows": partial(check_core, 0, 2, (2, 3), "segments"),
     "dropout": partial(check_dropout, 5, 67, torch.float32),
     "dropout, added": partial(check_dropout, 3, 520, torch.bfloat16, onto=True),

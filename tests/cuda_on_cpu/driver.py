@@ -108,8 +108,10 @@ def run_in(driver: Path, check: Callable[[], None], folder: Path, *, reverse: bo
         patch.setattr(cuda_backend, "_serving", lambda: library)
         try:
             check()
-        except (Failure, AssertionError) as error:
-            return str(error)
+        except Failure as error:
+            return f"crash: {error}"
+        except AssertionError as error:
+            return f"wrong: {error}"
         finally:
             cuda_backend._cached_pyramid.cache_clear()
     return None

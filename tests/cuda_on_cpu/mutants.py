@@ -45,13 +45,6 @@ MUTANTS = {
     "slots that do not start again": Mutant(
         "interleave.cu", "if (++slot == k) slot = 0, ++j;", "if (++slot == k) ++j;", "values", "interleave"
     ),
-    "vectors where rows are not aligned": Mutant(
-        "interleave.cu",
-        "features % kSize == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(vector) == 0",
-        "true",
-        "values",
-        "interleave",
-    ),
     "B's gradient in A's layout": Mutant(
         "gather.cu", "params.B[static_cast<int64_t>(j) * rank + p]", "params.B[index]", "values", "gather"
     ),
@@ -107,7 +100,7 @@ MUTANTS = {
         "weight.cu", "a >= k; a -= k) ++i;", "a > k; a -= k) ++i;", "values", "weight"
     ),
     "half a warp summed": Mutant(
-        "common.cuh", "distance = kWarp / 2", "distance = kWarp / 4", "values", "weight", ("weight_grad.cu",)
+        "common.cuh", "distance = kWarp / 2", "distance = kWarp / 4", "values", "fold", ("fold.cu",)
     ),
     "ties go to the last": Mutant("fold.cu", "&& e < own)", "&& e > own)", "values", "fold, corners"),
     "one expert more than selected": Mutant(
@@ -122,6 +115,13 @@ MUTANTS = {
     "the one gate's gradient that of a sum": Mutant("fold.cu", "? others :", "? 1.0f :", "values", "fold, one expert"),
     "all groups summed for a task": Mutant("fold.cu", "!= task) continue;", "!= task) {}", "values", "fold"),
     # memory
+    "vectors where rows are not aligned": Mutant(
+        "interleave.cu",
+        "features % kSize == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(vector) == 0",
+        "true",
+        "address",
+        "interleave",
+    ),
     "features beyond the last read": Mutant(
         "interleave.cu", "slot == q && first + v < features", "slot == q", "address", "interleave"
     ),
@@ -134,7 +134,9 @@ MUTANTS = {
     "numbers beyond the last rank": Mutant(
         "gather.cu", " || index >= static_cast<int64_t>(rank) * size", "", "address", "gather, one"
     ),
-    "rows beyond the last": Mutant("core.cu", "smaller<int64_t>(rows, params.rows - begin)", "rows", "address", "core"),
+    "rows beyond the last": Mutant(
+        "core.cu", "smaller<int64_t>(rows, params.rows - begin)", "rows", "address", "core, unknown groups"
+    ),
     "a kernel of a group that is not there": Mutant(
         "core.cu", "group < 0 || group >= params.groups", "false", "address", "core, unknown groups"
     ),
@@ -148,7 +150,7 @@ MUTANTS = {
     "numbers beyond the last kernel": Mutant("fold.cu", "if (number >= params.numbers) return;", "", "address", "fold"),
     # races
     "flags replaced while others read": Mutant(
-        "core.cu", "__syncthreads();  // the next rows' flags", "// the next rows' flags", "thread", "core, spans"
+        "core.cu", "__syncthreads();  // the next rows' flags", "// the next rows' flags", "thread", "core, one span"
     ),
     "flags read before they are there": Mutant(
         "core.cu", "if (!__syncthreads_or(own)) continue;", "", "thread", "core"
@@ -157,7 +159,11 @@ MUTANTS = {
         "core.cu", "[lane] = sum;\n  __syncthreads();", "[lane] = sum;", "thread", "core, spans"
     ),
     "two blocks write one row": Mutant(
-        "core.cu", "blockIdx.x / pyramid.count) * rows;", "blockIdx.x / pyramid.count) * (rows - 1);", "thread", "core"
+        "core.cu",
+        "blockIdx.x / pyramid.count) * rows;",
+        "blockIdx.x / pyramid.count) * (rows - 1);",
+        "thread",
+        "core, unknown groups",
     ),
     "two threads write one entry": Mutant(
         "dropout.cu", "kThreads + threadIdx.x, first", "kThreads + threadIdx.x / 2, first", "thread", "dropout, added"

@@ -19,7 +19,7 @@ _GENCODE = [f"-gencode=arch=compute_{name[3:]},code={name}" for name in ARCHITEC
 
 def _compile(source: Path, folder: Path) -> None:
     """One object, and beside it the assembler's report."""
-    flags = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-Wall,-fvisibility=hidden", "-Werror", "all-warnings"]
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-Wall,-fvisibility=hidden", "-Werror", "all-warnings"]
     command = ["nvcc", *flags, "-Xptxas", "-v", *_GENCODE, "-c", source, "-o", folder / f"{source.stem}.o"]
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
