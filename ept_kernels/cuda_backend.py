@@ -422,7 +422,7 @@ def _spans(rows: int, groups: int) -> tuple[int, int]:
 
 
 def _core(
-    U: Tensor,
+    U: Tensor | None,
     dV: Tensor | None,
     folded: Tensor,
     groups: Tensor | None,
@@ -431,14 +431,20 @@ def _core(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     need_V, need_dU, need_folded = needs
-    rows, columns = U.shape
-    U, folded = U.contiguous(), folded.contiguous()
-    _, pyramid, _ = _pyramid(columns // sum(scales), scales, U)
-    count = folded.shape[0]
-    V = torch.empty_like(U) if need_V else None
+    if U is not None:
+        U = U.contiguous()
     if dV is not None:
         dV = dV.contiguous()
-    dU = torch.empty_like(U) if need_dU else None
+    like = dV if U is None else U
+    assert like is not None
+    if dV is not None and dV.dtype != like.dtype:
+        raise ValueError(f"dV must have the dtype of U, {like.dtype}, got {dV.dtype}")
+    rows, columns = like.shape
+    _, pyramid, _ = _pyramid(columns // sum(scales), scales, like)
+    folded = folded.contiguous()
+    count = folded.shape[0]
+    V = torch.empty_like(like) if need_V else None
+    dU = torch.empty_like(like) if need_dU else None
     rows_per_id, wide = 1, False
     if groups is not None:
         groups = groups.contiguous()
@@ -454,7 +460,7 @@ def _core(
             partial = folded.new_empty(spans, *folded.shape)
     launch(
         "ept_core",
-        U,
+        like,
         pyramid,
         address(groups),
         rows_per_id,
@@ -462,7 +468,7 @@ def _core(
         folded.data_ptr(),
         address(active),
         rows,
-        U.data_ptr(),
+        address(U),
         address(V),
         address(dV),
         address(dU),
@@ -471,7 +477,7 @@ def _core(
         spans,
         length,
         wide,
-        DTYPES[U.dtype],
+        DTYPES[like.dtype],
     )
     return V, dU, grad_folded
 
@@ -492,8 +498,8 @@ def core(U: Tensor, folded: Tensor, groups: Tensor | None, active: Tensor | None
 
 
 def core_backward(
-    U: Tensor,
-    dV: Tensor,
+    U: Tensor | None,
+    dV: Tensor | None,
     folded: Tensor,
     groups: Tensor | None,
     active: Tensor | None,
@@ -502,7 +508,8 @@ def core_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``V [T, W]`` again, its adjoint ``dU [T, W]`` and ``grad_folded [G, F]`` fp32, each where ``needs`` asks.
 
-    The last sums in a fixed order. A row of a group that ``folded`` lacks adds to none of it.
+    U may be None where dU alone is wanted, dV where V alone is. The gradient sums in a fixed order; rows of a group
+    that ``folded`` lacks add to none of it.
     """
     return _core(U, dV, folded, groups, active, scales, needs)
 

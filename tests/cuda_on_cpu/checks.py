@@ -215,6 +215,10 @@ def check_needs() -> None:
                 assert_same_bits(result, everything[j])
             else:
                 assert result is None
+    dV, case.dV = case.dV, None
+    assert_same_bits(case.backward((True, False, False))[0], everything[0], "V from U alone")
+    case.U, case.dV = None, dV
+    assert_same_bits(case.backward((False, True, False))[1], everything[1], "dU from dV alone")
 
 
 def check_strides() -> None:

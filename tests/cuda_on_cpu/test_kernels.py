@@ -114,3 +114,10 @@ def test_a_task_that_the_table_lacks_is_refused_where_it_is_known() -> None:
     case.tasks = 5
     with pytest.raises(IndexError, match="task_ids holds 5; allowed: 0 to 4"):
         case.fold(cuda_fold.fold_tasks)
+
+
+def test_another_dtype_for_the_gradient_is_refused() -> None:
+    case = CoreCase(4, 1, (2,), "none")
+    case.dV = case.dV.half()
+    with pytest.raises(ValueError, match=r"dV must have the dtype of U, torch\.float32, got torch\.float16"):
+        case.backward()
