@@ -73,9 +73,9 @@ __device__ void apply_any(const CoreParams& params, const Block& block, int64_t 
                           bool transposed) {
   const int k = block.k, width = params.pyramid.rank * k;
   const int64_t line = transposed ? 1 : k, step = transposed ? k : 1;
-  for (int64_t i = threadIdx.x; i < static_cast<int64_t>(count) * width; i += kThreads) {
+  for (int i = threadIdx.x; i < count * width; i += kThreads) {  // at most kThreads * k, or one row's columns
     const int64_t row = begin + i / width;
-    const int column = static_cast<int>(i % width), a = column % k;
+    const int column = i % width, a = column % k;
     const int64_t place = row * params.pyramid.columns + block.column + column;
     const auto [kernel, fill] = kernel_of(params, block, row);
     float sum = fill;

@@ -33,8 +33,8 @@ def test_no_kernel_spills(source: Path, compiled: Path) -> None:
     assert {architecture for architecture, _ in found} == set(nvcc.ARCHITECTURES)
     for kernel, used in found.items():
         assert (used["stack"], used["spill stores"], used["spill loads"]) == (0, 0, 0), (kernel, used)
-        # 128 threads a block: eight blocks fit a multiprocessor, which waits for memory and little else.
-        assert used["registers"] <= 64, (kernel, used)
+        # 128 threads a block: at 80 registers six blocks fit a multiprocessor, and hide each other's waiting.
+        assert used["registers"] <= 80, (kernel, used)
 
 
 @pytest.mark.parametrize("source", sources(), ids=lambda path: path.stem)
