@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable, Sequence
 from ctypes import Structure, c_float, c_int32, c_int64, c_uint32, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -231,7 +232,8 @@ def _packer(params: type[Structure]) -> Callable[..., bytes]:
 
     Several times as fast as to fill a ``Structure``, and an eager layer waits for it.
     """
-    codes = [_CODES.get(kind) or f"{ctypes.sizeof(kind)}s" for _, kind in params._fields_]
+    kinds: list[Any] = [field[1] for field in params._fields_]
+    codes = [_CODES.get(kind) or f"{ctypes.sizeof(kind)}s" for kind in kinds]
     return struct.Struct(f"@{''.join(codes)}0q").pack
 
 
@@ -300,8 +302,8 @@ def build_info(library: Path = LIBRARY) -> dict[str, str | list[str]]:
 
 
 #: Functions of a torch that is built for CUDA.
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 @functools.cache

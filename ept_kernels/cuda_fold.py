@@ -38,7 +38,7 @@ class _Groups(NamedTuple):
 
     tasks: Tensor | None
     first: int
-    count: int
+    size: int
 
 
 def _groups(tasks: int | Tensor | None, table: Tensor) -> _Groups:
@@ -64,7 +64,7 @@ def _shared_arguments(
         address(groups.tasks),
         groups.first,
         table.shape[0],
-        groups.count,
+        groups.size,
         folded_size,
     )
 
@@ -85,10 +85,10 @@ def _fold(
     where an expert is not selected.
     """
     experts = gate.shape[0]
-    folded = gate.new_empty(groups.count, geometry.folded_size)
-    active = gate.new_empty((groups.count, len(geometry.scales)), dtype=torch.bool)
-    gates = gate.new_empty(groups.count, experts) if keep else None
-    probability = gate.new_empty(groups.count, experts) if keep and top_k == 1 else None
+    folded = gate.new_empty(groups.size, geometry.folded_size)
+    active = gate.new_empty((groups.size, len(geometry.scales)), dtype=torch.bool)
+    gates = gate.new_empty(groups.size, experts) if keep else None
+    probability = gate.new_empty(groups.size, experts) if keep and top_k == 1 else None
     launch(
         "ept_fold",
         gate,
@@ -108,7 +108,7 @@ class _FoldTasks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, geometry, scaling, top_k, groups, gate, table, *kernels):
         folded, active, gates, probability = _fold(geometry, scaling, top_k, groups, gate, table, kernels, True)
-        ctx.experts, ctx.first, ctx.count = _experts(geometry, scaling), groups.first, groups.count
+        ctx.experts, ctx.first, ctx.size = _experts(geometry, scaling), groups.first, groups.size
         ctx.save_for_backward(gate, table, groups.tasks, gates, probability, *kernels)
         ctx.mark_non_differentiable(active)
         ctx.set_materialize_grads(False)  # zeros for ``active`` would be a launch
@@ -128,7 +128,7 @@ class _FoldTasks(torch.autograd.Function):
         grad_gate = torch.empty_like(gate) if need_gate else None
         grad_table = torch.empty_like(table) if need_table else None
         packed = gate.new_empty(sum(sizes)) if any(need_kernels) else None
-        groups = _Groups(tasks, ctx.first, ctx.count)
+        groups = _Groups(tasks, ctx.first, ctx.size)
         launch(
             "ept_fold_grad",
             gate,
