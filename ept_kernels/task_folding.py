@@ -20,7 +20,7 @@ from .kept import Kept
 from .tracing import is_eager
 
 #: Modules with ``fold_tasks`` and, where there is a limit, ``MOST_EXPERTS``; by the name of their backend.
-_MODULES = {"cpu": ".native_fold", "triton": ".triton.fold"}
+_MODULES = {"cpu": ".native_fold", "cuda": ".cuda_fold", "triton": ".triton.fold"}
 
 #: Modules that keep folded kernels between calls: by the parameters' values on a CPU, by their versions on a GPU.
 _CACHES = {"cpu": ".native_fold_cache", "triton": ".versioned_fold_cache", "cuda": ".versioned_fold_cache"}

@@ -6,7 +6,7 @@
 namespace ept::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kMaxGroups = 65535;  // that a grid holds; more take turns
 constexpr int kTileRows = 16, kTileColumns = 64;
 constexpr int kRowStep = kThreads / kTileColumns;  // a thread takes every second row of one column
 constexpr int kPerThread = kTileRows / kRowStep;
@@ -15,26 +15,27 @@ struct Shared {
   float Z[kTileRows][kTileColumns];  // at scale 1 as large as the tile
 };
 
-template <int K>
-__device__ void add_scale(const WeightParams& params, const float* kernel, int s, int o0, int c0,
+__device__ void add_scale(const WeightParams& params, const float* kernel, int k, int o0, int c0,
                           float (&sum)[kPerThread], Shared& shared) {
-  const int k = K > 0 ? K : params.pyramid.k[s];
+  const int seed_width = ceil_div(params.in_features, scale_of(params.pyramid, 0));
   const int i0 = o0 / k, j0 = c0 / k;
   const int last_o = o0 + kTileRows < params.out_features ? o0 + kTileRows - 1 : params.out_features - 1;
   const int last_c = c0 + kTileColumns < params.in_features ? c0 + kTileColumns - 1 : params.in_features - 1;
   const int height = last_o / k - i0 + 1, width = last_c / k - j0 + 1;
   __syncthreads();  // the previous scale's Z has been read
   for (int e = threadIdx.x; e < height * width; e += kThreads) {
-    shared.Z[e / width][e % width] = seed(params.A, params.B, params.pyramid.rank, i0 + e / width, j0 + e % width);
+    shared.Z[e / width][e % width] =
+        seed(params.A, params.B, params.pyramid.rank, seed_width, i0 + e / width, j0 + e % width);
   }
   __syncthreads();
   const int c = c0 + threadIdx.x % kTileColumns, o = o0 + threadIdx.x / kTileColumns;
   if (c > last_c) return;
   const int j = c / k - j0, q = c % k;
+  int i = o / k - i0, a = o % k;
 #pragma unroll
   for (int n = 0; n < kPerThread; ++n) {
-    const int row = o + n * kRowStep;
-    if (row <= last_o) sum[n] += shared.Z[row / k - i0][j] * kernel[row % k * k + q];
+    if (o + n * kRowStep <= last_o) sum[n] += shared.Z[i][j] * kernel[static_cast<int64_t>(a) * k + q];
+    for (a += kRowStep; a >= k; a -= k) ++i;
   }
 }
 
@@ -49,9 +50,9 @@ __global__ void __launch_bounds__(kThreads) weight_kernel(const __grid_constant_
     const float* folded = params.folded + group * params.pyramid.folded;
     float sum[kPerThread] = {};
     for (int s = 0; s < params.pyramid.count; ++s) {
-      with_scale(params.pyramid.k[s], [&](auto scale) {
-        add_scale<decltype(scale)::value>(params, folded + params.pyramid.offset[s], s, o0, c0, sum, shared);
-      });
+      const int k = scale_of(params.pyramid, s);
+      add_scale(params, folded, k, o0, c0, sum, shared);
+      folded += static_cast<int64_t>(k) * k;
     }
     T* out = static_cast<T*>(params.out) + group * size;
     const int c = c0 + threadIdx.x % kTileColumns, o = o0 + threadIdx.x / kTileColumns;
@@ -67,19 +68,15 @@ __global__ void __launch_bounds__(kThreads) weight_kernel(const __grid_constant_
 }
 
 }  // namespace
-
-void weight_forward(const Problem& problem, const void* base, void* out, cudaStream_t stream) {
-  const int64_t groups = problem.core.groups.count;
-  if (groups == 0) return;
-  const WeightParams params{problem.pyramid,      problem.A,             problem.B, problem.core.folded, groups,
-                            problem.in_features, problem.out_features, base,      out};
-  const int64_t tiles = static_cast<int64_t>(ceil_div(problem.out_features, kTileRows)) *
-                        ceil_div(problem.in_features, kTileColumns);
-  const dim3 grid(blocks(tiles, "weight"), static_cast<unsigned>(groups < kMaxGridY ? groups : kMaxGridY));
-  const auto kernel = problem.dtype == Dtype::kFloat32   ? weight_kernel<float>
-                      : problem.dtype == Dtype::kFloat16 ? weight_kernel<__half>
-                                                         : weight_kernel<__nv_bfloat16>;
-  launch("weight", kernel, grid, kThreads, stream, params);
-}
-
 }  // namespace ept::cuda
+
+int ept_weight(const ept::cuda::WeightParams* params, void* stream) {
+  using namespace ept::cuda;
+  const int groups = static_cast<int>(smaller<int64_t>(params->groups, kMaxGroups));
+  if (groups == 0) return cudaSuccess;
+  const int64_t tiles = static_cast<int64_t>(ceil_div(params->out_features, kTileRows)) *
+                        ceil_div(params->in_features, kTileColumns);
+  const auto kernel =
+      by_dtype(params->dtype, weight_kernel<float>, weight_kernel<__half>, weight_kernel<__nv_bfloat16>);
+  return launch(kernel, tiles, groups, kThreads, stream, *params);
+}

@@ -5,26 +5,10 @@
 
 namespace ept::cuda {
 
-constexpr int64_t kMaxGridY = 65535;
-
-struct WeightParams {
-  Pyramid pyramid;
-  Factor A;
-  Factor B;
-  const float* folded;
-  int64_t groups;
-  int in_features;
-  int out_features;
-  const void* base;
-  void* out;
-};
-
-// Z[i, j] = sum_p B[i, p] A[p, j]
-__device__ inline float seed(const Factor& A, const Factor& B, int rank, int i, int j) {
+// Z[i, j] = sum_p B[i, p] A[p, j], with a row of A `width` long.
+__device__ inline float seed(const float* A, const float* B, int rank, int width, int i, int j) {
   float sum = 0.0f;
-  for (int p = 0; p < rank; ++p) {
-    sum += B.data[p * B.rank_stride + i * B.index_stride] * A.data[p * A.rank_stride + j * A.index_stride];
-  }
+  for (int p = 0; p < rank; ++p) sum += B[static_cast<int64_t>(i) * rank + p] * A[static_cast<int64_t>(p) * width + j];
   return sum;
 }
 
