@@ -1,6 +1,6 @@
 """CUDA C++ kernels for what torch's library has no single call for; ``library.py`` makes the ops of them.
 
-Interleaved factors, the k x k core and its adjoint, the gradients' gather, dropout that replays, dense updates. With
+Interleaved factors, the k x k core and its adjoint, the gradients' gather, dropout that replays. With
 W = r * sum(k), columns of intermediates run scale after scale, in each rank after rank, in each slot after slot. Sums
 are fp32 whatever the rows are.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from ctypes import Structure, c_float, c_int32, c_int64, c_uint32, c_void_p
 from pathlib import Path
@@ -21,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .library import Library
+
 name = "cuda"
 fuses_dropout = True
-takes_active = True
+keeps = True
 
 LIBRARY = Path(__file__).with_name("_cuda.so")
 #: How the library counts the types of its numbers.
@@ -119,41 +122,6 @@ class DropoutParams(Structure):
     ]
 
 
-class WeightParams(Structure):
-    _fields_ = [
-        ("pyramid", Pyramid),
-        ("A", c_void_p),
-        ("B", c_void_p),
-        ("folded", c_void_p),
-        ("groups", c_int64),
-        ("base", c_void_p),
-        ("out", c_void_p),
-        ("in_features", c_int32),
-        ("out_features", c_int32),
-        ("dtype", c_int32),
-    ]
-
-
-class WeightGradParams(Structure):
-    _fields_ = [
-        ("pyramid", Pyramid),
-        ("A", c_void_p),
-        ("B", c_void_p),
-        ("folded", c_void_p),
-        ("groups", c_int64),
-        ("grad", c_void_p),
-        ("seed_grad", c_void_p),
-        ("seed_size", c_int64),
-        ("grad_A", c_void_p),
-        ("grad_B", c_void_p),
-        ("grad_folded", c_void_p),
-        ("in_features", c_int32),
-        ("out_features", c_int32),
-        ("width", c_int32),
-        ("height", c_int32),
-    ]
-
-
 #: ``kMostExperts``: of a fold (``cuda_fold.py``).
 MOST_EXPERTS = 64
 
@@ -218,8 +186,6 @@ FUNCTIONS: dict[str, type[Structure]] = {
     "ept_gather": GatherParams,
     "ept_core": CoreParams,
     "ept_dropout": DropoutParams,
-    "ept_weight": WeightParams,
-    "ept_weight_grad": WeightGradParams,
     "ept_fold": FoldParams,
     "ept_fold_grad": FoldGradParams,
 }
@@ -352,11 +318,11 @@ def interleave(
     Args:
         A: ``[r, ceil(in / k_min)]``, B: ``[ceil(out / k_min), r]``, one dtype, any strides.
     """
+    if A.dtype not in DTYPES:
+        A, B = A.float(), B.float()
     columns, pyramid, _ = _pyramid(A.shape[0], scales, A)
-    start = -(-columns * in_features // 8) * 8  # of B_hat, at a multiple of 16 bytes
-    flat = torch.empty(start + columns * out_features, dtype=dtype, device=A.device)
-    A_hat = flat.as_strided((columns, in_features), (in_features, 1))
-    B_hat = flat.as_strided((columns, out_features), (out_features, 1), start)
+    A_hat = torch.empty((columns, in_features), dtype=dtype, device=A.device)
+    B_hat = torch.empty((columns, out_features), dtype=dtype, device=A.device)
     launch(
         "ept_interleave",
         A,
@@ -545,82 +511,10 @@ def dropout(x: Tensor, seed: Tensor, p: float, onto: Tensor | None = None) -> Te
     return out
 
 
-def _fp32(tensor: Tensor) -> Tensor:
-    return tensor.float().contiguous()
-
-
-def _weight(
-    A: Tensor,
-    B: Tensor,
-    folded: Tensor,
-    in_features: int,
-    out_features: int,
-    scales: Sequence[int],
-    base: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    A, B, folded = _fp32(A), _fp32(B), _fp32(folded)
-    out = torch.empty(len(folded), out_features, in_features, dtype=dtype, device=A.device)
-    launch(
-        "ept_weight",
-        A,
-        _pyramid(A.shape[0], scales, A)[1],
-        A.data_ptr(),
-        B.data_ptr(),
-        folded.data_ptr(),
-        len(folded),
-        address(base),
-        out.data_ptr(),
-        in_features,
-        out_features,
-        DTYPES[dtype],
-    )
-    return out
-
-
-def pyramid_weight(
-    A: Tensor, B: Tensor, folded: Tensor, in_features: int, out_features: int, scales: Sequence[int]
-) -> Tensor:
-    """``sum_k crop((B_k A_k) kron Kbar_k[g])`` for every group, ``[G, out, in]`` in the dtype of A."""
-    return _weight(A, B, folded, in_features, out_features, scales, None, A.dtype)
-
-
-def pyramid_merge(weight: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int]) -> Tensor:
-    """``weight [out, in]`` and every group's update, ``[G, out, in]``, added in fp32 and rounded once."""
-    out_features, in_features = weight.shape
-    return _weight(A, B, folded, in_features, out_features, scales, weight.contiguous(), weight.dtype)
-
-
-def pyramid_weight_backward(
-    grad: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int], needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of A, B, folded from ``grad [G, out, in]``, each where ``needs`` asks, in the dtype of its tensor."""
-    need_A, need_B, _ = needs
-    grad, like = _fp32(grad), (A, B, folded)
-    A, B, folded = _fp32(A), _fp32(B), _fp32(folded)
-    out_features, in_features = grad.shape[1:]
-    seed_size = sum(-(-out_features // k) * -(-in_features // k) for k in scales)
-    seed_grad = grad.new_empty(seed_size) if need_A or need_B else None
-    gradients = tuple(torch.empty_like(t) if need else None for t, need in zip((A, B, folded), needs, strict=True))
-    launch(
-        "ept_weight_grad",
-        grad,
-        _pyramid(A.shape[0], scales, A)[1],
-        A.data_ptr(),
-        B.data_ptr(),
-        folded.data_ptr(),
-        len(folded),
-        grad.data_ptr(),
-        address(seed_grad),
-        seed_size,
-        *map(address, gradients),
-        in_features,
-        out_features,
-        A.shape[1],
-        len(B),
-    )
-    grad_A, grad_B, grad_folded = (
-        None if gradient is None else gradient.to(tensor.dtype)
-        for gradient, tensor in zip(gradients, like, strict=True)
-    )
-    return grad_A, grad_B, grad_folded
+_ops = Library(sys.modules[__name__])
+pyramid_delta = _ops.pyramid_delta
+pyramid_delta_backward = _ops.pyramid_delta_backward
+pyramid_linear = _ops.pyramid_linear
+pyramid_linear_backward = _ops.pyramid_linear_backward
+pyramid_weight = _ops.pyramid_weight
+pyramid_weight_backward = _ops.pyramid_weight_backward

@@ -16,8 +16,6 @@ const int32_t ept_sizes[] = {
     sizeof(ept::cuda::GatherParams),
     sizeof(ept::cuda::CoreParams),
     sizeof(ept::cuda::DropoutParams),
-    sizeof(ept::cuda::WeightParams),
-    sizeof(ept::cuda::WeightGradParams),
     sizeof(ept::cuda::FoldParams),
     sizeof(ept::cuda::FoldGradParams),
 };

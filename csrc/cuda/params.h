@@ -100,38 +100,6 @@ struct DropoutParams {
   int32_t dtype;
 };
 
-// out[g] = (base +) sum_k crop((B_k A_k) kron Kbar_k[g])
-struct WeightParams {
-  Pyramid pyramid;
-  const float* A;  // [rank, ceil(in / k_min)]
-  const float* B;  // [ceil(out / k_min), rank]
-  const float* folded;
-  int64_t groups;
-  const void* base;  // [out, in] or null
-  void* out;         // [groups, out, in]
-  int32_t in_features;
-  int32_t out_features;
-  int32_t dtype;  // of base and out
-};
-
-struct WeightGradParams {
-  Pyramid pyramid;
-  const float* A;
-  const float* B;
-  const float* folded;
-  int64_t groups;
-  const float* grad;  // [groups, out, in]
-  float* seed_grad;   // scratch for grad_A and grad_B: one [ceil(out / k), ceil(in / k)] a scale, back to back
-  int64_t seed_size;  // of these together
-  float* grad_A;      // null: not wanted; so the other two
-  float* grad_B;
-  float* grad_folded;
-  int32_t in_features;
-  int32_t out_features;
-  int32_t width;   // of A
-  int32_t height;  // of B
-};
-
 // Of each expert: its scale k, which one of the layer's that is, the place of that scale's block in a group's folded
 // kernels, and alpha / r times its ALP factor.
 struct Experts {
@@ -190,8 +158,6 @@ EPT_EXPORT int ept_interleave(const ept::cuda::InterleaveParams* params, void* s
 EPT_EXPORT int ept_gather(const ept::cuda::GatherParams* params, void* stream);
 EPT_EXPORT int ept_core(const ept::cuda::CoreParams* params, void* stream);
 EPT_EXPORT int ept_dropout(const ept::cuda::DropoutParams* params, void* stream);
-EPT_EXPORT int ept_weight(const ept::cuda::WeightParams* params, void* stream);
-EPT_EXPORT int ept_weight_grad(const ept::cuda::WeightGradParams* params, void* stream);
 EPT_EXPORT int ept_fold(const ept::cuda::FoldParams* params, void* stream);
 EPT_EXPORT int ept_fold_grad(const ept::cuda::FoldGradParams* params, void* stream);
 

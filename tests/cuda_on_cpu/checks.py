@@ -21,10 +21,10 @@ from fold_testing import (
     assert_only_what_is_asked_for,
     assert_ties_go_to_the_first,
 )
-from pyramid_testing import Case, assert_matches, assert_same_bits, poisoned_memory
+from pyramid_testing import assert_matches, assert_same_bits, poisoned_memory
 from torch import Tensor
 
-from ept_kernels import PyramidGeometry, cuda_backend, cuda_fold, reference
+from ept_kernels import cuda_backend, cuda_fold
 
 Check = Callable[[], None]
 HALF = (torch.bfloat16, torch.float16)
@@ -269,34 +269,6 @@ def check_dropout(
     assert_matches(result, exact, rounding(dtype))
 
 
-# --- dense weights ----------------------------------------------------------------------------------------------------
-
-
-def check_weight(case: Case, dtype: torch.dtype = torch.float32) -> None:
-    """The dense update, its gradients and the merged weight."""
-    problem, geometry = case.tensors(dtype, adapter_dtype=torch.float32), case.geometry
-    scales = geometry.scales
-    leaves = [t.double().requires_grad_() for t in (problem.A, problem.B, problem.folded)]
-    exact = reference.pyramid_weight(*leaves, geometry)
-    exact_gradients = torch.autograd.grad(exact, leaves, problem.weight_cotangent.double())
-    adapter = (problem.A, problem.B, problem.folded)
-    sizes = (geometry.in_features, geometry.out_features)
-    with poisoned_memory():
-        update = cuda_backend.pyramid_weight(*adapter, *sizes, scales)
-        merged = cuda_backend.pyramid_merge(problem.weight, *adapter, scales)
-        gradients = cuda_backend.pyramid_weight_backward(problem.weight_cotangent, *adapter, scales, (True,) * 3)
-    assert_matches(update, exact, 1e-5, "update")
-    assert merged.dtype == dtype
-    assert_matches(merged, problem.weight.double() + exact, max(1e-5, rounding(dtype)), "merged")
-    for name, gradient, expected in zip(("A", "B", "folded"), gradients, exact_gradients, strict=True):
-        assert_matches(gradient, expected, 1e-5, name)
-    for i in range(3):
-        needs = tuple(j == i for j in range(3))
-        alone = cuda_backend.pyramid_weight_backward(problem.weight_cotangent, *adapter, scales, needs)
-        assert_same_bits(alone[i], gradients[i])
-        assert [gradient is not None for gradient in alone] == list(needs)
-
-
 # --- router and fold --------------------------------------------------------------------------------------------------
 
 
@@ -330,10 +302,6 @@ def check_fold_corners() -> None:
 
 _ODD = (2, 3, 5, 8)  # with and without code of their own
 _MANY = tuple(range(1, 34))  # more than a struct holds
-_WEIGHT = Case(
-    PyramidGeometry(70, 45, 3, (2, 3, 5, 8)), lead=(2,), grouping="one", num_groups=3, zero_scale=True, seed=2
-)
-
 #: Small and through every kernel.
 SAMPLE: dict[str, Check] = {
     "interleave": partial(check_interleave, (70, 45), 3, _ODD, torch.float32, torch.bfloat16, False),
@@ -349,8 +317,6 @@ SAMPLE: dict[str, Check] = {
     "core, no rows": partial(check_core, 0, 2, (2, 3), "segments"),
     "dropout": partial(check_dropout, 5, 67, torch.float32),
     "dropout, added": partial(check_dropout, 3, 520, torch.bfloat16, onto=True),
-    "weight": partial(check_weight, _WEIGHT),
-    "weight, wide": partial(check_weight, Case(PyramidGeometry(45, 140, 9, (1, 4, 35)), lead=(1,), seed=3), HALF[0]),
     "fold": partial(check_fold, lambda: FoldCase(3, 2)),
     "fold, one expert": partial(check_fold, lambda: FoldCase(5, 1)),
     "fold, corners": check_fold_corners,
@@ -373,7 +339,6 @@ def _more() -> dict[str, Check]:
             what = f"interleave, {str(factor).removeprefix('torch.')} to {kind}"
             found[what] = partial(check_interleave, (101, 83), 5, (2, 7, 11), factor, dtype, False)
         found[f"gather, {kind}"] = partial(check_gather, (101, 83), 5, (2, 7, 11), (dtype, dtype))
-        found[f"weight, {kind}"] = partial(check_weight, _WEIGHT, dtype)
     found |= {
         "core, one rank and scale": partial(check_core, 67, 1, (1,), "rows"),
         "core, more ranks than threads": partial(check_core, 5, 131, (2, 3), "rows"),
@@ -395,10 +360,6 @@ def _more() -> dict[str, Check]:
         ),
         "gather, more scales than a struct holds": partial(check_gather, (80, 70), 1, _MANY, (torch.float32,) * 2),
         "gather, nothing": partial(check_gather, (8, 9), 1, (2,), (None, None)),
-        "weight, one by one": partial(check_weight, Case(PyramidGeometry(1, 1, 1, (1,)), lead=(1,))),
-        "weight, more scales than a struct holds": partial(
-            check_weight, Case(PyramidGeometry(34, 33, 1, _MANY), lead=(1,))
-        ),
     }
     found |= {f"fold {seed}": partial(check_fold, partial(FoldCase, seed)) for seed in range(20)}
     for top_k in (1, 3, 35):

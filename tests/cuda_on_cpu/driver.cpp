@@ -42,8 +42,6 @@ Function find(const char* name) {
   EPT_FUNCTION(ept_gather);
   EPT_FUNCTION(ept_core);
   EPT_FUNCTION(ept_dropout);
-  EPT_FUNCTION(ept_weight);
-  EPT_FUNCTION(ept_weight_grad);
   EPT_FUNCTION(ept_fold);
   EPT_FUNCTION(ept_fold_grad);
 #undef EPT_FUNCTION

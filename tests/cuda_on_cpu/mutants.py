@@ -89,16 +89,6 @@ MUTANTS = {
     "overwritten instead of added to": Mutant(
         "dropout.cu", "params.accumulate ? to_float(old.value[v]) + kept : kept", "kept", "values", "dropout, added"
     ),
-    "kernel transposed in the dense weight": Mutant(
-        "weight.cu",
-        "kernel[static_cast<int64_t>(a) * k + q]",
-        "kernel[static_cast<int64_t>(q) * k + a]",
-        "values",
-        "weight",
-    ),
-    "every second row of a tile one too high": Mutant(
-        "weight.cu", "a >= k; a -= k) ++i;", "a > k; a -= k) ++i;", "values", "weight"
-    ),
     "half a warp summed": Mutant(
         "common.cuh", "distance = kWarp / 2", "distance = kWarp / 4", "values", "fold", ("fold.cu",)
     ),
@@ -143,7 +133,6 @@ MUTANTS = {
     "ids beyond the last row": Mutant("core.cu", "row < end && group_of", "group_of", "address", "core, half"),
     "entries beyond the last": Mutant("core.cu", "  if (!exists) return;\n", "", "address", "core"),
     "columns beyond the last": Mutant("dropout.cu", "v < count ? x[v]", "true ? x[v]", "address", "dropout"),
-    "columns of the last tile": Mutant("weight.cu", "if (row >= params.out_features) break;", "", "address", "weight"),
     "a task that the table lacks": Mutant(
         "fold.cu", "task >= 0 && task < params.num_tasks", "true", "address", "fold, corners"
     ),
@@ -170,12 +159,6 @@ MUTANTS = {
     ),
     "two threads sum one number": Mutant(
         "gather.cu", "blockIdx.x) * kThreads +", "blockIdx.x) * (kThreads - 1) +", "thread", "gather, one"
-    ),
-    "a seed's part used before it is there": Mutant(
-        "weight.cu", "  __syncthreads();\n  const int c", "  const int c", "thread", "weight"
-    ),
-    "warps added up before they are there": Mutant(
-        "weight_grad.cu", "  __syncthreads();\n  if (threadIdx.x != 0)", "  if (threadIdx.x != 0)", "thread", "weight"
     ),
     "logits compared before they are there": Mutant(
         "fold.cu",

@@ -16,7 +16,6 @@ import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from ept_kernels.triton.plan import plan_for
 from static_compile import compiled
 from static_record import Call, record
 from static_rules import EXPECTATIONS, Expectation, violations
