@@ -1,7 +1,7 @@
 # make demo   set up everything in .venv, then train, reload and merge on real text (under 4 minutes on 2 CPU cores)
 # make test   set up everything in .venv, then run the tests
-# make static compile every shipped Triton configuration without a GPU and check the machine code (half an hour on one core);
-#             STATIC="--cover all" adds every variant (hours), STATIC="--target sm_90 --sample 100" narrows it
+# make static compile every shipped Triton configuration without a GPU and check the machine code (an hour on one core);
+#             STATIC="--target sm_90 --dtype bf16 --each" narrows it
 # make scaleout  training on 1, 2 and 4 processes (DDP, FSDP2, checkpointing): a table of how far apart the results are
 # make faults kill -9 a training run at 50 random moments; make faults KILLS=200 for more, SEED=1 for others
 # make fuzz   bad input by the thousand (FUZZ=20 times CI's examples); make soak   2,000 training steps hold memory flat
@@ -47,7 +47,7 @@ memcheck: setup
 	done
 
 static: setup
-	$(BIN)/python benchmarks/static_report.py --cover configurations --output runs/static.csv $(STATIC)
+	$(BIN)/python benchmarks/static_report.py --output runs/static.csv $(STATIC)
 
 KILLS ?= 50
 SEED ?= 0

@@ -190,7 +190,7 @@ def _describe(problem: Problem) -> Row:
 
 
 def _mean_columns(problem: Problem) -> float:
-    """``r * sum(k)`` over the scales that a sample's task uses, mean of the samples: R of the roofline model."""
+    """``r * sum(k)`` over the scales that a sample's task uses, mean of the samples."""
     sizes, tasks = problem.layer.geometry.kernel_sizes, problem.point.tasks
     index, _ = problem.layer.route(None if tasks == 1 else torch.arange(tasks, device=problem.device))
     by_task = [RANK * sum({sizes[expert] for expert in experts}) for experts in index.tolist()]

@@ -126,12 +126,12 @@ def build(point: Point, device: torch.device, seed: int = 0) -> Problem:
     x is standard normal and W has variance 1 / in, so that outputs are of order one. The seed and the kernels are
     scaled so that the adapter's share of the output is too: an error in it shows.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     width, height = point.features
     dtype = DTYPES[point.dtype]
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
-        return (std * torch.randn(size, generator=generator)).to(device)
+        return std * torch.randn(size, generator=generator, device=device)
 
     base = nn.Linear(width, height, bias=False, device=device, dtype=dtype).requires_grad_(False)
     base.weight.copy_(normal(height, width, std=width**-0.5))
@@ -149,7 +149,7 @@ def build(point: Point, device: torch.device, seed: int = 0) -> Problem:
         layer.task_table.weight.copy_(normal(*layer.task_table.weight.shape))
     samples = sample_count(point.tokens, point.tasks)
     length = point.tokens // samples
-    order = torch.randperm(samples, generator=generator).tolist()
+    order = torch.randperm(samples, generator=generator, device=device).tolist()
     return Problem(
         point=point,
         x=normal(samples, length, width).to(dtype).requires_grad_(),

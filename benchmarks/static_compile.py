@@ -6,14 +6,12 @@ import os
 import re
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from static_record import Launch, compiling_for
+from static_record import Launch
 from static_targets import TARGETS
 from triton import knobs
 
@@ -23,12 +21,13 @@ class MachineCode:
     """What one compiled kernel needs and does; instructions are counted as written, not as executed.
 
     Attributes:
-        registers: of a thread. stack: bytes of local memory (scratch) of a thread. spills: registers that the compiler
-            says it spilled (AMD; NVIDIA's tools show spills as local loads and stores alone).
+        registers: of a thread. stack: bytes of local memory (scratch) of a thread. spills: bytes (AMD: registers) that
+            the compiler says it spilled.
         shared: bytes of shared memory (LDS) of a program. tensor_columns: of tensor memory.
         dots: ``tl.dot`` in the kernel's intermediate form. matrix: matrix instructions by name.
         asynchronous: copies from global to shared memory past the registers. wide_loads: global loads of 16 bytes or
             more. loads: all global loads. local: loads and stores of local memory.
+        warnings: what ptxas warns of, such as serialised matrix instructions (C7515).
     """
 
     registers: int
@@ -42,6 +41,7 @@ class MachineCode:
     wide_loads: int
     loads: int
     local: int
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,26 @@ class Compiled:
 
     launch: Launch
     code: MachineCode | None
-    error: str
-    occupancy: float
-    seconds: float
+    error: str = ""
+
+    @property
+    def occupancy(self) -> float:
+        """Resident share of a processor's warps that registers and shared memory allow."""
+        if self.code is None:
+            return 0.0
+        target, code = TARGETS[self.launch.target], self.code
+        return target.occupancy(self.launch.config.num_warps, code.registers, code.shared, code.tensor_columns)
 
 
 def compiled(launch: Launch) -> Compiled:
     """Compile ``launch``; a compiler's error is a result, since a configuration that does not compile must not ship."""
-    target = TARGETS[launch.target]
-    started = time.perf_counter()
     try:
-        with compiling_for(target), knobs.compilation.scope():
+        with knobs.compilation.scope():
             knobs.compilation.disable_line_info = True  # a third faster, and the code is the same
-            kernel = getattr(import_module(launch.module), launch.kernel).preload(launch.specialisation)
+            kernel = launch.compile()
     except Exception as error:
-        return Compiled(launch, None, f"{type(error).__name__}: {error}", 0.0, time.perf_counter() - started)
-    code = _amd(kernel) if target.amd else _nvidia(kernel)
-    occupancy = target.occupancy(launch.config.num_warps, code.registers, code.shared, code.tensor_columns)
-    return Compiled(launch, code, "", occupancy, time.perf_counter() - started)
+        return Compiled(launch, None, f"{type(error).__name__}: {error}")
+    return Compiled(launch, _amd(kernel) if TARGETS[launch.target].amd else _nvidia(kernel))
 
 
 def _count(pattern: str, text: str) -> int:
@@ -79,17 +81,28 @@ def _by_name(pattern: str, text: str) -> dict[str, int]:
     return {name: found.count(name) for name in sorted(set(found))}
 
 
+def warnings(log: str) -> tuple[str, ...]:
+    """The numbered remarks of ptxas, each once: all of them tell of slow or doubtful code."""
+    return tuple(sorted({line.strip() for line in re.findall(r"\(C\d+\).*", log)}))
+
+
 def _nvidia(kernel: Any) -> MachineCode:
+    ptx = kernel.asm["ptx"]
+    architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    blackwell = re.search(r"\d+", architecture)[0] >= "100" and len(re.search(r"\d+", architecture)[0]) > 2
     with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "kernel.cubin"
+        source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
         binary.write_bytes(kernel.asm["cubin"])
         usage = _tool("cuobjdump", "-res-usage", str(binary))
         assembly = _tool("nvdisasm", str(binary))
+        ptxas = "ptxas_blackwell" if blackwell and hasattr(knobs.nvidia, "ptxas_blackwell") else "ptxas"
+        log = _tool(ptxas, "-v", "--gpu-name", architecture, str(source), "-o", f"{folder}/again.cubin")
     needs = dict(re.findall(r"(\w+):(\d+)", usage))
     return MachineCode(
         registers=int(needs["REG"]),
         stack=int(needs["STACK"]),
-        spills=0,
+        spills=sum(int(number) for number in re.findall(r"(\d+) bytes spill", log)),
         shared=kernel.metadata.shared,
         tensor_columns=getattr(kernel.metadata, "tmem_size", 0) or 0,
         dots=_count(r"\btt\.dot\b", kernel.asm["ttir"]),
@@ -98,6 +111,7 @@ def _nvidia(kernel: Any) -> MachineCode:
         wide_loads=_count(r"\bLDG\.\S*\b(?:128|256)\b", assembly),
         loads=_count(r"\bLDG\b", assembly),
         local=_count(r"\b(?:LDL|STL)\b", assembly),
+        warnings=warnings(log),
     )
 
 
@@ -105,7 +119,8 @@ def _tool(name: str, *arguments: str) -> str:
     """Output of one of the NVIDIA tools that come with Triton (cuobjdump looks for nvdisasm on the path)."""
     path = Path(getattr(knobs.nvidia, name).path)
     environment = {**os.environ, "PATH": f"{path.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    return subprocess.run([path, *arguments], env=environment, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([path, *arguments], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def _amd(kernel: Any) -> MachineCode:

@@ -2,25 +2,23 @@
 
 A driver that names a target and nothing else stands in for the GPU's; tensors are on the meta device. Every launch goes
 through ``ept_kernels.triton.launch``, every choice of tiles through ``tune.choose``: recording replaces both, so that
-all candidates are met. Triton's hook before compilation hands over the specialisation instead of compiling.
+all candidates are met. Triton's hook before compilation tells the specialisation, and keeps Triton from compiling.
 """
 
 from __future__ import annotations
 
 import contextlib
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import torch
 from static_targets import TARGETS, Target
 from triton import knobs
 from triton.runtime.driver import driver
 
-import ept_kernels.triton
-from ept_kernels.triton import launch
+from ept_kernels.triton import fused, launch
 from ept_kernels.triton.launch import Config
 
 
@@ -53,7 +51,7 @@ def compiling_for(target: Target) -> Iterator[None]:
     """
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted in this process and cannot be compiled")
-    previous = driver._active
+    previous = driver._active if hasattr(driver, "_active") else driver.active  # the latter asks for a GPU from 3.5 on
     driver.set_active(TargetDriver(target))
     try:
         yield
@@ -66,29 +64,33 @@ class Call:
     """A call of an op. ``wide``: its tensors of rows are contiguous and every row starts on 16 bytes."""
 
     name: str
-    wide: bool
-    pyramid: str = ""
+    wide: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Launch:
     """A kernel specialised as one launch would have it: what is compiled, once however many launches share it.
 
     Attributes:
-        module, kernel: where the kernel is. target, dtype: names. config: tiles.
+        kernel: its name. target, dtype: names. config: tiles. call: the first call that launched it.
         variant: compile-time switches that are on and optional tensors that are absent.
-        call: the first call that launched it.
-        specialisation: Triton's own description, for ``JITFunction.preload``.
+        compile: gives Triton's compiled kernel, for the target.
     """
 
-    module: str
     kernel: str
     target: str
     dtype: str
     config: Config
     variant: str
     call: Call
-    specialisation: str = field(repr=False)
+    compile: Callable[[], Any] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """As one line of a report."""
+        tiles = " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in self.config.tiles)
+        built = f"{tiles}, {self.config.num_warps} warps, {self.config.num_stages} stages"
+        return f"{self.kernel} ({self.variant or 'all'}) {built}, {self.target} {self.dtype}: {self.call.name}"
 
 
 def _variant(kernel: Any, arguments: Sequence[Any], constants: Mapping[str, Any]) -> str:
@@ -96,21 +98,6 @@ def _variant(kernel: Any, arguments: Sequence[Any], constants: Mapping[str, Any]
     on = [name.lower() for name, value in constants.items() if value is True]
     absent = [f"no {name.removesuffix('_ptr')}" for name, value in zip(names, arguments, strict=False) if value is None]
     return ", ".join(on + absent)
-
-
-def _submodules() -> list[Any]:
-    package = ept_kernels.triton
-    return [import_module(f"{package.__name__}.{each.name}") for each in pkgutil.iter_modules(package.__path__)]
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, attribute: str, value: object) -> Iterator[None]:
-    previous = getattr(module, attribute)
-    setattr(module, attribute, value)
-    try:
-        yield
-    finally:
-        setattr(module, attribute, previous)
 
 
 def _try_all(key: object, candidates: Sequence[Config], device: torch.device, trial: Callable[[Config], object]):
@@ -125,37 +112,30 @@ def record(target: Target, dtype: str, calls: Mapping[Call, Callable[[], object]
     current: dict[str, Any] = {}
 
     def runner(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any], config: Config) -> None:
-        current["launch"] = (kernel, arguments, constants, config)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        kernel.warmup(*arguments, grid=grid, **constants, **dict(config.tiles), **options)
+
+        def start() -> Any:
+            return kernel.warmup(*arguments, grid=grid, **constants, **dict(config.tiles), **options)
+
+        def compiled() -> Any:
+            with compiling_for(target):
+                return start()
+
+        variant = _variant(kernel, arguments, constants)
+        current["launch"] = Launch(kernel.fn.__name__, target.name, dtype, config, variant, current["call"], compiled)
+        start()
 
     def keep(*, compile: Mapping[str, Any], **_: Any) -> bool:
-        kernel, arguments, constants, config = current["launch"]
-        data = compile["specialization_data"]
-        found.setdefault(
-            (kernel.fn.__name__, data),
-            Launch(
-                kernel.fn.__module__,
-                kernel.fn.__name__,
-                target.name,
-                dtype,
-                config,
-                _variant(kernel, arguments, constants),
-                current["call"],
-                data,
-            ),
-        )
+        found.setdefault((current["launch"].kernel, compile["specialization_data"]), current["launch"])
         return True  # Triton then does not compile
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(compiling_for(target))
-        stack.enter_context(knobs.runtime.scope())
-        knobs.runtime.jit_cache_hook = keep
-        stack.enter_context(_replaced(launch, "runner", runner))
-        for module in _submodules():
-            if hasattr(module, "choose"):
-                stack.enter_context(_replaced(module, "choose", _try_all))
-        for call, start in calls.items():
+    with (
+        compiling_for(target),
+        mock.patch.object(knobs.runtime, "jit_cache_hook", keep),
+        mock.patch.object(launch, "runner", runner),
+        mock.patch.object(fused, "choose", _try_all),
+    ):
+        for call, begin in calls.items():
             current["call"] = call
-            start()
+            begin()
     return list(found.values())

@@ -1,59 +1,39 @@
 """What a shipped configuration must satisfy, from its machine code alone.
 
-- It compiles; nothing spills and no thread has local memory.
+- It compiles; nothing spills and no thread has local memory; ptxas has nothing to warn of.
 - Registers, shared memory and tensor memory are within the target's limits.
-- A kernel made of matrix products executes matrix instructions (fp32 as well: as TF32 on NVIDIA, directly on AMD).
-- A kernel that streams rows loads them asynchronously, or 16 bytes a thread, where rows are contiguous and aligned.
+- A product executes matrix instructions: on compute capability 9.0 the asynchronous ones, where tiles have the 64 rows
+  that these take.
+- Where rows are contiguous and aligned, a kernel that streams them loads them asynchronously, or 16 bytes a thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from static_compile import Compiled
-from static_record import Launch
 from static_targets import TARGETS
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a launch of a kernel is made of. ``matrix``: of ``tl.dot``. ``streams``: of loads of rows."""
+    """What a kernel is made of. ``product``: of ``tl.dot``. ``streams``: of loads of rows."""
 
-    matrix: Callable[[Launch], bool]
-    streams: Callable[[Launch], bool]
-
-
-def _always(launch: Launch) -> bool:
-    return True
-
-
-def _never(launch: Launch) -> bool:
-    return False
-
-
-def _accumulates(launch: Launch) -> bool:
-    return "accumulate" in launch.variant
-
-
-def _sums_factors(launch: Launch) -> bool:
-    """Not the folded kernels' first stage alone."""
-    return not ("no x" in launch.variant and "no dy" in launch.variant)
+    product: bool = False
+    streams: bool = False
 
 
 #: Every kernel must be listed, so that a new one is not waved through.
 EXPECTATIONS = {
-    "shrink_kernel": Expectation(matrix=_always, streams=_always),
-    "expand_kernel": Expectation(matrix=_always, streams=_accumulates),
-    "single_kernel": Expectation(matrix=_always, streams=_always),
-    "linear_kernel": Expectation(matrix=_always, streams=_always),
-    "factor_grad_kernel": Expectation(matrix=_sums_factors, streams=_sums_factors),
-    "weight_kernel": Expectation(matrix=_always, streams=_never),
-    "weight_grad_kernel": Expectation(matrix=_always, streams=_never),
-    "reduce_kernel": Expectation(matrix=_never, streams=_never),
-    "fold_kernel": Expectation(matrix=_never, streams=_never),
-    "logits_grad_kernel": Expectation(matrix=_never, streams=_never),
-    "fold_grad_kernel": Expectation(matrix=_never, streams=_never),
+    "fused_kernel": Expectation(product=True, streams=True),
+    "dropout_kernel": Expectation(streams=True),
+    "interleave_kernel": Expectation(),
+    "gather_kernel": Expectation(),
+    "core_kernel": Expectation(),
+    "kernel_grad_kernel": Expectation(),
+    "fold_kernel": Expectation(),
+    "logits_grad_kernel": Expectation(),
+    "fold_grad_kernel": Expectation(),
 }
 
 
@@ -63,11 +43,9 @@ def violations(result: Compiled) -> list[str]:
     if code is None:
         return [f"does not compile: {result.error.strip().splitlines()[-1]}"]
     target, warps = TARGETS[launch.target], launch.config.num_warps
-    wrong = []
+    wrong = list(code.warnings)
     if code.spills or code.stack or code.local:
-        wrong.append(
-            f"spills: {code.stack} bytes of stack, {code.local} local accesses, {code.spills} spilled registers"
-        )
+        wrong.append(f"spills: {code.stack} bytes of stack, {code.local} local accesses, {code.spills} spilled")
     if code.registers > target.thread_registers:
         wrong.append(f"{code.registers} registers a thread, {target.thread_registers} exist")
     if code.shared > target.shared:
@@ -79,8 +57,12 @@ def violations(result: Compiled) -> list[str]:
     expected = EXPECTATIONS.get(launch.kernel)
     if expected is None:
         return [*wrong, "the kernel is missing from EXPECTATIONS in benchmarks/static_rules.py"]
-    if (expected.matrix(launch) or code.dots) and not code.matrix:
+    if (expected.product or code.dots) and not code.matrix:
         wrong.append("no matrix instruction")
-    if launch.call.wide and expected.streams(launch) and not (code.asynchronous or code.wide_loads):
-        wrong.append(f"rows are read by narrow loads ({code.loads} loads, none asynchronous or of 16 bytes)")
+    rows = dict(launch.config.tiles).get("BLOCK_T", 0)
+    if expected.product and launch.target == "sm_90" and rows >= 64 and "HGMMA" not in code.matrix:
+        wrong.append(f"no HGMMA, though a tile has {rows} rows: {dict(code.matrix)}")
+    wide, narrow = code.asynchronous + code.wide_loads, code.loads - code.wide_loads
+    if launch.call.wide and expected.streams and narrow > wide:
+        wrong.append(f"narrow loads: {narrow}, and {wide} asynchronous or of 16 bytes")
     return wrong

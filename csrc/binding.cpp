@@ -44,17 +44,26 @@ ept::Problem problem(bool bf16, int64_t in_features, int64_t out_features, int64
             at<const unsigned char>(active)};
 }
 
-// experts: (k, scale, floats before the scale, factor) of each; num_scales and folded_size follow from them.
-ept::Router router(const std::vector<std::tuple<int64_t, int64_t, int64_t, float>>& experts, int64_t top_k,
-                   int64_t width, Address gate, Address table, int64_t num_tasks, int64_t groups, Address tasks,
-                   int64_t first_task, const std::vector<Address>& kernels) {
-    ept::Router router{{}, 0, 0, top_k, width, at<const float>(gate), at<const float>(table), num_tasks, groups,
-                       at<const int64_t>(tasks), first_task, {}};
-    for (const auto& [k, scale, folded, factor] : experts) {
-        router.experts.push_back({k, scale, folded, factor});
-        router.num_scales = std::max(router.num_scales, scale + 1);
-        router.folded_size = std::max(router.folded_size, folded + k * k);
+// A layer's experts, made once for many calls.
+struct Experts {
+    std::vector<ept::Expert> list;
+    int64_t num_scales = 0, folded_size = 0;
+};
+
+Experts experts(const std::vector<std::tuple<int64_t, int64_t, int64_t, float>>& list) {
+    Experts experts;
+    for (const auto& [k, scale, folded, factor] : list) {
+        experts.list.push_back({k, scale, folded, factor});
+        experts.num_scales = std::max(experts.num_scales, scale + 1);
+        experts.folded_size = std::max(experts.folded_size, folded + k * k);
     }
+    return experts;
+}
+
+ept::Router router(const Experts& experts, int64_t top_k, int64_t width, Address gate, Address table, int64_t num_tasks,
+                   int64_t groups, Address tasks, int64_t first_task, const std::vector<Address>& kernels) {
+    ept::Router router{experts.list, experts.num_scales, experts.folded_size,    top_k,      width, at<const float>(gate),
+                       at<const float>(table), num_tasks, groups, at<const int64_t>(tasks), first_task, {}};
     for (const Address kernel : kernels) router.kernels.push_back(at<const float>(kernel));
     return router;
 }
@@ -91,53 +100,54 @@ PYBIND11_MODULE(_C, module) {
         },
         py::arg("parallel_for"), py::arg("num_threads"),
         "Addresses of torch_parallel_for and torch_get_num_threads; zeros: the calling thread does everything.");
-    module.def(
-        "cpu_forward",
-        [](bool bf16, int64_t in_features, int64_t out_features, int64_t rank, std::vector<int64_t> scales, Address x,
-           int64_t x_stride, int64_t rows, Address A, Address B, Address folded, int64_t num_groups, Address groups,
-           int64_t segments, Address active, Address y, int64_t y_stride, bool accumulate, Address start) {
-            py::gil_scoped_release release;
-            ept::forward(problem(bf16, in_features, out_features, rank, std::move(scales), x, x_stride, rows, A, B,
-                                 folded, num_groups, groups, segments, active),
-                         {at<void>(y), y_stride, accumulate, at<const void>(start)});
-        },
-        "y = start, or what is there, plus the update of each row.");
-    module.def(
-        "cpu_backward",
-        [](bool bf16, int64_t in_features, int64_t out_features, int64_t rank, std::vector<int64_t> scales, Address x,
-           int64_t x_stride, int64_t rows, Address A, Address B, Address folded, int64_t num_groups, Address groups,
-           int64_t segments, Address active, Address grad, int64_t grad_stride, Address grad_x, int64_t grad_x_stride, bool accumulate,
-           Address grad_A, Address grad_B, Address grad_folded) {
-            py::gil_scoped_release release;
-            ept::backward(problem(bf16, in_features, out_features, rank, std::move(scales), x, x_stride, rows, A, B,
-                                  folded, num_groups, groups, segments, active),
-                          {at<const void>(grad), grad_stride}, {at<void>(grad_x), grad_x_stride, accumulate, nullptr},
-                          at<float>(grad_A), at<float>(grad_B), at<float>(grad_folded));
-        },
-        "Gradients of x, A, B and folded; an address of 0: not wanted.");
-    module.def(
-        "fold_tasks",
-        [](const std::vector<std::tuple<int64_t, int64_t, int64_t, float>>& experts, int64_t top_k, int64_t width,
-           Address gate, Address table, int64_t num_tasks, int64_t groups, Address tasks, int64_t first_task,
-           const std::vector<Address>& kernels, Address expert, Address weight, Address folded, Address active) {
-            ept::fold_tasks(router(experts, top_k, width, gate, table, num_tasks, groups, tasks, first_task, kernels),
-                            {at<int64_t>(expert), at<float>(weight)}, at<float>(folded), at<unsigned char>(active));
-        },
-        "Routes each task and folds the kernels of its experts.");
-    module.def(
-        "fold_tasks_backward",
-        [](const std::vector<std::tuple<int64_t, int64_t, int64_t, float>>& experts, int64_t top_k, int64_t width,
-           Address gate, Address table, int64_t num_tasks, int64_t groups, Address tasks, int64_t first_task,
-           const std::vector<Address>& kernels, Address expert, Address weight, Address grad_folded, Address grad_gate,
-           Address grad_table, const std::vector<Address>& grad_kernels) {
-            std::vector<float*> to;
-            for (const Address address : grad_kernels) to.push_back(at<float>(address));
-            ept::fold_tasks_backward(
-                router(experts, top_k, width, gate, table, num_tasks, groups, tasks, first_task, kernels),
-                {at<int64_t>(expert), at<float>(weight)}, at<const float>(grad_folded), at<float>(grad_gate),
-                at<float>(grad_table), to);
-        },
-        "Gradients of gate, table and kernels; an address of 0: not wanted.");
+    py::class_<ept::Problem>(module, "Problem", "Sizes, adapter and rows of a call; the tensors must outlive it.")
+        .def(py::init(&problem), py::arg("bf16"), py::arg("in_features"), py::arg("out_features"), py::arg("rank"),
+             py::arg("scales"), py::arg("x"), py::arg("x_stride"), py::arg("rows"), py::arg("A"), py::arg("B"),
+             py::arg("folded"), py::arg("num_groups"), py::arg("groups"), py::arg("segments"), py::arg("active"))
+        .def(
+            "forward",
+            [](const ept::Problem& problem, Address y, int64_t y_stride, bool accumulate, Address start) {
+                py::gil_scoped_release release;
+                ept::forward(problem, {at<void>(y), y_stride, accumulate, at<const void>(start)});
+            },
+            py::arg("y"), py::arg("y_stride"), py::arg("accumulate"), py::arg("start"),
+            "y = start, or what is there, plus the update of each row.")
+        .def(
+            "backward",
+            [](const ept::Problem& problem, Address grad, int64_t grad_stride, Address grad_x, int64_t grad_x_stride,
+               bool accumulate, Address grad_A, Address grad_B, Address grad_folded) {
+                py::gil_scoped_release release;
+                ept::backward(problem, {at<const void>(grad), grad_stride},
+                              {at<void>(grad_x), grad_x_stride, accumulate, nullptr}, at<float>(grad_A),
+                              at<float>(grad_B), at<float>(grad_folded));
+            },
+            py::arg("grad"), py::arg("grad_stride"), py::arg("grad_x"), py::arg("grad_x_stride"), py::arg("accumulate"),
+            py::arg("grad_A"), py::arg("grad_B"), py::arg("grad_folded"),
+            "Gradients of x, A, B and folded; an address of 0: not wanted.");
+    py::class_<Experts>(module, "Experts", "A layer's experts.")
+        .def(py::init(&experts), py::arg("experts"),
+             "Of each: its size, which scale that is, the floats before it in a folded kernel, and its factor.");
+    py::class_<ept::Router>(module, "Router", "The parameters of a router and which tasks it serves.")
+        .def(py::init(&router), py::arg("experts"), py::arg("top_k"), py::arg("width"), py::arg("gate"),
+             py::arg("table"), py::arg("num_tasks"), py::arg("groups"), py::arg("tasks"), py::arg("first_task"),
+             py::arg("kernels"))
+        .def(
+            "fold",
+            [](const ept::Router& router, Address folded, Address active) {
+                ept::fold_tasks(router, at<float>(folded), at<unsigned char>(active));
+            },
+            py::arg("folded"), py::arg("active"), "Routes each task and folds the kernels of its experts.")
+        .def(
+            "backward",
+            [](const ept::Router& router, Address grad_folded, Address grad_gate, Address grad_table,
+               const std::vector<Address>& grad_kernels) {
+                std::vector<float*> to;
+                for (const Address address : grad_kernels) to.push_back(at<float>(address));
+                ept::fold_tasks_backward(router, at<const float>(grad_folded), at<float>(grad_gate),
+                                         at<float>(grad_table), to);
+            },
+            py::arg("grad_folded"), py::arg("grad_gate"), py::arg("grad_table"), py::arg("grad_kernels"),
+            "Gradients of gate, table and kernels; an address of 0: not wanted.");
     py::class_<ept::Snapshot>(module, "Snapshot", "Copies of small arrays, to tell whether they have changed since.")
         .def(py::init([](const std::vector<std::pair<Address, int64_t>>& arrays) {
                  std::vector<std::pair<const void*, int64_t>> from;

@@ -1,10 +1,9 @@
 """Builds the native sources for ``setup.py``: what can be built here, why not otherwise, and the build itself.
 
 ``EPT_BUILD_CPU`` and ``EPT_BUILD_CUDA``: ``1`` fails loudly where the toolchain is missing, ``0`` never builds, unset
-builds where it can. The CPU sources need a C++20 compiler (GCC or Clang) and pybind11, but no PyTorch: they take
-addresses and find PyTorch's thread pool at run time. The CUDA sources need nvcc and an importable torch >= 2.13, whose
-stable C++ interface they use. pip's isolated build has no torch and must not pull several gigabytes of it, so there
-they are left out; ``pip install --no-build-isolation .`` builds them.
+builds where it can. Neither part needs PyTorch, so that pip's isolated build makes both. The CPU sources need a C++20
+compiler (GCC or Clang) and pybind11; they take addresses and find PyTorch's thread pool at run time. The CUDA sources
+need nvcc alone: they are a plain C library that takes addresses and a stream.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ X86_FLAGS = {
 }
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
 DEFAULT_CUDA_ARCHITECTURES = "8.0 9.0+PTX"
-TORCH_TARGET = "0x020d000000000000ULL"  # the stable interface of torch 2.13: what Stream::nativeHandle needs
 
 
 class Unavailable(Exception):
@@ -86,8 +84,6 @@ def probe_cuda() -> str:
     nvcc = nvcc or shutil.which("nvcc")
     if not nvcc:
         raise Unavailable("nvcc was not found on the path or in CUDA_HOME")
-    if importlib.util.find_spec("torch") is None:
-        raise Unavailable("torch is not importable in this build (pip install --no-build-isolation . keeps yours)")
     return nvcc
 
 
@@ -128,7 +124,7 @@ class BuildNative(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         parts = fullname.split(".")  # an in-place build asks for the last part alone
-        if parts[-1] == CUDA_LIBRARY.split(".")[-1]:  # a plain library for torch.ops.load_library and any Python
+        if parts[-1] == CUDA_LIBRARY.split(".")[-1]:  # a plain library for ctypes and any Python
             return str(Path(*parts)) + ".so"
         return super().get_ext_filename(fullname)
 
@@ -192,18 +188,16 @@ def gencode(architectures: str) -> list[str]:
 
 
 def cuda_commands(objects: Path, target: Path) -> tuple[Commands, Link]:
-    """How to compile and link ``ept_kernels/_cuda.so``: every ``cuda/*.cu``, against torch's stable interface."""
+    """How to compile and link ``ept_kernels/_cuda.so``: every ``cuda/*.cu``, and the CUDA runtime inside."""
     nvcc = probe_cuda()
-    torch = Path(importlib.util.find_spec("torch").origin).parent  # not imported: importing takes seconds
     architectures = gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES)
-    flags = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", f"-I{CSRC}", f"-I{torch / 'include'}"]
-    flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *architectures]
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures]
     commands: Commands = {}
     for source in cuda_sources():
         made = objects / f"{source.stem}.o"
         commands[made] = (source, [nvcc, *flags, "-MMD", "-MF", f"{made}.d", "-c", str(source), "-o", str(made)])
-    libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu"]
-    return commands, (target, [nvcc, "-shared", *architectures, *map(str, commands), *libraries, "-o", str(target)])
+    link = [nvcc, "-shared", "-cudart", "static", *architectures, *map(str, commands), "-o", str(target)]
+    return commands, (target, link)
 
 
 def run_all(objects: Path, commands: Commands, link: Link) -> None:

@@ -24,6 +24,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype to which autocast would cast ``tensor`` for a matrix product, or None where it would not."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not _has_autocast(device):
+    if tensor.dtype == torch.float64 or not (tensor.is_cpu or tensor.is_cuda or _has_autocast(device)):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

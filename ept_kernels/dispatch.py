@@ -107,7 +107,12 @@ def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> Mod
 
 def keeps_for_backward(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether forward keeps intermediates for the backward; ``EPT_RECOMPUTE=1`` says no."""
-    return getattr(backend_for(device, dtype), "keeps", False) and os.environ.get("EPT_RECOMPUTE") != "1"
+    return getattr(backend_for(device, dtype), "keeps", False) and not recomputes()
+
+
+def recomputes() -> bool:
+    """Whether ``EPT_RECOMPUTE=1`` asks backends to keep nothing for the backward."""
+    return os.environ.get("EPT_RECOMPUTE") == "1"
 
 
 def run(op: str, *args: Any) -> Any:

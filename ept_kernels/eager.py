@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import keeps_for_backward, run_forward
+from .dispatch import keeps_for_backward, recomputes, run_forward
 from .gradients import delta_backward, delta_save, linear_backward, linear_save
 from .kept import Kept
 from .library import Output
-from .tracing import is_eager
+from .tracing import apply_eagerly, is_eager
 
 
 def _run(op: str, args: tuple[Any, ...], keep: bool, kept: Kept | None = None) -> Output:
@@ -29,7 +29,7 @@ class _Delta(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args: Any) -> Tensor:
-        output = _run("pyramid_delta", args, keeps_for_backward(args[0].device, args[0].dtype))
+        output = _run("pyramid_delta", args, keep=not recomputes())
         delta_save(ctx, args, output)
         return output.y.contiguous()
 
@@ -39,7 +39,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args: Any) -> Tensor:
-        output = _run("pyramid_linear", args, keeps_for_backward(args[0].device, args[0].dtype))
+        output = _run("pyramid_linear", args, keep=not recomputes())
         linear_save(ctx, args, output)
         return output.y.contiguous()
 
@@ -61,5 +61,5 @@ def call(op: str, *args: Any, kept: Kept | None = None) -> Tensor:
         keep = trains and _keeps_in_graph(args[0].device, args[0].dtype)
         return getattr(torch.ops.ept, op)(*args, keep)[0]
     if trains:
-        return _FUNCTIONS[op].apply(*args)
+        return apply_eagerly(_FUNCTIONS[op], *args)
     return _run(op, args, keep=False, kept=kept if args[0].is_cuda else None).y.contiguous()

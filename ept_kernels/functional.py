@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,21 @@ from .eager import call
 from .geometry import PyramidGeometry
 from .kept import Kept
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_layout, _dtype, _device = attrgetter("layout"), attrgetter("dtype"), attrgetter("device")
+
+
+def _are_sound(floats: dict[str, Tensor | None], groups: Tensor | None, active: Tensor | None) -> bool:
+    """Whether all is as ``_check_tensors`` wants it. By ``map``: a small layer would notice a loop."""
+    numbers = [tensor for name, tensor in floats.items() if tensor is not None or name != "bias"]
+    tensors = numbers + [tensor for tensor in (groups, active) if tensor is not None]
+    return (
+        _PLAIN.issuperset(map(type, tensors))
+        and {*map(_layout, tensors)} == {torch.strided}
+        and _FLOATS.issuperset(map(_dtype, numbers))
+        and len({*map(_device, tensors)}) == 1
+    )
 
 
 def _check_tensors(
@@ -23,6 +39,8 @@ def _check_tensors(
     """What backends take on trust: dense tensors on one device, numbers in a dtype that they compute in."""
     if not isinstance(geometry, PyramidGeometry):
         raise TypeError(f"geometry must be a PyramidGeometry, got {type(geometry).__name__}")
+    if not torch.compiler.is_compiling() and _are_sound(floats, groups, active):
+        return
     device = None
     for name, tensor in (*floats.items(), ("groups", groups), ("active", active)):
         if tensor is None and name in ("bias", "groups", "active"):

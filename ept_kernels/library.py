@@ -129,9 +129,9 @@ def _sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
 _HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
-def _computed(folded: Tensor) -> Tensor:
-    """Folded kernels as the small kernels read them."""
-    return (folded if folded.dtype.itemsize > 2 else folded.float()).contiguous()
+def _computed(folded: Tensor, rows: torch.dtype) -> Tensor:
+    """Folded kernels as the small kernels read them: fp32, or fp64 beside rows of that."""
+    return folded.to(torch.promote_types(rows, torch.float32)).contiguous()
 
 
 class Library:
@@ -201,7 +201,7 @@ class Library:
     ) -> _Update:
         if seed is not None:
             x = self.kernels.dropout(x, seed, dropout_p)
-        folded = _computed(folded)
+        folded = _computed(folded, x.dtype)
         if kept is not None and not captures(x):
             factors = self._kept_factors(kept, A, B, x.shape[1], out_features, scales, x.dtype)
             if factors is not None:
@@ -321,7 +321,7 @@ class Library:
             U = dropped @ A_hat.T
         dV = grad @ B_hat.T if need_dU or need_folded else None
         asked = (need_B, need_dU, need_folded)
-        V, dU, grad_folded = kernels.core_backward(U, dV, _computed(folded), groups, active, scales, asked)
+        V, dU, grad_folded = kernels.core_backward(U, dV, _computed(folded, x.dtype), groups, active, scales, asked)
         grad_x = self._grad_x(grad, weight, dU, A_hat, dropout_p, seed) if need_x and dU is not None else None
         grad_A, grad_B = kernels.gather(
             _sum_over_rows(dU, dropped) if need_A and dU is not None else None,
@@ -352,7 +352,7 @@ class Library:
         """The dense update of every group, ``[G, out, in]``: what ``pyramid_delta`` does to the rows of an identity."""
         A_hat, B_hat = self.kernels.interleave(A, B, in_features, out_features, scales, A.dtype)
         U, groups = _of_identity(A_hat, folded)
-        V = self.kernels.core(U, _computed(folded), groups, None, scales)
+        V = self.kernels.core(U, _computed(folded, A.dtype), groups, None, scales)
         return B_hat.T @ V.view(len(folded), in_features, len(A_hat)).mT
 
     def pyramid_weight_backward(
@@ -368,7 +368,7 @@ class Library:
         rows = grad.mT.reshape(groups_of_grad * in_features, out_features)
         dV = rows @ B_hat.T if need_A or need_folded else None
         asked = (need_B, need_A, need_folded)
-        V, dU, grad_folded = self.kernels.core_backward(U, dV, _computed(folded), groups, None, scales, asked)
+        V, dU, grad_folded = self.kernels.core_backward(U, dV, _computed(folded, A.dtype), groups, None, scales, asked)
         grad_A, grad_B = self.kernels.gather(
             None if dU is None else dU.view(groups_of_grad, in_features, len(A_hat)).sum(0).T.contiguous(),
             None if V is None else _sum_over_rows(V, rows),

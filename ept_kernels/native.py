@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,51 +124,68 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
+_Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _dense(x: Tensor, A: Tensor, B: Tensor, folded: Tensor, groups: Tensor | None, active: Tensor | None) -> _Operands:
+    """The operands as C++ reads them, copied where they are not so already."""
+    if groups is not None:
+        groups = groups.to(torch.int64).contiguous()
+    if active is not None:
+        active = active.contiguous()
+    return _rows(x), _plain(A), _plain(B), _plain(folded), groups, active
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-class _Call:
-    """The arguments that forward and backward share, in the order of the C++ functions, kept alive while they run."""
+def _problem(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    folded: Tensor,
+    groups: Tensor | None,
+    out_features: int,
+    scales: Sequence[int],
+    active: Tensor | None,
+) -> Any:
+    """What forward and backward share, for C++. It holds addresses: the tensors must outlive it."""
+    rows, in_features = x.shape
+    return module().Problem(
+        x.dtype is torch.bfloat16,
+        in_features,
+        out_features,
+        A.shape[0],
+        scales,
+        x.data_ptr(),
+        x.stride(0),
+        rows,
+        A.data_ptr(),
+        B.data_ptr(),
+        folded.data_ptr(),
+        folded.shape[0],
+        _address(groups),
+        0 if groups is None else groups.shape[0],
+        _address(active),
+    )
 
-    def __init__(
-        self,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        folded: Tensor,
-        groups: Tensor | None,
-        out_features: int,
-        scales: Sequence[int],
-        active: Tensor | None,
-    ) -> None:
-        x, A, B, folded = _rows(x), _plain(A), _plain(B), _plain(folded)
-        if groups is not None:
-            groups = groups.to(torch.int64).contiguous()
-        if active is not None:
-            active = active.contiguous()
-        self.tensors = (x, A, B, folded, groups, active)
-        self.arguments = (
-            x.dtype == torch.bfloat16,
-            x.shape[1],
-            out_features,
-            A.shape[0],
-            scales,
-            x.data_ptr(),
-            x.stride(0),
-            x.shape[0],
-            A.data_ptr(),
-            B.data_ptr(),
-            folded.data_ptr(),
-            folded.shape[0],
-            _address(groups),
-            0 if groups is None else groups.shape[0],
-            _address(active),
-        )
 
-    def add_to(self, y: Tensor, start: Tensor | None) -> None:
-        """``y = start + update``, ``start [out]`` or None for zeros."""
-        module().cpu_forward(*self.arguments, y.data_ptr(), y.stride(0), False, _address(start))
+def _update(
+    y: Tensor,
+    start: Tensor | None,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    folded: Tensor,
+    groups: Tensor | None,
+    scales: Sequence[int],
+    active: Tensor | None,
+) -> None:
+    """``y = start + update``, ``start [out]`` or None for zeros."""
+    x, A, B, folded, groups, active = _dense(x, A, B, folded, groups, active)
+    problem = _problem(x, A, B, folded, groups, y.shape[1], scales, active)
+    problem.forward(y.data_ptr(), y.stride(0), False, _address(start))
 
 
 def pyramid_delta(
@@ -181,7 +199,7 @@ def pyramid_delta(
     active: Tensor | None = None,
 ) -> Tensor:
     y = x.new_empty(x.shape[0], out_features)
-    _Call(x, A, B, folded, groups, out_features, scales, active).add_to(y, None)
+    _update(y, None, x, A, B, folded, groups, scales, active)
     return y
 
 
@@ -197,8 +215,7 @@ def pyramid_linear(
     active: Tensor | None = None,
 ) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[0])
-    start = bias if bias is None else bias.contiguous()
-    _Call(x, A, B, folded, groups, weight.shape[0], scales, active).add_to(y, start)
+    _update(y, None if bias is None else bias.contiguous(), x, A, B, folded, groups, scales, active)
     return y.addmm_(x, weight.T)
 
 
@@ -214,13 +231,14 @@ def pyramid_delta_backward(
     active: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, A, B, folded, each only where ``needs`` asks. U is recomputed: x is all that forward saves."""
-    grad = _rows(grad)
-    grad_x = x.new_empty(x.shape) if needs[0] else None
-    inputs = zip((A, B, folded), needs[1:], strict=True)
-    sums = [tensor.new_empty(tensor.shape, dtype=torch.float32) if need else None for tensor, need in inputs]
-    call = _Call(x, A, B, folded, groups, grad.shape[1], scales, active)
-    module().cpu_backward(
-        *call.arguments,
+    grad, dtypes = _rows(grad), (A.dtype, B.dtype, folded.dtype)
+    x, A, B, folded, groups, active = _dense(x, A, B, folded, groups, active)
+    need_x, *need_sums = needs
+    grad_x = torch.empty_like(x) if need_x else None
+    sums = [
+        torch.empty_like(operand) if need else None for operand, need in zip((A, B, folded), need_sums, strict=True)
+    ]
+    _problem(x, A, B, folded, groups, grad.shape[1], scales, active).backward(
         grad.data_ptr(),
         grad.stride(0),
         _address(grad_x),
@@ -229,7 +247,7 @@ def pyramid_delta_backward(
         *map(_address, sums),
     )
     grad_A, grad_B, grad_folded = (
-        None if s is None else s.to(t.dtype) for s, t in zip(sums, (A, B, folded), strict=True)
+        s if s is None or s.dtype is dtype else s.to(dtype) for s, dtype in zip(sums, dtypes, strict=True)
     )
     return grad_x, grad_A, grad_B, grad_folded
 

@@ -15,52 +15,53 @@ from torch import Tensor
 
 from . import native
 from .geometry import PyramidGeometry
-from .tracing import refuse_batched
+from .tracing import apply_eagerly, refuse_batched
 
 
 @lru_cache(maxsize=1024)
-def _experts(geometry: PyramidGeometry, scaling: float) -> tuple[tuple[int, int, int, float], ...]:
+def _experts(geometry: PyramidGeometry, scaling: float) -> Any:
     """Of each expert: its size, which scale that is, the floats before it in a folded kernel, and its factor."""
-    return tuple(
-        (k, s, geometry.offsets[s], scaling * geometry.alp_factors[s])
-        for k, s in zip(geometry.kernel_sizes, geometry.expert_scale, strict=True)
+    return native.module().Experts(
+        [
+            (k, s, geometry.offsets[s], scaling * geometry.alp_factors[s])
+            for k, s in zip(geometry.kernel_sizes, geometry.expert_scale, strict=True)
+        ]
     )
 
 
-class _Call:
-    """The arguments that forward and backward share, in the order of the C++ functions, kept alive while they run."""
+def _rows(tasks: int | Tensor | None, table: Tensor) -> tuple[int, Tensor | None, int]:
+    """How many rows of the table, which (None: consecutive ones), and the first of these."""
+    if isinstance(tasks, int):
+        return 1, None, tasks
+    if tasks is None:
+        return table.shape[0], None, 0
+    several = tasks.reshape(-1).to(table.device, torch.int64).contiguous()
+    return several.shape[0], several, 0
 
-    def __init__(
-        self,
-        geometry: PyramidGeometry,
-        scaling: float,
-        top_k: int,
-        tasks: int | Tensor | None,
-        gate: Tensor,
-        table: Tensor,
-        kernels: Sequence[Tensor],
-    ) -> None:
-        several, first = None, 0
-        if isinstance(tasks, Tensor):
-            several = tasks.reshape(-1).to(gate.device, torch.int64).contiguous()
-            self.groups = len(several)
-        elif tasks is None:
-            self.groups = table.shape[0]
-        else:
-            self.groups, first = 1, tasks
-        self.tensors = (gate, table, several, *kernels)
-        self.arguments = (
-            _experts(geometry, scaling),
-            top_k,
-            gate.shape[1],
-            gate.data_ptr(),
-            table.data_ptr(),
-            table.shape[0],
-            self.groups,
-            0 if several is None else several.data_ptr(),
-            first,
-            [kernel.data_ptr() for kernel in kernels],
-        )
+
+def _router(
+    geometry: PyramidGeometry,
+    scaling: float,
+    top_k: int,
+    rows: tuple[int, Tensor | None, int],
+    gate: Tensor,
+    table: Tensor,
+    kernels: Sequence[Tensor],
+) -> Any:
+    """What forward and backward share, for C++. It holds addresses: the tensors must outlive it."""
+    groups, several, first = rows
+    return native.module().Router(
+        _experts(geometry, scaling),
+        top_k,
+        gate.shape[1],
+        gate.data_ptr(),
+        table.data_ptr(),
+        table.shape[0],
+        groups,
+        0 if several is None else several.data_ptr(),
+        first,
+        [kernel.data_ptr() for kernel in kernels],
+    )
 
 
 def _fold(
@@ -71,26 +72,21 @@ def _fold(
     gate: Tensor,
     table: Tensor,
     kernels: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(folded, active, expert index [G, top_k], gates [G, top_k])``."""
-    call = _Call(geometry, scaling, top_k, tasks, gate, table, kernels)
-    folded = gate.new_empty(call.groups, geometry.folded_size)
-    active = gate.new_empty(call.groups, len(geometry.scales), dtype=torch.bool)
-    index = gate.new_empty(call.groups, top_k, dtype=torch.int64)
-    gates = gate.new_empty(call.groups, top_k)
-    native.module().fold_tasks(
-        *call.arguments, index.data_ptr(), gates.data_ptr(), folded.data_ptr(), active.data_ptr()
-    )
-    return folded, active, index, gates
+) -> tuple[Tensor, Tensor]:
+    rows = _rows(tasks, table)
+    folded = gate.new_empty(rows[0], geometry.folded_size)
+    active = gate.new_empty(rows[0], len(geometry.scales), dtype=torch.bool)
+    _router(geometry, scaling, top_k, rows, gate, table, kernels).fold(folded.data_ptr(), active.data_ptr())
+    return folded, active
 
 
 class _FoldTasks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, geometry, scaling, top_k, tasks, gate, table, *kernels):
-        folded, active, index, gates = _fold(geometry, scaling, top_k, tasks, gate, table, kernels)
+        folded, active = _fold(geometry, scaling, top_k, tasks, gate, table, kernels)
         ctx.plan = (geometry, scaling, top_k)
         ctx.task = tasks if isinstance(tasks, int) else None
-        ctx.save_for_backward(tasks if isinstance(tasks, Tensor) else None, index, gates, gate, table, *kernels)
+        ctx.save_for_backward(tasks if isinstance(tasks, Tensor) else None, gate, table, *kernels)
         ctx.mark_non_differentiable(active)
         return folded, active
 
@@ -98,23 +94,16 @@ class _FoldTasks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         refuse_batched(grad)
-        tasks, index, gates, *parameters = ctx.saved_tensors
+        tasks, *parameters = ctx.saved_tensors
         gate, table, *kernels = parameters
         needs = ctx.needs_input_grad[4:]
         grads = [torch.empty_like(p) if need else None for p, need in zip(parameters, needs, strict=True)]
         grad = grad.to(torch.float32).contiguous()
-        geometry, scaling, top_k = ctx.plan
-        call = _Call(geometry, scaling, top_k, tasks if ctx.task is None else ctx.task, gate, table, kernels)
         grad_gate, grad_table, *grad_kernels = (0 if g is None else g.data_ptr() for g in grads)
-        native.module().fold_tasks_backward(
-            *call.arguments,
-            index.data_ptr(),
-            gates.data_ptr(),
-            grad.data_ptr(),
-            grad_gate,
-            grad_table,
-            grad_kernels,
-        )
+        geometry, scaling, top_k = ctx.plan
+        rows = _rows(tasks if ctx.task is None else ctx.task, table)
+        router = _router(geometry, scaling, top_k, rows, gate, table, kernels)
+        router.backward(grad.data_ptr(), grad_gate, grad_table, grad_kernels)
         return None, None, None, None, *grads
 
 
@@ -145,8 +134,6 @@ def fold_tasks(
     Raises:
         IndexError: a task that the table lacks.
     """
-    parameters = (gate, table, *kernels)
-    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-        return _FoldTasks.apply(geometry, scaling, top_k, tasks, *parameters)
-    folded, active, _, _ = _fold(geometry, scaling, top_k, tasks, gate, table, kernels)
-    return folded, active
+    if torch.is_grad_enabled():
+        return apply_eagerly(_FoldTasks, geometry, scaling, top_k, tasks, gate, table, *kernels)
+    return _fold(geometry, scaling, top_k, tasks, gate, table, kernels)

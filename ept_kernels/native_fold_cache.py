@@ -9,7 +9,7 @@ would read, and does nothing else with it.
 
 from __future__ import annotations
 
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ from .kept import FoldTasks, Kept
 
 #: Above this many tasks, the first call after a change would fold a multitude for the few that it needs.
 MOST_TASKS = 256
+
+_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 
 class _Fold(NamedTuple):
@@ -66,13 +68,12 @@ def unchanged(
         return None
     if len(parameters) != len(fold.parameters) or not all(map(is_, parameters[:-1], fold.parameters)):
         return None  # the last one, the table, may be put together anew for each call
-    addresses = []
-    for parameter, size in zip(parameters, fold.sizes):  # noqa: B905  (equally long, and strict costs time)
-        if not (parameter.is_cpu and parameter.dtype is torch.float32 and parameter.is_contiguous()):
-            return None  # ``parameter.data`` was given another tensor
-        if parameter.numel() != size:
-            return None
-        addresses.append(parameter.data_ptr())
+    # by ``map``: a loop would take longer than the comparison
+    if not (all(map(_is_cpu, parameters)) and all(map(Tensor.is_contiguous, parameters))):
+        return None  # ``parameter.data`` was given another tensor
+    if {*map(_dtype, parameters)} != {torch.float32} or tuple(map(Tensor.numel, parameters)) != fold.sizes:
+        return None
+    addresses = [*map(Tensor.data_ptr, parameters)]
     table = addresses.pop()
     if not fold.layer.equals(addresses):
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from operator import attrgetter
 from types import ModuleType
 
 import torch
@@ -19,12 +20,14 @@ from .kept import Kept
 from .tracing import is_eager
 
 #: Modules with ``fold_tasks`` and, where there is a limit, ``MOST_EXPERTS``; by the name of their backend.
-_MODULES = {"cpu": ".native_fold", "triton": ".triton.fold"}
+_MODULES = {"cpu": ".native_fold", "cuda": ".cuda_fold", "triton": ".triton.fold"}
 
 #: Modules that keep folded kernels between calls: by the parameters' values on a CPU, by their versions on a GPU.
 _CACHES = {"cpu": ".native_fold_cache", "triton": ".versioned_fold_cache", "cuda": ".versioned_fold_cache"}
 
 _loaded: dict[str, ModuleType] = {}
+
+_dtype, _device, _is_cpu = attrgetter("dtype"), attrgetter("device"), attrgetter("is_cpu")
 
 
 def _module(modules: dict[str, str], device: torch.device) -> ModuleType | None:
@@ -62,8 +65,9 @@ def _check(
     """What the native code takes on trust."""
     if not isinstance(geometry, PyramidGeometry):
         raise TypeError(f"geometry must be a PyramidGeometry, got {type(geometry).__name__}")
-    for name, tensor in (("gate", gate), ("table", table), *(("every entry of kernels", kernel) for kernel in kernels)):
+    for place, tensor in enumerate((gate, table, *kernels)):
         if not isinstance(tensor, Tensor):
+            name = ("gate", "table", "every entry of kernels")[min(place, 2)]
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     sizes = geometry.kernel_sizes
     if gate.dim() != 2 or gate.shape[0] != len(sizes):
@@ -74,7 +78,7 @@ def _check(
         raise ValueError(f"top_k must be from 1 to {len(sizes)}, got {top_k!r}")
     if not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling must be a number, got {scaling!r}")
-    if tuple(tuple(kernel.shape) for kernel in kernels) != tuple((k, k) for k in sizes):
+    if [kernel.shape for kernel in kernels] != [(k, k) for k in sizes]:
         raise ValueError(f"kernels must be [k, k] with k in {sizes}, got {[list(kernel.shape) for kernel in kernels]}")
 
 
@@ -84,14 +88,13 @@ def _server(gate: Tensor, table: Tensor, kernels: Sequence[Tensor]) -> ModuleTyp
     Raises:
         ValueError, RuntimeError: as ``backend_for``.
     """
-    parameters = (gate, table, *kernels)
-    device, on_cpu = gate.device, gate.is_cpu
-    if not (on_cpu or gate.is_cuda) or not is_eager(*parameters):
+    parameters, device = (gate, table, *kernels), gate.device
+    if not (gate.is_cpu or gate.is_cuda) or not is_eager(*parameters):
         return None
-    for parameter in parameters:
-        beside = parameter.is_cpu if on_cpu else parameter.device == device  # the first is several times as fast
-        if not (beside and parameter.dtype is torch.float32 and parameter.is_contiguous()):
-            return None
+    if not all(map(Tensor.is_contiguous, parameters)) or {*map(_dtype, parameters)} != {torch.float32}:
+        return None
+    if not (all(map(_is_cpu, parameters)) if gate.is_cpu else {*map(_device, parameters)} == {device}):
+        return None
     folder = _module(_MODULES, device)
     most = getattr(folder, "MOST_EXPERTS", None)
     return None if most is not None and gate.shape[0] > most else folder

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_is_batched, _is_wrapped = torch._C._functorch.is_legacy_batchedtensor, torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
@@ -15,7 +18,7 @@ def is_eager(*tensors: Tensor | None) -> bool:
     Then an op may be called without ``torch.library``, whose detour costs several times as much as a small layer:
     there is no ``torch.compile`` or ``torch.jit.trace`` to write it into a graph, no ``torch.func`` transform, no
     dispatch mode (fake tensors, op counters), no forward-mode differentiation, no batched gradient, no tensor subclass
-    and no lazy negation, whose memory holds other numbers than the tensor.
+    or wrapper and no lazy negation, whose memory holds other numbers than the tensor.
     """
     if (
         torch.compiler.is_compiling()
@@ -23,18 +26,23 @@ def is_eager(*tensors: Tensor | None) -> bool:
         or torch._C._get_tracing_state() is not None
     ):
         return False
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN or tensor.is_neg() or torch._C._functorch.is_legacy_batchedtensor(tensor):
-            return False
-    return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    # by ``map``: a loop would take as long as a small kernel
+    return _PLAIN.issuperset(map(type, given)) and not (
+        any(map(Tensor.is_neg, given)) or any(map(_is_batched, given)) or any(map(_is_wrapped, given))
+    )
+
+
+def apply_eagerly(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)`` where ``is_eager`` holds: without functorch's look at every argument."""
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def refuse_batched(grad: Tensor) -> None:
     """Raise RuntimeError for a batched gradient of folded kernels; one that is merely watched may pass."""
-    functorch = torch._C._functorch
-    if functorch.is_legacy_batchedtensor(grad) or functorch.peek_interpreter_stack() is not None:
+    if _is_batched(grad) or torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
             "the gradient of folded kernels cannot be batched (is_grads_batched, torch.func.vmap): native code "
             "computes it; EPT_BACKEND=torch computes it by tensor operations"

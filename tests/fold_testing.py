@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from pyramid_testing import assert_all_match, folded_entries, poisoned_memory
 from torch import Tensor
@@ -47,15 +48,24 @@ class FoldCase:
 
 
 class LargeFoldCase(FoldCase):
-    """Sizes beyond one tile of a fused kernel: channels, entries, experts, groups."""
+    """Sizes beyond one tile of a fused kernel: channels, entries, experts."""
 
     def __init__(self, top_k: int, device: str = "cpu") -> None:
         torch.manual_seed(top_k)
-        sizes = (8, 9, 10, 11, 12) * 7
+        sizes = (6, 7, 8) * 11
         self.geometry, self.top_k = PyramidGeometry(40, 40, 2, sizes), top_k
-        parameters = (torch.randn(35, 150), torch.randn(5, 150), *(torch.randn(k, k) for k in sizes))
+        parameters = (torch.randn(33, 150), torch.randn(3, 150), *(torch.randn(k, k) for k in sizes))
         self.parameters = tuple(parameter.to(device) for parameter in parameters)
-        self.tasks = torch.tensor([4, 0, 0, 2, 4, 1] * 3, device=device)
+        self.tasks = torch.tensor([2, 0, 0], device=device)
+        self.cotangent = torch.randn(3, self.geometry.folded_size).to(device)
+
+
+class ManyGroupsFoldCase(FoldCase):
+    """More groups than a block of the sums over them."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__(5, device=device)
+        self.tasks = torch.arange(18, device=device) % len(self.parameters[1])
         self.cotangent = torch.randn(18, self.geometry.folded_size).to(device)
 
 
@@ -125,3 +135,29 @@ def assert_nan_shows(case: FoldCase, fold_tasks: FoldTasks) -> None:
     with torch.no_grad():
         folded, active = case.fold(fold_tasks, (gate, *others))
     assert torch.equal(folded.isnan(), folded_entries(active, case.geometry)), "and no scale that it does not use"
+
+
+def assert_unselected_experts_are_not_read(fold_tasks: FoldTasks, device: str = "cpu") -> None:
+    """Not even NaN in its kernel, or in the gradients of tasks that do not use it, reaches anything."""
+    geometry = PyramidGeometry(16, 16, 2, (2, 2))
+    gate, table = (torch.tensor([[1.0], [-1.0]], device=device) for _ in range(2))
+    kernels = [torch.full((2, 2), value, device=device).requires_grad_() for value in (1.0, torch.nan)]
+    folded, _ = fold_tasks(gate, table, None, kernels, 1, 1.0, geometry)
+    assert torch.equal(folded[0].cpu(), torch.ones(4))
+    grads = torch.autograd.grad(folded, kernels, torch.tensor([[2.0], [torch.nan]], device=device).expand(2, 4))
+    assert torch.equal(grads[0].cpu(), torch.full((2, 2), 2.0))
+    assert grads[1].isnan().all()
+
+
+def assert_unknown_tasks_show(task: int, fold_tasks: FoldTasks, device: str = "cpu") -> None:
+    """Refused where it is an int; a tensor gives NaN, since its values are not read here."""
+    geometry = PyramidGeometry(16, 16, 2, (2,))
+    gate, table = (torch.ones(n, 5, device=device).requires_grad_() for n in (1, 3))
+    kernels = [torch.ones(2, 2, device=device)]
+    with pytest.raises(IndexError, match=rf"task_ids holds {task}; allowed: 0 to 2"):
+        fold_tasks(gate, table, task, kernels, 1, 1.0, geometry)
+    folded, _ = fold_tasks(gate, table, torch.tensor([0, task], device=device), kernels, 1, 1.0, geometry)
+    assert folded.isnan().any(1).tolist() == [False, True]
+    folded.sum().backward()
+    assert gate.grad.isnan().all()
+    assert table.grad.isfinite().all()

@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import fields, replace
+from types import ModuleType
 
+import pytest
 import torch
 from pyramid_testing import Problem
 
-#: Ways to run the base product; ``EPT_TRITON_BASE`` forces one.
-PLANS = ("fused", "single", "split")
+from ept_kernels import available_backends
+
+#: Backends of a GPU, and how they add the update; ``EPT_BACKEND`` and ``EPT_GPU_PLAN`` force one.
+PLANS = {
+    "triton library": ("triton", "library"),
+    "triton fused": ("triton", "fused"),
+    "cuda": ("cuda", ""),
+    "torch": ("torch", ""),
+}
+#: Modules of small kernels.
+KERNELS = {"triton": "triton.backend", "cuda": "cuda_backend", "torch": "torch_backend"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PAPER = (2, 2, 4, 4, 6, 6, 8, 8)
+
+
+def force(plan: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32) -> None:
+    """Let one of ``PLANS`` compute; skips where it cannot serve, and says why."""
+    backend, of_update = PLANS[plan]
+    skip_unless_served(backend, dtype)
+    if of_update == "fused" and dtype == torch.float32:
+        pytest.skip("plan fused is for half precision: fp32 runs as library")
+    monkeypatch.setenv("EPT_BACKEND", backend)
+    monkeypatch.setenv("EPT_GPU_PLAN", of_update)
+
+
+def skip_unless_served(backend: str, dtype: torch.dtype = torch.float32) -> None:
+    if backend not in available_backends(torch.device("cuda"), dtype):
+        pytest.skip(f"backend {backend} does not serve {dtype} here: python -m ept_kernels says why")
+
+
+def small_kernels(backend: str) -> ModuleType:
+    """The module of a backend's small kernels; skips where it cannot serve."""
+    skip_unless_served(backend)
+    return importlib.import_module(f"ept_kernels.{KERNELS[backend]}")
 
 
 def on_gpu(problem: Problem) -> Problem:

@@ -93,6 +93,13 @@ class Trace:
     def kernels(self) -> list[str]:
         return [launched.kernel for launched in self.launches]
 
+    def assert_written_once(self) -> None:
+        """Every element of a tensor that a launch writes to is written, and once: poisoned memory hides a lost NaN."""
+        for launched in self.launches:
+            for name, count in launched.stored.items():
+                tensor = launched.tensors[name].tensor
+                assert count == tensor.numel() * tensor.element_size(), f"{launched.kernel}: {name}"
+
     def run(self, kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any], config) -> None:
         named = zip(kernel.arg_names, arguments, strict=False)
         tensors = {name: Touched(value) for name, value in named if isinstance(value, torch.Tensor)}

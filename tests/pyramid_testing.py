@@ -294,6 +294,17 @@ def assert_all_match(actual: dict[str, Tensor], exact: dict[str, Tensor], tolera
         assert_matches(tensor, exact[name], tolerance, name)
 
 
+def assert_twice_as_wrong_at_most(
+    actual: dict[str, Tensor], problem: Problem, module: ModuleType, op: str, floor: float = 0.0
+) -> None:
+    """Errors at most twice those of the plain ``module.<op>`` in the same dtype, or ``floor``."""
+    wanted = [name for name in actual if name != "output"]
+    truth, plain = (problem.evaluate(module, op, dtype, wanted) for dtype in (torch.float64, None))
+    for name, value in actual.items():
+        error, allowed = relative_error(value, truth[name]), 2 * relative_error(plain[name], truth[name])
+        assert error <= max(allowed, floor), f"{name}: error {error:.2e}, plain torch allows {allowed:.2e}"
+
+
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "tensor") -> None:
     """Equal in every bit, NaN and the sign of zero included."""
     assert actual.dtype == expected.dtype, what

@@ -42,7 +42,7 @@ def run(bench: Bench) -> None:
                 for seed in range(bench.copies)
             ]
             calls = {}
-            for name, call in {**_products(copies), **_small_kernels(bench, copies)}.items():
+            for name, call in {**_products(bench, copies), **_small_kernels(bench, copies)}.items():
                 with bench.attempt(what="kernel", call=name, **labels):
                     calls[name] = Timed(bench.rotated(call))
             bench.compare(calls, key="call", rotated=True, seconds=3.0, baseline="y = x W^T", **labels)
@@ -69,13 +69,13 @@ class _Tensors:
         return cls(layer, x, dy, A_hat, B_hat, x @ A_hat.T, torch.empty_like(dy))
 
 
-def _products(copies: list[_Tensors]) -> dict[str, Callable[[int], object]]:
+def _products(bench: Bench, copies: list[_Tensors]) -> dict[str, Callable[[int], object]]:
     """V and dU stand in for each other's size: U is taken for both."""
 
     def on(call: Callable[[_Tensors], object]) -> Callable[[int], object]:
         return lambda copy: call(copies[copy])
 
-    found = {
+    found: dict[str, Callable[[_Tensors], object]] = {
         "y = x W^T": lambda t: torch.mm(t.x, t.layer.weight.T, out=t.y),
         "U = x Ahat^T": lambda t: t.x @ t.A_hat.T,
         "V Bhat": lambda t: torch.mm(t.U, t.B_hat, out=t.y),
@@ -87,6 +87,14 @@ def _products(copies: list[_Tensors]) -> dict[str, Callable[[int], object]]:
         "dAhat = dU^T x": lambda t: t.U.T @ t.x,
         "dBhat = V^T dy": lambda t: t.U.T @ t.dy,
     }
+    if bench.device.type == "cuda":  # not rounded to half before the sums over scales
+        found["dAhat = dU^T x, fp32"] = lambda t: torch.mm(t.U.T, t.x, out_dtype=torch.float32)
+        found["dBhat = V^T dy, fp32"] = lambda t: torch.mm(t.U.T, t.dy, out_dtype=torch.float32)
+    if "triton" in providers(bench.device, copies[0].x.dtype):
+        from ept_kernels.triton.fused import fused
+
+        found["y = [x | V] [W | Bhat]^T"] = lambda t: fused(t.x, t.layer.weight, None, t.U, t.B_hat)
+        found["dx = [dy | dU] [W^T | Ahat]^T"] = lambda t: fused(t.dy, t.layer.weight.T, None, t.U, t.A_hat)
     return {name: on(call) for name, call in found.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 Row = dict[str, object]
@@ -49,19 +49,17 @@ def _cells(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     return [*lines, *("| " + " | ".join(text(row.get(column)) for column in columns) + " |" for row in rows)]
 
 
-def _layers(rows: Sequence[Row]) -> list[str]:
-    """A line for each point, pass and manner: the baseline's time, and the other ways over it."""
+def _ways(title: str, rows: Sequence[Row], value: Callable[[Row], object]) -> list[str]:
+    """A line for each point, pass and manner, with a column for each way."""
+    if not rows:
+        return []
     keys = ("in", "out", "tokens", "tasks", "pass", "how")
     lines: dict[tuple[object, ...], Row] = {}
     for row in rows:
         line = lines.setdefault(tuple(row[key] for key in keys), {key: row[key] for key in keys})
-        line[str(row["way"])] = row["us"] if row["way"] == "linear" else row["ratio"]
-    ways = list(dict.fromkeys(str(row["way"]) for row in rows))
-    return (
-        ["", "layers: us of the frozen linear, then ratios to it", "", *_cells(list(lines.values()), (*keys, *ways))]
-        if ways
-        else []
-    )
+        line[str(row["way"])] = value(row)
+    ways = dict.fromkeys(str(row["way"]) for row in rows)
+    return ["", f"{title}:", "", *_cells(list(lines.values()), (*keys, *ways))]
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -84,7 +82,14 @@ def summary(rows: Sequence[Row]) -> str:
     judged = [row for row in rows if "right" in row]
     if judged:
         lines += ["", f"Gate: {sum(bool(row['right']) for row in judged)} of {len(judged)} right."]
-    lines += _layers([row for row in rows if row["stage"] == "layers" and "ratio" in row])
+    layers = [row for row in rows if row["stage"] == "layers" and "ratio" in row]
+    eager = [row for row in layers if row["how"] == "eager"]
+    lines += _ways(
+        "layers, us of the frozen linear and ratios to it",
+        layers,
+        lambda row: row["us"] if row["way"] == "linear" else row["ratio"],
+    )
+    lines += _ways("layers, us that the host takes to enqueue", eager, lambda row: row["host_us"])
     for stage, (columns, values) in TABLES.items():
         found = [row for row in rows if row["stage"] == stage and any(row.get(value) is not None for value in values)]
         if found:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ept_kernels import PyramidGeometry, dispatch, pyramid_linear, reference
+from ept_kernels import PyramidGeometry, dispatch, pyramid_linear
 
 PAPER = (2, 2, 4, 4, 6, 6, 8, 8)
 RANK = 8
@@ -72,11 +72,20 @@ class Layer:
         return pyramid_linear(x, self.weight, None, A, B, folded, self.groups, self.geometry)
 
     def definition(self, x: Tensor, A: Tensor, B: Tensor, folded: Tensor) -> Tensor:
-        """By dense updates, sample by sample."""
-        dense = reference.pyramid_weight(A, B, folded, self.geometry).to(x.dtype)
+        """By dense updates, sample by sample. ``torch.kron`` deconvolves: a convolution may be TF32 on a GPU."""
+        dense = [self._update(A, B, packed).to(x.dtype) for packed in folded]
         groups = [0] * len(x) if self.groups is None else self.groups.tolist()
         delta = [rows @ dense[group].T for rows, group in zip(x, groups, strict=True)]
         return F.linear(x, self.weight.to(x.dtype)) + torch.stack(delta)
+
+    def _update(self, A: Tensor, B: Tensor, packed: Tensor) -> Tensor:
+        """``sum_k crop((B_k A_k) kron Kbar_k)``, ``[out, in]``, for one row of folded kernels."""
+        g = self.geometry
+        total = A.new_zeros(g.out_features, g.in_features)
+        for k, width, height, start in zip(g.scales, g.widths, g.heights, g.offsets, strict=True):
+            kernel = packed[start : start + k * k].view(k, k)
+            total = total + torch.kron(B[:height] @ A[:, :width], kernel)[: g.out_features, : g.in_features]
+        return total
 
     def evaluate(self, function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
         """Output and gradients of x, A, B, folded."""

@@ -10,18 +10,19 @@ import itertools
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 
 import torch
 from harness import Timed
 from torch import Tensor
 
+from ept_kernels.doctor import relative_errors
 from ept_kernels.library import two_products
 
 from .bench import Bench
-from .tensors import RANK, _served
+from .tensors import RANK, providers
 
 #: (in, out, tokens)
 POINTS = (
@@ -36,15 +37,18 @@ WIDTH = RANK * (2 + 4 + 6 + 8)
 FILE = "fused_configs.json"
 #: Bytes of shared memory of a program on a data-centre GPU.
 SHARED_MEMORY = 227 * 1024
-#: A part of the stage's time is for compiling, seconds of it are for the first size.
+#: The part of the stage's time that is for compiling.
 COMPILING = 0.5
+#: Rows up to which the kernel takes tiles of their own.
+FEW = 64
+MOST_ERROR = 1e-2
 
 Configuration = dict[str, int]
 
 
 def grid(tokens: int) -> list[Configuration]:
     """Tiles beyond those that are shipped, for many rows or few."""
-    if tokens > 64:
+    if tokens > FEW:
         sides = [(128, 256), (256, 128), (128, 128), (64, 256)]
         axes = itertools.product(sides, (64, 128), (4, 8), (3, 4))
     else:
@@ -104,81 +108,98 @@ def _call(configuration: Configuration, operands: tuple[Tensor, ...]) -> Callabl
     return call
 
 
-def _compile(
-    configuration: Configuration, inner: int, features: int, rows: int, device: str, dtype: torch.dtype
-) -> None:
-    """In a process of its own: run once, so that Triton's cache on disk has the kernel."""
-    _call(configuration, _operands(torch.device(device), dtype, inner, features, rows))()
-    if device != "cpu":
-        torch.cuda.synchronize()
+def _compile(configuration: Configuration, rows: int, device: str, dtype: torch.dtype) -> None:
+    """In a process of its own: run once, so that Triton's cache on disk has the kernel of any size."""
+    _call(configuration, _operands(torch.device(device), dtype, 512, 512, rows))()
+    torch.cuda.synchronize()
 
 
 def run(bench: Bench) -> None:
-    if "triton" not in _served(bench.device, bench.half):
+    if "triton" not in providers(bench.device, bench.half):
         bench.emit(what="tune", error=f"backend triton does not serve {bench.half} on {bench.device}")
         return
     points = POINTS[:1] if bench.dry else POINTS
+    ready = {many: shipped(8192 if many else 16) for many in (True, False)} if bench.dry else _compiled(bench)
     best: list[dict[str, object]] = []
     for place, (inner, features, rows) in enumerate(points):
-        if bench.left < 6:
+        if bench.left < 4:
             bench.emit(what="tune", **{"in": inner, "out": features, "tokens": rows}, skipped="no time left")
             continue
-        share = bench.left / (len(points) - place)
         inner, features = bench.size(inner, features)
         rows = 32 if bench.dry else rows
         labels = {"in": inner, "out": features, "tokens": rows}
         with bench.attempt(what="tune", **labels):
-            entry = _point(bench, inner, features, rows, share, labels)
-            best.append(entry)
+            best.append(
+                _point(bench, inner, features, rows, ready[rows > FEW], bench.left / (len(points) - place), labels)
+            )
             (bench.out / FILE).write_text(json.dumps(best, indent=1) + "\n")
 
 
+def _compiled(bench: Bench) -> dict[bool, list[Configuration]]:
+    """Configurations for many rows and for few that compiled in time, the shipped ones first.
+
+    One kernel serves all sizes here: Triton tells apart what is a multiple of 16, and all are.
+    """
+    end = time.monotonic() + COMPILING * bench.left
+    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
+    found: dict[bool, list[Configuration]] = {True: [], False: []}
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:  # ended with whatever it still compiles
+        waiting = []
+        for wanted in (shipped, grid):
+            for rows in (8192, 16):
+                for configuration in wanted(rows):
+                    if all(configuration != other for _, other, _ in waiting):
+                        arguments = (configuration, min(rows, 512), str(bench.device), bench.half)
+                        waiting.append((rows > FEW, configuration, pool.apply_async(_compile, arguments)))
+        for many, configuration, result in waiting:
+            result.wait(max(0.0, end - time.monotonic()))
+            if not result.ready():
+                bench.emit(what="tune", config=configuration, skipped="not compiled in time")
+            elif result.successful():
+                found[many].append(configuration)
+            else:
+                with bench.attempt(what="tune", config=configuration):
+                    result.get()
+    return found
+
+
 def _point(
-    bench: Bench, inner: int, features: int, rows: int, share: float, labels: dict[str, int]
+    bench: Bench,
+    inner: int,
+    features: int,
+    rows: int,
+    configurations: list[Configuration],
+    seconds: float,
+    labels: dict[str, int],
 ) -> dict[str, object]:
+    """Time them beside the products of plan ``library``; the entry of the fastest."""
     operands = _operands(bench.device, bench.half, inner, features, rows)
     x, weight, V, hat = operands
-    exact = two_products(*(tensor.double() for tensor in (x, weight)), None, *(tensor.double() for tensor in (V, hat)))
-    own = shipped(rows)
-    wider = [] if bench.dry else [each for each in grid(rows) if each not in own]
-    ready = _compiled(bench, [*own, *wider], (inner, features, rows), share * COMPILING)
-    calls = {"library": Timed(bench.graphed(lambda: two_products(x, weight, None, V, hat)))}
-    calls["base product"] = Timed(bench.graphed(lambda: x @ weight.T))
-    by_name = {}
-    for configuration in ready:
-        name = " ".join(
-            f"{key.removeprefix('BLOCK_').removeprefix('num_')}{value}" for key, value in configuration.items()
-        )
+    exact = two_products(x.double(), weight.double(), None, V.double(), hat.double())
+    calls = {"base product": Timed(bench.graphed(lambda: x @ weight.T))}
+    calls["library"] = Timed(bench.graphed(lambda: two_products(x, weight, None, V, hat)))
+    by_name: dict[str, Configuration] = {}
+    for configuration in configurations:
+        name = " ".join(f"{key.split('_')[1]}{value}" for key, value in configuration.items())
         with bench.attempt(what="tune", config=configuration, **labels):
             call = _call(configuration, operands)
-            error = ((call().double() - exact).norm() / exact.norm()).item()
-            if not error < 1e-2:
+            error = relative_errors([call()], [exact])[0]
+            if not error < MOST_ERROR:
                 bench.emit(what="tune", config=configuration, **labels, right=False, error=f"{error:.1e} off")
                 continue
             calls[name], by_name[name] = Timed(bench.graphed(call)), configuration
-    medians = bench.compare(
-        calls,
-        key="config",
-        baseline="base product",
-        rounds=15,
-        seconds=share * (1 - COMPILING) / 2,
-        what="tune",
-        **labels,
-    )
     if not by_name:
         raise RuntimeError("no configuration could be run")
-    name = min(by_name, key=lambda each: medians[each])
-    default = next(each for each, configuration in by_name.items() if configuration == own[0])
-    bench.emit(
-        what="best",
-        **labels,
-        best=name,
-        default=default,
-        best_us=medians[name],
-        over_default=medians[name] / medians[default],
-        over_library=medians[name] / medians["library"],
-        over_cublas=medians[name] / medians["base product"],
+    medians = bench.compare(
+        calls, key="config", baseline="base product", rounds=15, seconds=seconds / 2, what="tune", **labels
     )
+    best, default = min(by_name, key=lambda name: medians[name]), next(iter(by_name))
+    over = {
+        "over_default": medians[best] / medians[default],
+        "over_library": medians[best] / medians["library"],
+        "over_cublas": medians[best] / medians["base product"],
+    }
+    bench.emit(what="best", **labels, best=best, default=default, best_us=medians[best], **over)
     return {
         "kernel": "fused",
         "device": str(bench.shared["device"]),
@@ -187,32 +208,6 @@ def _point(
         "features": features,
         "rows": rows,
         "width": WIDTH,
-        "config": by_name[name],
-        "over_library": medians[name] / medians["library"],
+        "config": by_name[best],
+        **over,
     }
-
-
-def _compiled(
-    bench: Bench, configurations: list[Configuration], sizes: tuple[int, int, int], seconds: float
-) -> list[Configuration]:
-    """Those that compiled in time, in their order; a dry run has nothing to compile."""
-    if bench.dry:
-        return configurations
-    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    waiting: dict[Future[None], Configuration] = {}
-    for configuration in configurations:
-        waiting[pool.submit(_compile, configuration, *sizes, str(bench.device), bench.half)] = configuration
-    done, _ = wait(waiting, timeout=seconds)
-    processes = list(pool._processes.values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:  # a compilation cannot be cancelled
-        process.kill()
-    found = []
-    for future, configuration in waiting.items():
-        if future in done and not future.cancelled():
-            if future.exception() is None:
-                found.append(configuration)
-            else:
-                bench.emit(what="tune", config=configuration, refused=str(future.exception())[:200])
-    return found

@@ -75,12 +75,10 @@ struct Kernels {
     void (*backward)(const Backward&, int64_t begin, int64_t end, const Partial&, float* scratch);
     // Whether rows of this dtype take factors as pairs: the three buffers of Packed differ then.
     bool (*takes_pairs)(DType);
-    // factor[p * rank_stride + j * group_stride] -> packed, one strip of it
-    void (*pack)(const Layer&, const Side&, int strip, DType, const float* factor, int64_t rank_stride,
-                 int64_t group_stride, const Packed&);
-    // the adjoint for one strip and rank: adds the sum of the parts, in their order, to grad[j * group_stride]
-    void (*unpack)(const Layer&, const Side&, int strip, int64_t rank, const float* const* parts, int count, float* grad,
-                   int64_t group_stride);
+    // factor[p * rank_stride + j] -> packed, one strip of it. Reads up to a vector beyond the last j of a rank.
+    void (*pack)(const Layer&, const Side&, int strip, DType, const float* factor, int64_t rank_stride, const Packed&);
+    // the adjoint for one strip and rank: adds the sum of the parts, in their order, to grad[j]
+    void (*unpack)(const Layer&, const Side&, int strip, int64_t rank, const float* const* parts, int count, float* grad);
 };
 
 }  // namespace ept

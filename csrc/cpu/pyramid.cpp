@@ -2,7 +2,6 @@
 #include "pyramid.h"
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -83,6 +82,11 @@ void check_groups(const Problem& problem) {
                                     std::to_string(problem.num_groups - 1));
 }
 
+// Columns of a factor: groups of the smallest scale.
+int64_t columns_of(const Layer& layer, const Side& side) {
+    return (side.features + layer.scales[0].k - 1) / layer.scales[0].k;
+}
+
 // A and B repeated along the lanes, for the scales that `wanted` names.
 class PackedFactors {
   public:
@@ -92,12 +96,23 @@ class PackedFactors {
           memory_((pairs_ ? 3 : 1) * layer.rank * (layer.in.floats + layer.out.floats)),
           A(place(memory_.data(), layer.rank * layer.in.floats)),
           B(place(memory_.data() + (pairs_ ? 3 : 1) * layer.rank * layer.in.floats, layer.rank * layer.out.floats)) {
-        const int64_t width = (layer.in.features + layer.scales[0].k - 1) / layer.scales[0].k;
+        // Rank by rank, each followed by zeros, which packing may read.
+        const int64_t width = columns_of(layer, layer.in), height = columns_of(layer, layer.out);
+        const int64_t A_stride = width + kernels.width, B_stride = height + kernels.width;
+        const Buffer plain(layer.rank * (A_stride + B_stride));
+        float* const plain_B = plain.data() + layer.rank * A_stride;
+        for (int64_t p = 0; p < layer.rank; ++p) {
+            float* a = std::copy_n(problem.A + p * width, width, plain.data() + p * A_stride);
+            std::fill_n(a, kernels.width, 0.0f);
+            float* b = plain_B + p * B_stride;
+            for (int64_t i = 0; i < height; ++i) *b++ = problem.B[i * layer.rank + p];
+            std::fill_n(b, kernels.width, 0.0f);
+        }
         const auto one = [&](int64_t task) {
             const int strip = static_cast<int>(task / 2);
             if (!wanted(layer.in.strips[strip].scale)) return;
-            if (task % 2 == 0) kernels.pack(layer, layer.in, strip, problem.dtype, problem.A, width, 1, A);
-            else kernels.pack(layer, layer.out, strip, problem.dtype, problem.B, 1, layer.rank, B);
+            if (task % 2 == 0) kernels.pack(layer, layer.in, strip, problem.dtype, plain.data(), A_stride, A);
+            else kernels.pack(layer, layer.out, strip, problem.dtype, plain_B, B_stride, B);
         };
         const int64_t tasks = 2 * int64_t{layer.num_strips};
         if (in_parallel) parallel(tasks, one);
@@ -116,6 +131,15 @@ class PackedFactors {
   public:
     Packed A, B;
 };
+
+// Zeros for the sums of the scales in use, whose strips alone are added to and read.
+void clear(const Layer& layer, const Side& side, const PackedCores& cores, int width, float* sums) {
+    for (int i = 0; i < layer.num_strips; ++i) {
+        const Strip& strip = side.strips[i];
+        if (cores.used(strip.scale))
+            std::fill_n(sums + layer.rank * strip.start, layer.rank * strip.vectors * width, 0.0f);
+    }
+}
 
 // Multiply-adds below which another thread costs more than it saves.
 constexpr int64_t least_work = int64_t{1} << 19;
@@ -161,8 +185,7 @@ void backward(const Problem& problem, const Rows& grad, const MutableRows& grad_
     const Kernels& kernels = selected_kernels();
     const Plan plan(problem.in_features, problem.out_features, problem.rank, problem.scales, kernels.width);
     const Layer& layer = plan.layer;
-    const int64_t k_min = layer.scales[0].k;
-    const int64_t width = (layer.in.features + k_min - 1) / k_min, height = (layer.out.features + k_min - 1) / k_min;
+    const int64_t width = columns_of(layer, layer.in), height = columns_of(layer, layer.out);
     if (grad_A) std::fill_n(grad_A, layer.rank * width, 0.0f);
     if (grad_B) std::fill_n(grad_B, layer.rank * height, 0.0f);
     if (grad_folded) std::fill_n(grad_folded, problem.num_groups * layer.folded, 0.0f);
@@ -187,7 +210,9 @@ void backward(const Problem& problem, const Rows& grad, const MutableRows& grad_
     };
     parallel(tasks, [&](int64_t i) {
         const Partial mine = partial(i);
-        std::memset(mine.A, 0, static_cast<std::size_t>(sums) * sizeof(float));
+        if (grad_A) clear(layer, layer.in, cores, kernels.width, mine.A);
+        if (grad_B) clear(layer, layer.out, cores, kernels.width, mine.B);
+        std::fill_n(mine.core, sums_core, 0.0f);
         kernels.backward(call, first_row(i, tasks, problem.rows, block), first_row(i + 1, tasks, problem.rows, block),
                          mine, mine.A + sums);
     });
@@ -198,15 +223,18 @@ void backward(const Problem& problem, const Rows& grad, const MutableRows& grad_
         parts_A.push_back(partial(i).A);
         parts_B.push_back(partial(i).B);
     }
+    const Buffer by_rank(grad_B ? layer.rank * height : 0);  // the gradient of B, transposed
     const auto unpack = [&](int64_t p) {
+        float* rank_B = by_rank.data() + p * height;
+        if (grad_B) std::fill_n(rank_B, height, 0.0f);
         for (int strip = 0; strip < layer.num_strips; ++strip) {
             if (!cores.used(layer.in.strips[strip].scale)) continue;
             if (grad_A)
-                kernels.unpack(layer, layer.in, strip, p, parts_A.data(), static_cast<int>(tasks), grad_A + p * width, 1);
+                kernels.unpack(layer, layer.in, strip, p, parts_A.data(), static_cast<int>(tasks), grad_A + p * width);
             if (grad_B)
-                kernels.unpack(layer, layer.out, strip, p, parts_B.data(), static_cast<int>(tasks), grad_B + p,
-                               layer.rank);
+                kernels.unpack(layer, layer.out, strip, p, parts_B.data(), static_cast<int>(tasks), rank_B);
         }
+        for (int64_t i = 0; grad_B && i < height; ++i) grad_B[i * layer.rank + p] = rank_B[i];
     };
     if (tasks > 1) parallel(layer.rank, unpack);
     else for (int64_t p = 0; p < layer.rank; ++p) unpack(p);

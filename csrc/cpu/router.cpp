@@ -37,12 +37,11 @@ void check_tasks(const Router& router) {
                                     std::to_string(router.num_tasks - 1));
 }
 
-std::vector<float> logits_of(const Router& router, int64_t group) {
-    std::vector<float> logits;
+void logits_of(const Router& router, int64_t group, std::vector<float>& logits) {
     const float* embedding = router.table + task_of(router, group) * router.width;
+    logits.clear();
     for (std::size_t e = 0; e < router.experts.size(); ++e)
         logits.push_back(dot(router.gate + static_cast<int64_t>(e) * router.width, embedding, router.width));
-    return logits;
 }
 
 // In place, over the values given.
@@ -56,49 +55,65 @@ void softmax(float* values, int64_t count) {
 // NaN ranks above every number, as in torch.topk: it must show, not vanish.
 bool ranks_before(float a, float b) { return std::isnan(b) ? false : std::isnan(a) || a > b; }
 
+// The experts of a task, best first, and their weights. The backward selects anew: it costs less than to keep.
+class Selector {
+  public:
+    explicit Selector(const Router& router) : router_(router), order_(router.experts.size()) {}
+
+    void select(int64_t group) {
+        logits_of(router_, group, logits);
+        std::iota(order_.begin(), order_.end(), std::size_t{0});
+        std::stable_sort(order_.begin(), order_.end(),
+                         [&](std::size_t a, std::size_t b) { return ranks_before(logits[a], logits[b]); });
+        expert.assign(order_.begin(), order_.begin() + router_.top_k);
+        gate.clear();
+        for (const std::size_t e : expert) gate.push_back(logits[e]);
+        softmax(gate.data(), router_.top_k);
+    }
+
+    std::vector<float> logits;        // of all experts
+    std::vector<std::size_t> expert;  // top_k
+    std::vector<float> gate;          // top_k
+
+  private:
+    const Router& router_;
+    std::vector<std::size_t> order_;
+};
+
 }  // namespace
 
-void fold_tasks(const Router& router, const Selection& selected, float* folded, unsigned char* active) {
+void fold_tasks(const Router& router, float* folded, unsigned char* active) {
     check_tasks(router);
     std::fill_n(folded, router.groups * router.folded_size, 0.0f);
     std::fill_n(active, router.groups * router.num_scales, static_cast<unsigned char>(0));
-    std::vector<int64_t> order(router.experts.size());
+    Selector selected(router);
     for (int64_t g = 0; g < router.groups; ++g) {
-        const std::vector<float> logits = logits_of(router, g);
-        int64_t* expert = selected.expert + g * router.top_k;
-        float* gate = selected.gate + g * router.top_k;
-        std::iota(order.begin(), order.end(), int64_t{0});
-        std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-            return ranks_before(logits[static_cast<std::size_t>(a)], logits[static_cast<std::size_t>(b)]);
-        });
-        for (int64_t i = 0; i < router.top_k; ++i) {
-            expert[i] = order[static_cast<std::size_t>(i)];
-            gate[i] = logits[static_cast<std::size_t>(expert[i])];
-        }
-        softmax(gate, router.top_k);
-        for (int64_t i = 0; i < router.top_k; ++i) {
-            const Expert& own = router.experts[static_cast<std::size_t>(expert[i])];
-            add_scaled(folded + g * router.folded_size + own.folded,
-                       router.kernels[static_cast<std::size_t>(expert[i])], own.factor * gate[i], own.k * own.k);
+        selected.select(g);
+        for (std::size_t i = 0; i < selected.expert.size(); ++i) {
+            const Expert& own = router.experts[selected.expert[i]];
+            add_scaled(folded + g * router.folded_size + own.folded, router.kernels[selected.expert[i]],
+                       own.factor * selected.gate[i], own.k * own.k);
             active[g * router.num_scales + own.scale] = 1;
         }
     }
 }
 
-void fold_tasks_backward(const Router& router, const Selection& selected, const float* grad_folded, float* grad_gate,
-                         float* grad_table, const std::vector<float*>& grad_kernels) {
+void fold_tasks_backward(const Router& router, const float* grad_folded, float* grad_gate, float* grad_table,
+                         const std::vector<float*>& grad_kernels) {
     const int64_t experts = static_cast<int64_t>(router.experts.size());
     if (grad_gate) std::fill_n(grad_gate, experts * router.width, 0.0f);
     if (grad_table) std::fill_n(grad_table, router.num_tasks * router.width, 0.0f);
     for (std::size_t e = 0; e < router.experts.size(); ++e)
         if (grad_kernels[e]) std::fill_n(grad_kernels[e], router.experts[e].k * router.experts[e].k, 0.0f);
+    Selector selected(router);
     std::vector<float> grad_logits(router.experts.size()), slopes;
     for (int64_t g = 0; g < router.groups; ++g) {
-        const int64_t* expert = selected.expert + g * router.top_k;
-        const float* gate = selected.gate + g * router.top_k;
+        selected.select(g);
+        const std::vector<std::size_t>& expert = selected.expert;
+        const std::vector<float>& gate = selected.gate;
         std::fill(grad_logits.begin(), grad_logits.end(), 0.0f);
-        for (int64_t i = 0; i < router.top_k; ++i) {
-            const std::size_t e = static_cast<std::size_t>(expert[i]);
+        for (std::size_t i = 0; i < expert.size(); ++i) {
+            const std::size_t e = expert[i];
             const Expert& own = router.experts[e];
             const float* grad = grad_folded + g * router.folded_size + own.folded;
             if (grad_kernels[e]) add_scaled(grad_kernels[e], grad, own.factor * gate[i], own.k * own.k);
@@ -106,9 +121,9 @@ void fold_tasks_backward(const Router& router, const Selection& selected, const 
         }
         if (!grad_gate && !grad_table) continue;
         if (router.top_k == 1) {  // the value is 1, the gradient that of the softmax over all experts
-            std::vector<float> probability = logits_of(router, g);
+            std::vector<float>& probability = selected.logits;
             softmax(probability.data(), experts);
-            const std::size_t best = static_cast<std::size_t>(expert[0]);
+            const std::size_t best = expert[0];
             const float share = probability[best], slope = grad_logits[best];
             float others = 0;
             for (std::size_t e = 0; e < probability.size(); ++e) {
@@ -118,11 +133,11 @@ void fold_tasks_backward(const Router& router, const Selection& selected, const 
             grad_logits[best] = slope * share * others;  // not 1 - share, which a saturated router would round to 0
         } else {
             slopes.clear();
-            for (int64_t i = 0; i < router.top_k; ++i) slopes.push_back(grad_logits[static_cast<std::size_t>(expert[i])]);
+            for (const std::size_t e : expert) slopes.push_back(grad_logits[e]);
             for (std::size_t i = 0; i < slopes.size(); ++i) {
                 float sum = 0;  // of differences, for the same reason
                 for (std::size_t j = 0; j < slopes.size(); ++j) sum += gate[j] * (slopes[i] - slopes[j]);
-                grad_logits[static_cast<std::size_t>(expert[i])] = gate[i] * sum;
+                grad_logits[expert[i]] = gate[i] * sum;
             }
         }
         const int64_t task = task_of(router, g);

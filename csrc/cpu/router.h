@@ -32,18 +32,12 @@ struct Router {
     std::vector<const float*> kernels;  // of each expert
 };
 
-// What the selection was: [groups, top_k] each, best expert first, ties to the lower index.
-struct Selection {
-    int64_t* expert;
-    float* gate;
-};
-
-// Fills `selected`, folded [groups, folded_size] and active [groups, num_scales]. Throws std::out_of_range for a task
-// that the table lacks.
-void fold_tasks(const Router& router, const Selection& selected, float* folded, unsigned char* active);
+// Fills folded [groups, folded_size] and active [groups, num_scales]. A task's experts are those of its highest logits,
+// the best first, ties to the lower index. Throws std::out_of_range for a task that the table lacks.
+void fold_tasks(const Router& router, float* folded, unsigned char* active);
 
 // Gradients of gate, table and kernels from that of `folded`; null: not wanted. All are overwritten.
-void fold_tasks_backward(const Router& router, const Selection& selected, const float* grad_folded, float* grad_gate,
-                         float* grad_table, const std::vector<float*>& grad_kernels);
+void fold_tasks_backward(const Router& router, const float* grad_folded, float* grad_gate, float* grad_table,
+                         const std::vector<float*>& grad_kernels);
 
 }  // namespace ept

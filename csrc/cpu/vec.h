@@ -80,6 +80,43 @@ EPT_INLINE F rotate(F v) {
     return rotate_lanes<N>(v, AllLanes{});
 }
 
+// Lane l of the result is lane l / K of v; lanes that whole copies of K do not fill are zero.
+template <int K, int... L>
+EPT_INLINE F spread_lanes(F v, Lanes<L...>) {
+    return __builtin_shufflevector(v, F{}, (L < W / K * K ? L / K : W)...);
+}
+template <int K>
+EPT_INLINE F spread(F v) {
+    return spread_lanes<K>(v, AllLanes{});
+}
+
+// Lane l of the result is the sum of the lanes l, l + 1, ..., l + K - 1 of v, the first following the last.
+template <int K>
+EPT_INLINE F sum_lanes(F v) {
+    if constexpr (K == 1) {
+        return v;
+    } else if constexpr (K % 2 == 0) {
+        const F half = sum_lanes<K / 2>(v);
+        return half + rotate<K / 2>(half);
+    } else {
+        return sum_lanes<K - 1>(v) + rotate<K - 1>(v);
+    }
+}
+
+// Calls f.operator()<K>() with K = k where that is a usual size that fits a vector, else with 0.
+template <class Function>
+EPT_INLINE void with_size(int64_t k, Function f) {
+    switch (k <= W ? k : 0) {
+        case 1: return f.template operator()<1>();
+        case 2: return f.template operator()<2>();
+        case 3: return f.template operator()<W < 3 ? 0 : 3>();
+        case 4: return f.template operator()<W < 4 ? 0 : 4>();
+        case 6: return f.template operator()<W < 6 ? 0 : 6>();
+        case 8: return f.template operator()<W < 8 ? 0 : 8>();
+        default: return f.template operator()<0>();
+    }
+}
+
 // The first `count` lanes, zeros behind them; touches no memory beyond.
 #if defined(__AVX512BW__)
 EPT_INLINE F load_part(const float* p, int64_t count) { return _mm512_maskz_loadu_ps((1u << count) - 1, p); }

@@ -1,14 +1,12 @@
-// Device helpers that every pass shares.
+// Helpers that every pass shares.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cassert>
+#include <cmath>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "params.h"
 
@@ -20,7 +18,7 @@
 namespace ept::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kRankBlock = 8;  // ranks that a SIMT thread holds in registers; more ranks take more rounds
+constexpr int kThreads = 128;
 
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(__half value) { return __half2float(value); }
@@ -35,95 +33,68 @@ __device__ inline __half from_float<__half>(float value) { return __float2half_r
 template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
 
+// Number `index` of an array whose type is known at run time only.
+__device__ inline float load(const void* data, int dtype, int64_t index) {
+  switch (dtype) {
+    case kFloat16: return to_float(static_cast<const __half*>(data)[index]);
+    case kBFloat16: return to_float(static_cast<const __nv_bfloat16*>(data)[index]);
+    default: return static_cast<const float*>(data)[index];
+  }
+}
+
 template <typename Int>
 __host__ __device__ inline Int ceil_div(Int a, Int b) { return (a + b - 1) / b; }
 
-__device__ inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+template <typename Int>
+__host__ __device__ inline Int smaller(Int a, Int b) { return a < b ? a : b; }
 
-// The group named by entry `index` of the table.
-__device__ inline int64_t group_at(const Groups& groups, int64_t index) {
-  if (groups.ids == nullptr) return 0;
-  const int64_t group = groups.wide ? static_cast<const int64_t*>(groups.ids)[index]
-                                    : static_cast<const int32_t*>(groups.ids)[index];
-  assert(group >= 0 && group < groups.count && "groups holds an index outside folded");
-  return group;
+__device__ inline int scale_of(const Pyramid& pyramid, int s) {
+  return pyramid.table == nullptr ? pyramid.k[s] : pyramid.table[s];
 }
 
-__device__ inline int64_t group_of(const Groups& groups, int64_t row) {
-  return groups.ids == nullptr ? 0 : group_at(groups, row / groups.rows_per_id);
-}
-
-// True for every thread of the block if Kbar_s of any group among the rows [begin, end) has a non-zero entry (or a NaN).
-// Decided on the device, so that the host never waits for a router. Every thread of the block must call it.
-__device__ inline bool scale_is_active(const Pyramid& pyramid, const Core& core, int s, int64_t begin, int64_t end) {
-  const int entries = pyramid.k[s] * pyramid.k[s];
-  const bool grouped = core.groups.ids != nullptr;
-  const int64_t first = grouped ? begin / core.groups.rows_per_id : 0;
-  const int64_t last = grouped ? (end - 1) / core.groups.rows_per_id : 0;
-  bool any = false;
-  int64_t previous = -1;
-  for (int64_t index = first; index <= last; ++index) {
-    const int64_t group = group_at(core.groups, index);
-    if (group == previous) continue;
-    previous = group;
-    const float* kernel = core.folded + group * pyramid.folded + pyramid.offset[s];
-    for (int i = threadIdx.x; i < entries; i += blockDim.x) any |= kernel[i] != 0.0f;
-  }
-  return __syncthreads_or(any) != 0;
-}
-
-// Bit s says whether scale s is active in the rows [begin, end).
-__device__ inline uint32_t active_scales(const Pyramid& pyramid, const Core& core, int64_t begin, int64_t end) {
-  uint32_t mask = 0;
-  for (int s = 0; s < pyramid.count; ++s) {
-    if (scale_is_active(pyramid, core, s, begin, end)) mask |= 1u << s;
-  }
-  return mask;
-}
-
-template <int K>
-struct Scale {
-  static constexpr int value = K;  // 0: known at run time only
+// A scale, its first column of intermediates and its first entry of folded kernels.
+struct Block {
+  int s = 0, k = 0;
+  int64_t column = 0, offset = 0;
 };
 
-// Calls f(Scale<k>) for the scales worth their own code, whose divisions become multiplications, else f(Scale<0>).
+// The first block for which found(block) holds; with s = count if there is none.
 template <typename F>
-__device__ inline void with_scale(int k, F&& f) {
-  switch (k) {
-    case 1: return f(Scale<1>{});
-    case 2: return f(Scale<2>{});
-    case 3: return f(Scale<3>{});
-    case 4: return f(Scale<4>{});
-    case 6: return f(Scale<6>{});
-    case 8: return f(Scale<8>{});
-    default: return f(Scale<0>{});
+__device__ inline Block find_block(const Pyramid& pyramid, F&& found) {
+  Block block;
+  for (; block.s < pyramid.count; ++block.s) {
+    block.k = scale_of(pyramid, block.s);
+    if (found(block)) break;
+    block.column += static_cast<int64_t>(pyramid.rank) * block.k;
+    block.offset += static_cast<int64_t>(block.k) * block.k;
   }
+  return block;
 }
-constexpr int kLargestScale = 8;  // of those with their own code
+
+// The sum of `value` over a warp, in lane 0.
+__device__ inline float warp_sum(float value) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_down_sync(0xffffffffu, value, distance);
+  return value;
+}
 
 // --- host -------------------------------------------------------------------------------------------------------------
 
-inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("ept_kernels: ") + what + " failed: " + cudaGetErrorString(error));
-  }
+// The kernel for a dtype.
+template <typename Kernel>
+Kernel by_dtype(int dtype, Kernel fp32, Kernel fp16, Kernel bf16) {
+  return dtype == kFloat16 ? fp16 : dtype == kBFloat16 ? bf16 : fp32;
 }
 
+// A launch of blocks x sides; none where there is nothing to do.
 template <typename Params>
-void launch(const char* name, void (*kernel)(Params), dim3 grid, int threads, cudaStream_t stream,
-            const Params& params) {
+int launch(void (*kernel)(Params), int64_t blocks, int sides, int threads, void* stream, const Params& params) {
+  if (blocks <= 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
+  config.gridDim = dim3(static_cast<unsigned>(blocks), sides);
   config.blockDim = dim3(threads);
-  config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, params), name);
-  check(cudaGetLastError(), name);
-}
-
-// Blocks along x: one for each of `count` pieces of work, as a grid dimension.
-inline unsigned blocks(int64_t count, const char* name) {
-  if (count > INT32_MAX) throw std::runtime_error(std::string("ept_kernels: ") + name + ": too many rows for one grid");
-  return static_cast<unsigned>(count);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 }  // namespace ept::cuda

@@ -21,14 +21,8 @@ def _fold_blocks(experts: int, entries: int) -> tuple[int, int]:
 def fold_config(experts: int, width: int, entries: int, scales: int) -> Config:
     """Tiles of the kernel that routes and folds. Few programs run, each alone: what counts is loads in flight."""
     block, block_entries = _fold_blocks(experts, entries)
-    return Config.of(
-        BLOCK_E=block,
-        BLOCK_D=min(8192 // block, triton.next_power_of_2(width)),
-        BLOCK_F=block_entries,
-        BLOCK_S=triton.next_power_of_2(scales),
-        num_warps=8,
-        num_stages=1,
-    )
+    block_width, block_scales = min(8192 // block, triton.next_power_of_2(width)), triton.next_power_of_2(scales)
+    return Config.of(BLOCKS=(block, block_width, block_entries, block_scales), num_warps=8, num_stages=1)
 
 
 @lru_cache

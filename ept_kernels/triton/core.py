@@ -89,23 +89,80 @@ def core_kernel(
     exists = inside & (group >= 0) & (group < num_groups)
     column, entry = 0, 0
     for s in tl.static_range(len(SCALES)):
-        K: tl.constexpr = SCALES[s]
         if tl.program_id(1) == s:
             used = exists
             if active_ptr is not None:
                 used = exists & (tl.load(active_ptr + group * len(SCALES) + s, mask=exists, other=0) != 0)
-            place = row * WIDTH + (column + p * K)
+            place = row * WIDTH + (column + p * SCALES[s])
             kernel_ptr = folded_ptr + (group * FOLDED + entry)
             if u_ptr is not None:
                 if tl.program_id(2) == 0:
-                    apply_kernel(u_ptr + place, v_ptr + place, kernel_ptr, inside, exists, used, K, K, 1, ITEMS, SLOTS)
+                    apply_kernel(
+                        u_ptr + place,
+                        v_ptr + place,
+                        kernel_ptr,
+                        inside,
+                        exists,
+                        used,
+                        SCALES[s],
+                        SCALES[s],
+                        1,
+                        ITEMS,
+                        SLOTS,
+                    )
             if dv_ptr is not None:
                 if tl.program_id(2) == 1:
                     apply_kernel(
-                        dv_ptr + place, du_ptr + place, kernel_ptr, inside, exists, used, K, 1, K, ITEMS, SLOTS
+                        dv_ptr + place,
+                        du_ptr + place,
+                        kernel_ptr,
+                        inside,
+                        exists,
+                        used,
+                        SCALES[s],
+                        1,
+                        SCALES[s],
+                        ITEMS,
+                        SLOTS,
                     )
-        column += RANK * K
-        entry += K * K
+        column += RANK * SCALES[s]
+        entry += SCALES[s] * SCALES[s]
+
+
+@triton.jit
+def sum_kernel(
+    u_ptr,  # the first of rank 0's K numbers in row 0
+    dv_ptr,  # likewise
+    out_ptr,  # [K, K] out
+    groups_ptr,  # [rows / segment], or None
+    group,
+    segment,
+    first,
+    end,
+    RANK: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ITEMS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """``out[a, q]``: the sum of ``dv[a] u[q]`` over the group's own items from first to end."""
+    for a0 in range(0, K, SLOTS):
+        a = a0 + tl.arange(0, SLOTS)
+        for q0 in range(0, K, SLOTS):
+            q = q0 + tl.arange(0, SLOTS)
+            sums = tl.zeros((ITEMS, SLOTS, SLOTS), tl.float32)
+            for start in range(first, end, ITEMS):
+                item = start + tl.arange(0, ITEMS)
+                row, p = item // RANK, item % RANK
+                own = item < end
+                own = own & (group_of(groups_ptr, row, own, segment) == group)
+                if tl.max(own.to(tl.int32), 0) > 0:
+                    place = (row * WIDTH + p * K)[:, None]
+                    dv = tl.load(dv_ptr + place + a[None, :], mask=own[:, None] & (a < K)[None, :], other=0.0)
+                    u = tl.load(u_ptr + place + q[None, :], mask=own[:, None] & (q < K)[None, :], other=0.0)
+                    sums += dv.to(tl.float32)[:, :, None] * u.to(tl.float32)[:, None, :]
+            place = out_ptr + a[:, None] * K + q[None, :]
+            tl.store(place, tl.sum(sums, 0), mask=(a < K)[:, None] & (q < K)[None, :])
 
 
 @triton.jit(do_not_specialize=FROM_BATCH)
@@ -131,31 +188,30 @@ def kernel_grad_kernel(
     first = span.to(tl.int64) * length
     last = tl.minimum(first + length, rows)
     column, entry = 0, 0
+    out_ptr = sums_ptr + tl.program_id(0).to(tl.int64) * FOLDED
     for s in tl.static_range(len(SCALES)):
-        K: tl.constexpr = SCALES[s]
         if tl.program_id(1) == s:
             end = last * RANK
             if active_ptr is not None:
                 used = tl.load(active_ptr + group.to(tl.int64) * len(SCALES) + s) != 0
                 end = tl.where(used, end, 0)
-            for block in range(((K + SLOTS - 1) // SLOTS) * ((K + SLOTS - 1) // SLOTS)):
-                a = block // ((K + SLOTS - 1) // SLOTS) * SLOTS + tl.arange(0, SLOTS)
-                q = block % ((K + SLOTS - 1) // SLOTS) * SLOTS + tl.arange(0, SLOTS)
-                sums = tl.zeros((ITEMS, SLOTS, SLOTS), tl.float32)
-                for start in range(first * RANK, end, ITEMS):
-                    item = start + tl.arange(0, ITEMS)
-                    row, p = item // RANK, item % RANK
-                    own = item < end
-                    own = own & (group_of(groups_ptr, row, own, segment) == group)
-                    if tl.max(own.to(tl.int32), 0) > 0:
-                        place = (row * WIDTH + (column + p * K))[:, None]
-                        dv = tl.load(dv_ptr + place + a[None, :], mask=own[:, None] & (a < K)[None, :], other=0.0)
-                        u = tl.load(u_ptr + place + q[None, :], mask=own[:, None] & (q < K)[None, :], other=0.0)
-                        sums += dv.to(tl.float32)[:, :, None] * u.to(tl.float32)[:, None, :]
-                out = sums_ptr + tl.program_id(0).to(tl.int64) * FOLDED + entry
-                tl.store(out + a[:, None] * K + q[None, :], tl.sum(sums, 0), mask=(a < K)[:, None] & (q < K)[None, :])
-        column += RANK * K
-        entry += K * K
+            sum_kernel(
+                u_ptr + column,
+                dv_ptr + column,
+                out_ptr + entry,
+                groups_ptr,
+                group,
+                segment,
+                first * RANK,
+                end,
+                RANK,
+                SCALES[s],
+                WIDTH,
+                ITEMS,
+                SLOTS,
+            )
+        column += RANK * SCALES[s]
+        entry += SCALES[s] * SCALES[s]
 
 
 def _sizes(rows: Tensor, scales: Sequence[int]) -> dict[str, object]:

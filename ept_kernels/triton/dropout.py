@@ -32,8 +32,9 @@ def dropout_kernel(
     zero = counter * 0
     random, _, _, _ = tl.philox(tl.load(seed_ptr), counter, zero + low, zero + high, zero)
     kept = tl.uint_to_uniform_float(random) >= p_drop
-    x = tl.load(x_ptr + row * stride_row + column.to(tl.int64) * stride_column, mask=inside & kept, other=0.0)
-    values = x.to(tl.float32) / (1 - p_drop)
+    # A mask of what is kept would make every load that of one entry.
+    x = tl.load(x_ptr + row * stride_row + column.to(tl.int64) * stride_column, mask=inside, other=0.0)
+    values = tl.where(kept, x.to(tl.float32) / (1 - p_drop), 0.0)
     place = out_ptr + row * columns + column
     if ONTO:
         values += tl.load(place, mask=inside, other=0.0).to(tl.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from ..geometry import PyramidGeometry
-from ..tracing import refuse_batched
+from ..tracing import apply_eagerly, refuse_batched
 from .fold_backward import fold_backward
 from .fold_forward import fold_forward
 from .fold_layout import layout_for
@@ -108,7 +108,7 @@ def fold_tasks(
     parameters = (gate, table, *kernels)
     groups = _groups(tasks, table)
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-        return _FoldTasks.apply(geometry, scaling, top_k, groups, *parameters)
+        return apply_eagerly(_FoldTasks, geometry, scaling, top_k, groups, *parameters)
     tasks, first_task, count = groups
     packed, layout = _flatten_dense_tensors(kernels), layout_for(geometry, scaling, gate.device)
     return fold_forward(gate, table, tasks, first_task, count, packed, layout, len(geometry.scales), top_k, keep=False)[

@@ -32,10 +32,7 @@ def fold_kernel(
     probability_ptr,  # [G, E], the softmax over all experts; or None
     first_task,
     SIZES: tl.constexpr,  # tasks, experts, width, entries, scales, top_k
-    BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of experts, channels, entries, scales
 ):
     num_tasks: tl.constexpr = SIZES[0]
     experts: tl.constexpr = SIZES[1]
@@ -43,6 +40,10 @@ def fold_kernel(
     entries: tl.constexpr = SIZES[3]
     scales: tl.constexpr = SIZES[4]
     top_k: tl.constexpr = SIZES[5]
+    BLOCK_E: tl.constexpr = BLOCKS[0]
+    BLOCK_D: tl.constexpr = BLOCKS[1]
+    BLOCK_F: tl.constexpr = BLOCKS[2]
+    BLOCK_S: tl.constexpr = BLOCKS[3]
     group = tl.program_id(0)
     task = task_of(tasks_ptr, first_task, group, True)
     known = (task >= 0) & (task < num_tasks)

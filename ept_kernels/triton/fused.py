@@ -43,32 +43,34 @@ def fused_kernel(
     band = tl.program_id(0) // (_TOGETHER * across)
     size = tl.minimum(down - band * _TOGETHER, _TOGETHER)
     inside_band = tl.program_id(0) % (_TOGETHER * across)
-    t = (band * _TOGETHER + inside_band % size) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o = (inside_band // size) * BLOCK_O + tl.arange(0, BLOCK_O)
+    first_t = (band * _TOGETHER + inside_band % size) * BLOCK_T
+    first_o = (inside_band // size) * BLOCK_O
+    # Rows and features beyond the last read others, so that only the inner dimension needs a mask. A remainder, not a
+    # minimum: then the compiler still sees that neighbours are contiguous.
+    t = first_t.to(tl.int64) + tl.arange(0, BLOCK_T) % tl.minimum(rows - first_t, BLOCK_T)
+    o = first_o.to(tl.int64) + tl.arange(0, BLOCK_O) % tl.minimum(features - first_o, BLOCK_O)
     i = tl.arange(0, BLOCK_I)
-    # Rows and features beyond the last read the last again, so that only the inner dimension needs a mask.
-    row = tl.minimum(t, rows - 1).to(tl.int64)
-    feature = tl.minimum(o, features - 1)
-    x_tile = x_ptr + row[:, None] * stride_row + i[None, :]
-    w_tile = weight_ptr + i[:, None].to(tl.int64) * stride_inner + feature[None, :].to(tl.int64) * stride_feature
     total = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    # The update comes first: behind the base product, ptxas serialises the matrix instructions of Triton 3.6 (C7515).
+    x_tile = v_ptr + t[:, None] * WIDTH + i[None, :]
+    w_tile = hat_ptr + i[:, None].to(tl.int64) * features + o[None, :]
+    for start in range(0, WIDTH, BLOCK_I):
+        x = tl.load(x_tile, mask=i[None, :] < WIDTH - start, other=0.0)
+        w = tl.load(w_tile, mask=i[:, None] < WIDTH - start, other=0.0)
+        total = tl.dot(x, w, total)
+        x_tile += BLOCK_I
+        w_tile += tl.cast(features, tl.int64) * BLOCK_I
+    x_tile = x_ptr + t[:, None] * stride_row + i[None, :]
+    w_tile = weight_ptr + i[:, None].to(tl.int64) * stride_inner + o[None, :] * stride_feature
     for start in range(0, inner, BLOCK_I):
-        left = inner - start
-        x = tl.load(x_tile, mask=i[None, :] < left, other=0.0)
-        w = tl.load(w_tile, mask=i[:, None] < left, other=0.0)
+        x = tl.load(x_tile, mask=i[None, :] < inner - start, other=0.0)
+        w = tl.load(w_tile, mask=i[:, None] < inner - start, other=0.0)
         total = tl.dot(x, w, total)
         x_tile += BLOCK_I
         w_tile += tl.cast(stride_inner, tl.int64) * BLOCK_I
-    v_tile = v_ptr + row[:, None] * WIDTH + i[None, :]
-    hat_tile = hat_ptr + i[:, None].to(tl.int64) * features + feature[None, :]
-    for start in range(0, WIDTH, BLOCK_I):
-        v = tl.load(v_tile, mask=i[None, :] < WIDTH - start, other=0.0)
-        hat = tl.load(hat_tile, mask=i[:, None] < WIDTH - start, other=0.0)
-        total = tl.dot(v, hat, total)
-        v_tile += BLOCK_I
-        hat_tile += tl.cast(features, tl.int64) * BLOCK_I
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + feature).to(tl.float32)[None, :]
+        total += tl.load(bias_ptr + o).to(tl.float32)[None, :]
+    t, o = first_t + tl.arange(0, BLOCK_T), first_o + tl.arange(0, BLOCK_O)
     place = y_ptr + t[:, None].to(tl.int64) * features + o[None, :]
     tl.store(place, total.to(y_ptr.dtype.element_ty), mask=(t < rows)[:, None] & (o < features)[None, :])
 

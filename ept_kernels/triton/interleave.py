@@ -36,14 +36,14 @@ def write_hat(
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < features
     for s in tl.static_range(len(SCALES)):
-        K: tl.constexpr = SCALES[s]
-        entries = tl.load(factor_ptr + p * stride_p + (c // K) * stride_j, mask=inside, other=0.0)
-        for q0 in range(0, K, SLOTS):
+        source = factor_ptr + tl.cast(stride_p, tl.int64) * p + (c // SCALES[s]).to(tl.int64) * stride_j
+        entries = tl.load(source, mask=inside, other=0.0)
+        for q0 in range(0, SCALES[s], SLOTS):
             q = q0 + tl.arange(0, SLOTS)
-            values = tl.where((c % K)[None, :] == q[:, None], entries[None, :], 0.0)
-            place = hat_ptr + (p * K + q)[:, None].to(tl.int64) * features + c[None, :]
-            tl.store(place, values.to(hat_ptr.dtype.element_ty), mask=(q < K)[:, None] & inside[None, :])
-        hat_ptr += tl.cast(RANK * K, tl.int64) * features
+            values = tl.where((c % SCALES[s])[None, :] == q[:, None], entries[None, :], 0.0)
+            place = hat_ptr + (p * SCALES[s] + q)[:, None].to(tl.int64) * features + c[None, :]
+            tl.store(place, values.to(hat_ptr.dtype.element_ty), mask=(q < SCALES[s])[:, None] & inside[None, :])
+        hat_ptr += tl.cast(RANK * SCALES[s], tl.int64) * features
 
 
 @triton.jit
@@ -110,12 +110,11 @@ def sum_hat(
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for s in tl.static_range(len(SCALES)):
-        K: tl.constexpr = SCALES[s]
-        for q in range(K):
-            c = j * K + q
-            row = hat_ptr + tl.cast(p * K + q, tl.int64) * features
+        for q in range(SCALES[s]):
+            c = j * SCALES[s] + q
+            row = hat_ptr + tl.cast(p * SCALES[s] + q, tl.int64) * features
             total += tl.load(row + c, mask=c < features, other=0.0).to(tl.float32)
-        hat_ptr += tl.cast(RANK * K, tl.int64) * features
+        hat_ptr += tl.cast(RANK * SCALES[s], tl.int64) * features
     tl.store(grad_ptr + p * stride_p + j * stride_j, total, mask=j < width)
 
 

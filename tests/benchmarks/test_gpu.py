@@ -7,12 +7,22 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu
 import pytest
-from gpu_stages import STAGES, Stage
+import torch
+from gpu_stages import STAGES, Stage, tune
+from gpu_stages.bench import Bench
 from gpu_stages.table import PROVENANCE, read_rows, summary
+from gpu_stages.tensors import build
+from harness import Timed
+
+from ept_kernels import reference
+from ept_kernels.doctor import relative_errors
 
 SCRIPT = Path(gpu.__file__)
 BEGIN = "import sys; sys.stdin.readline(); "
@@ -27,14 +37,14 @@ def rows_of(stages: list[Stage], programs: dict[str, str], out: Path, minutes: f
 def test_a_dry_run_of_every_stage(tmp_path: Path) -> None:
     """What a GPU machine would do, on a CPU: rows with their origin, nothing failed, a table that says what it is."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), "--dry", "--minutes", "10", "--out", str(tmp_path)]
+    command = [sys.executable, str(SCRIPT), "--dry", "--minutes", "30", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     rows = read_rows(tmp_path / gpu.FILE)
     assert not [row for row in rows if row.get("error") or row.get("right") is False]
     for stage in STAGES:
         results = [row for row in rows if row["stage"] == stage.name]
-        assert [row["status"] for row in results if row["what"] == "stage"] == ["ok"], stage.name
+        assert [row["status"] for row in results if row.get("what") == "stage"] == ["ok"], stage.name
         assert len(results) > 1, stage.name
     for row in rows:
         assert row["dry"] and "mean nothing" in row["times"] and row["run"]
@@ -49,7 +59,7 @@ def test_a_dry_run_of_every_stage(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--minutes", "1", "--stages", "machine", "--out", str(tmp_path)]
+    command = [sys.executable, str(SCRIPT), "--minutes", "30", "--stages", "machine", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 1
     (row,) = read_rows(tmp_path / gpu.FILE)
@@ -118,6 +128,61 @@ def test_bad_arguments(arguments: list[str], tmp_path: Path, capsys: pytest.Capt
     assert gpu.main([*arguments, "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert ("abacus" in said and "layers" in said) or "minutes must be above 0" in said
+
+
+def test_the_layer_that_is_judged_is_the_reference() -> None:
+    layer = build(torch.device("cpu"), torch.float64, 50, 37, 4, 3, groups=3)
+    layer = replace(layer, A=layer.A.double(), B=layer.B.double(), folded=layer.folded.double())
+
+    def by_reference(x, A, B, folded):
+        return reference.pyramid_linear(x, layer.weight, None, A, B, folded, layer.groups, layer.geometry)
+
+    found = layer.evaluate(layer.definition, layer.leaves())
+    assert max(relative_errors(found, layer.evaluate(by_reference, layer.leaves()))) < 1e-12
+
+
+def test_what_does_not_compile_in_time_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads stand in for processes, and a call for a compilation: fine, refused, or too slow."""
+    quick, refused, slow = ({"BLOCK_T": 128, "BLOCK_O": size} for size in (256, 128, 64))
+    few = {"BLOCK_T": 16, "BLOCK_O": 64}
+
+    def compile_one(configuration: dict[str, int], *_: object) -> None:
+        if configuration == refused:
+            raise RuntimeError("out of shared memory")
+        time.sleep(20 if configuration == slow else 0)
+
+    monkeypatch.setattr(tune, "_compile", compile_one)
+    monkeypatch.setattr(tune, "shipped", lambda rows: [quick] if rows > tune.FEW else [few])
+    monkeypatch.setattr(tune, "grid", lambda rows: [slow, refused, quick] if rows > tune.FEW else [few])
+    monkeypatch.setattr(tune.multiprocessing, "get_context", lambda kind: SimpleNamespace(Pool=lambda _: ThreadPool(3)))
+    bench = Bench("tune", torch.device("cpu"), False, time.monotonic() + 4, tmp_path / gpu.FILE, {})
+    assert tune._compiled(bench) == {True: [quick], False: [few]}
+    said = {row["config"]["BLOCK_O"]: row.get("skipped") or row.get("error") for row in read_rows(bench.path)}
+    assert said == {128: "RuntimeError: out of shared memory", 64: "not compiled in time"}
+
+
+def test_an_attempt_that_fails_is_a_row(tmp_path: Path) -> None:
+    bench = Bench("layers", torch.device("cpu"), True, time.monotonic() + 9, tmp_path / gpu.FILE, {"commit": "abc"})
+    with bench.attempt(what="layer", way="lora"):
+        raise ImportError("no peft")
+    bench.emit(what="layer", way="ept")
+    first, second = read_rows(bench.path)
+    assert first == {**first, "stage": "layers", "way": "lora", "error": "ImportError: no peft", "commit": "abc"}
+    assert second["way"] == "ept"
+
+
+def test_calls_that_take_turns(tmp_path: Path) -> None:
+    """A row each, over the baseline; a call of several copies counts as one of them."""
+    bench = Bench("kernels", torch.device("cpu"), False, time.monotonic() + 60, tmp_path / gpu.FILE, {})
+    copies: list[int] = []
+    calls = {"one": Timed(lambda: time.sleep(0.004)), "four": Timed(bench.rotated(copies.append))}
+    bench.compare(calls, key="call", baseline="one", rotated=True, rounds=3, tokens=8)
+    rows = {row["call"]: row for row in read_rows(bench.path)}
+    assert set(copies) == set(range(bench.copies)) and len(copies) % bench.copies == 0
+    assert rows["one"]["ratio"] == 1.0 and rows["four"]["ratio"] > 0
+    assert rows["one"]["us"] >= 4000 / bench.copies
+    assert rows["one"]["tokens_per_s"] == pytest.approx(8e6 / rows["one"]["us"])
+    assert rows["one"]["host_us"] >= 4000 / bench.copies
 
 
 def test_the_table_names_what_was_wrong() -> None:

@@ -11,12 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
-TORCH = Path(torch.__file__).parent
-BINDING = "binding.cu"
 
 #: Added to every compilation of a flavour. The runtime itself is compiled with the define alone (see runtime.cpp).
 FLAGS = {
@@ -36,9 +32,9 @@ def missing() -> str | None:
     return None
 
 
-def kernel_sources() -> list[Path]:
-    """Everything but the binding."""
-    return sorted(path for path in SOURCES.glob("*.cu") if path.name != BINDING)
+def sources() -> list[Path]:
+    """Every source of the library."""
+    return sorted(SOURCES.glob("*.cu"))
 
 
 def run(command: Sequence[str | Path]) -> None:
@@ -56,9 +52,12 @@ class Build:
 
     @property
     def objects(self) -> dict[str, Path]:
-        """By name of their source: the kernels, the runtime and the driver's main."""
-        sources = [*kernel_sources(), HERE / "runtime.cpp", HERE / "driver.cpp"]
-        return {source.name: self.folder / f"{source.stem}.o" for source in sources}
+        """By name of their source: the library, the runtime and the driver's main."""
+        return {source.name: self.folder / f"{source.stem}.o" for source in self._sources()}
+
+    @staticmethod
+    def _sources() -> list[Path]:
+        return [*sources(), HERE / "runtime.cpp", HERE / "driver.cpp"]
 
     def compile(self, source: Path, target: Path, *extra: str | Path) -> Path:
         """One object from one source; headers come from beside the source first, then from csrc/cuda."""
@@ -71,9 +70,8 @@ class Build:
 
     def compile_all(self) -> Build:
         self.folder.mkdir(parents=True, exist_ok=True)
-        sources = [*kernel_sources(), HERE / "runtime.cpp", HERE / "driver.cpp"]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda source: self.compile(source, self.objects[source.name]), sources))
+            list(pool.map(lambda source: self.compile(source, self.objects[source.name]), self._sources()))
         return self
 
     def driver(self, target: Path, replaced: dict[str, Path] | None = None) -> Path:
@@ -82,10 +80,7 @@ class Build:
         return target
 
     def library(self, target: Path) -> Path:
-        """Link ``torch.ops.ept_cuda``: the real binding, taking CPU tensors."""
-        include = ["-isystem", TORCH / "include", "-DTORCH_TARGET_VERSION=0x020d000000000000ULL", "-DEPT_DEVICE=CPU"]
-        binding = self.compile(SOURCES / BINDING, self.folder / "binding.o", *include)
+        """Link what ``cuda_backend`` loads; its functions take addresses of this process."""
         objects = [path for name, path in self.objects.items() if name != "driver.cpp"]
-        libraries = ["-L", TORCH / "lib", "-ltorch", "-ltorch_cpu", "-lpthread"]
-        run(["g++", "-shared", *objects, binding, "-o", target, *libraries])
+        run(["g++", "-shared", *FLAGS[self.flavour], *objects, "-o", target, "-lpthread"])
         return target

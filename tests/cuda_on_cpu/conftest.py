@@ -7,12 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from cuda_on_cpu.build import Build, missing
-from cuda_on_cpu.calls import SAMPLE, THREADS
-from cuda_on_cpu.harness import Suite
 
-from ept_kernels import cuda_backend, dispatch
+from ept_kernels import cuda_backend
 
 
 @pytest.fixture(scope="session")
@@ -54,32 +51,23 @@ def build(shared_folder: Path, once: Callable[[str, Callable[[], object]], None]
 
 
 @pytest.fixture(scope="session")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Suite:
-    return Suite(SAMPLE, tmp_path_factory.mktemp("sample"), "sample")
-
-
-@pytest.fixture(scope="session")
-def threads(tmp_path_factory: pytest.TempPathFactory) -> Suite:
-    """Fewer calls: ThreadSanitizer takes its time."""
-    return Suite(THREADS, tmp_path_factory.mktemp("threads"), "threads")
-
-
-@pytest.fixture(scope="session")
 def library(
     build: Callable[[str], Build], shared_folder: Path, once: Callable[[str, Callable[[], object]], None]
 ) -> Path:
-    """``torch.ops.ept_cuda``, on CPU tensors; the library that holds them."""
-    plain, target = build("plain"), shared_folder / "ept_cuda_on_cpu.so"
+    """The library with its functions running on this CPU."""
+    plain, target = build("plain"), shared_folder / "_cuda.so"
     once("library", lambda: plain.library(target))
-    torch.ops.load_library(target)
     return target
 
 
-@pytest.fixture(params=["simt", "tensor cores"])
-def cuda(request: pytest.FixtureRequest, library: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Backend ``cuda`` serves CPU tensors, with each family of kernels in turn."""
-    monkeypatch.setattr(cuda_backend, "unsupported", lambda device, dtype: None)
-    monkeypatch.setattr(dispatch, "_chosen", {})  # what is chosen now must be forgotten afterwards
-    monkeypatch.setenv("EPT_BACKEND", "cuda")
-    monkeypatch.setenv("EPT_SHIM_CAPABILITY", "7" if request.param == "simt" else "8")
-    return request.param
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU tensor is where it belongs: there is neither a device nor a stream to choose."""
+    monkeypatch.setattr(cuda_backend, "_current_device", lambda: -1)
+    monkeypatch.setattr(cuda_backend, "_current_stream", lambda device: None)
+
+
+@pytest.fixture
+def cuda(library: Path, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions of ``cuda_backend`` serve CPU tensors, in this process."""
+    monkeypatch.setattr(cuda_backend, "_serving", lambda: cuda_backend._open(library))

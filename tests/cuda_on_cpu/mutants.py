@@ -1,7 +1,7 @@
 """Faults planted in the kernels, each a replacement of text, and what has to notice it.
 
-``values``: the comparison with the reference. ``address`` and ``thread``: the sanitizers, where the numbers may come
-out right: reads beyond an array, barriers that only luck replaces.
+``values``: the comparison with float64. ``address`` and ``thread``: the sanitizers, where the numbers may come out
+right: reads beyond an array, barriers that only luck replaces.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ class Mutant:
     old: str
     new: str
     detector: str
+    check: str  # of checks.SAMPLE
     units: tuple[str, ...] = ()  # what to compile again; default: the file itself
 
     def plant(self, build: Build, folder: Path) -> Path:
@@ -35,84 +36,142 @@ class Mutant:
         return build.driver(folder / "driver", replaced)
 
 
-_SHRINK = ("shrink.cu", "shrink_tensor_cores.cu")
-
 MUTANTS = {
     # the mathematics
-    "core not transposed in backward": Mutant(
-        "core.cuh", "transposed ? q * k + a : a * k + q", "a * k + q", "values", _SHRINK
+    "a factor read by the other's stride": Mutant(
+        "interleave.cu", "left ? params.b_rank : params.a_rank", "params.a_rank", "values", "interleave"
     ),
-    "only the first group of a tile decides what is active": Mutant(
-        "common.cuh", "index <= last", "index <= first", "values", ("expand.cu",)
+    "off the diagonal": Mutant("interleave.cu", "slot == q && first", "slot == 0 && first", "values", "interleave"),
+    "slots that do not start again": Mutant(
+        "interleave.cu", "if (++slot == k) slot = 0, ++j;", "if (++slot == k) ++j;", "values", "interleave"
     ),
-    "lanes summed beyond the last replica": Mutant(
-        "shrink.cu", "if (replica + half < left) sum[t][p] += other;", "sum[t][p] += other;", "values"
-    ),
-    "ranks beyond the first block dropped": Mutant(
-        "shrink.cu", "params.factor.data + p0 * params", "params.factor.data + 0 * params", "values"
-    ),
-    "output overwritten instead of added to": Mutant(
-        "expand.cu", "params.accumulate ? to_float(element) + sum[t] : sum[t]", "sum[t]", "values"
-    ),
-    "rows of every group summed": Mutant("core_grad.cu", "== group) {", "== group || true) {", "values"),
-    "gradient of a kernel transposed": Mutant(
-        "core_grad.cu", "p * k + a] * params.U[start + p * k + q]", "p * k + q] * params.U[start + p * k + a]", "values"
-    ),
-    "skipped scales get no gradient": Mutant(
-        "shrink_tensor_cores.cu", "params.all_scales ? ~0u : active", "active", "values"
-    ),
-    "second round of columns reads the first": Mutant(
-        "shrink_tensor_cores.cu", "wanted, start + n)", "wanted, n)", "values"
-    ),
-    "gradient off the diagonal": Mutant("factor_grad_tensor_cores.cu", "c % k != column % k", "c % k != 0", "values"),
-    "columns that only some scales have counted for all": Mutant(
-        "factor_reduce.cu", "min64((j + 1) * k, features)", "(j + 1) * k", "values"
-    ),
-    "kernel transposed in the dense weight": Mutant(
-        "weight.cu", "kernel[row % k * k + q]", "kernel[q * k + row % k]", "values"
-    ),
-    "half a warp summed": Mutant("weight_grad.cu", "distance = kWarp / 2", "distance = kWarp / 4", "values"),
     "B's gradient in A's layout": Mutant(
-        "delta.cu", "gradients.B, 1, problem.pyramid.rank,", "gradients.B, problem.pyramid.rank, 1,", "values"
+        "gather.cu", "params.B[static_cast<int64_t>(j) * rank + p]", "params.B[index]", "values", "gather"
     ),
+    "copies summed along a row": Mutant(
+        "gather.cu",
+        "q * (static_cast<int64_t>(features) + 1)",
+        "q * (static_cast<int64_t>(features))",
+        "values",
+        "gather",
+    ),
+    "core not transposed in backward": Mutant("core.cu", "&& transposed) {", "&& false) {", "values", "core"),
+    "core of any scale not transposed": Mutant("core.cu", "transposed ? 1 : k", "k", "values", "core, half"),
+    "an inactive scale read": Mutant("core.cu", "params.active != nullptr && !", "false && !", "values", "core"),
+    "an inactive scale's gradient summed": Mutant(
+        "core.cu",
+        "params.active == nullptr || params.active[group * pyramid.count + block.s]",
+        "true",
+        "values",
+        "core",
+    ),
+    "rows without a group are zero": Mutant(
+        "core.cu", "return {nullptr, NAN};", "return {nullptr, 0.0f};", "values", "core, unknown groups"
+    ),
+    "rows of every group summed": Mutant("core.cu", "group_of(params, row) == group;", "true;", "values", "core"),
+    "gradient of a kernel transposed": Mutant(
+        "core.cu",
+        "static_cast<const T*>(params.U) + block.column + q",
+        "static_cast<const T*>(params.U) + block.column + a",
+        "values",
+        "core",
+    ),
+    "ranks one apart": Mutant(
+        "core.cu", "to_float(U[place + static_cast<int64_t>(p) * k])", "to_float(U[place + p])", "values", "core"
+    ),
+    "spans dropped": Mutant("core.cu", "span += kSumWarps) {", "span += 2 * kSumWarps) {", "values", "core, spans"),
+    "64-bit ids read as 32": Mutant("core.cu", "return params.wide_ids ?", "return false ?", "values", "core"),
+    "a row's id taken for the row before": Mutant("core.cu", "params.rows_per_id != 1", "false", "address", "core"),
+    "nine rounds": Mutant("dropout.cu", "kRounds = 10", "kRounds = 9", "values", "dropout"),
+    "a mask that does not know its row": Mutant(
+        "dropout.cu", "static_cast<uint64_t>(row));", "0);", "values", "dropout"
+    ),
+    "overwritten instead of added to": Mutant(
+        "dropout.cu", "params.accumulate ? to_float(old.value[v]) + kept : kept", "kept", "values", "dropout, added"
+    ),
+    "half a warp summed": Mutant(
+        "common.cuh", "distance = kWarp / 2", "distance = kWarp / 4", "values", "fold", ("fold.cu",)
+    ),
+    "ties go to the last": Mutant("fold.cu", "&& e < own)", "&& e > own)", "values", "fold, corners"),
+    "one expert more than selected": Mutant(
+        "fold.cu", "before < params.top_k", "before <= params.top_k", "values", "fold"
+    ),
+    "a share of all instead of the selected": Mutant(
+        "fold.cu", "shared.power[own] / chosen", "shared.power[own] / all", "values", "fold"
+    ),
+    "an ALP factor lost in backward": Mutant(
+        "fold.cu", "sum * experts.factor[e];\n      shared", "sum;\n      shared", "values", "fold"
+    ),
+    "the one gate's gradient that of a sum": Mutant("fold.cu", "? others :", "? 1.0f :", "values", "fold, one expert"),
+    "all groups summed for a task": Mutant("fold.cu", "!= task) continue;", "!= task) {}", "values", "fold"),
     # memory
-    "padding of the last row of X read": Mutant("shrink.cu", "if (c >= features) break;", "", "address"),
-    "rows beyond the last written": Mutant("expand.cu", "if (t >= rows) break;", "", "address"),
-    "rows beyond the last read": Mutant(
-        "factor_grad.cu",
-        "end = min64(begin + params.rows_per_chunk, params.rows)",
-        "end = begin + params.rows_per_chunk",
+    "vectors where rows are not aligned": Mutant(
+        "interleave.cu",
+        "features % kSize == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(vector) == 0",
+        "true",
         "address",
+        "interleave",
     ),
-    "features beyond the last read": Mutant("interleave.cu", "c < params.features && ", "", "address"),
-    "a tile stored without its mask": Mutant(
-        "expand_tensor_cores.cu", "row >= end || c >= params.features", "c >= params.features", "address"
+    "features beyond the last read": Mutant(
+        "interleave.cu", "slot == q && first + v < features", "slot == q", "address", "interleave"
     ),
-    "a vector load beyond the row": Mutant(
-        "tensor_cores.cuh",
-        "row < end && aligned && c + kVector <= x.features",
-        "row < end && aligned",
-        "address",
-        ("factor_grad_tensor_cores.cu",),
+    "features beyond the last written": Mutant(
+        "interleave.cu", "if (first + v < features) out", "out", "address", "interleave, fp32"
     ),
+    "slots beyond the last feature": Mutant(
+        "gather.cu", "smaller<int64_t>(k, features - first)", "k", "address", "gather"
+    ),
+    "numbers beyond the last rank": Mutant(
+        "gather.cu", " || index >= static_cast<int64_t>(rank) * size", "", "address", "gather, one"
+    ),
+    "rows beyond the last": Mutant(
+        "core.cu", "smaller<int64_t>(rows, params.rows - begin)", "rows", "address", "core, unknown groups"
+    ),
+    "a kernel of a group that is not there": Mutant(
+        "core.cu", "group < 0 || group >= params.groups", "false", "address", "core, unknown groups"
+    ),
+    "ids beyond the last row": Mutant("core.cu", "row < end && group_of", "group_of", "address", "core, half"),
+    "entries beyond the last": Mutant("core.cu", "  if (!exists) return;\n", "", "address", "core"),
+    "columns beyond the last": Mutant("dropout.cu", "v < count ? x[v]", "true ? x[v]", "address", "dropout"),
+    "a task that the table lacks": Mutant(
+        "fold.cu", "task >= 0 && task < params.num_tasks", "true", "address", "fold, corners"
+    ),
+    "numbers beyond the last kernel": Mutant("fold.cu", "if (number >= params.numbers) return;", "", "address", "fold"),
     # races
-    "core before U is complete": Mutant("shrink.cu", "  __syncthreads();\n  if (params.V", "  if (params.V", "thread"),
-    "staged rows read before they are there": Mutant(
-        "expand.cu", "      __syncthreads();\n    }\n    if (!inside)", "    }\n    if (!inside)", "thread"
+    "flags replaced while others read": Mutant(
+        "core.cu", "__syncthreads();  // the next rows' flags", "// the next rows' flags", "thread", "core, one span"
     ),
-    "stage overwritten while others read": Mutant(
-        "factor_grad.cu", "__syncthreads();  // the previous block", "// the previous block", "thread"
-    ),
-    "staged tile multiplied before it is there": Mutant(
-        "shrink_tensor_cores.cu", "      __syncthreads();\n#pragma unroll", "#pragma unroll", "thread"
-    ),
-    "tile read before its warp has stored it": Mutant(
-        "factor_grad_tensor_cores.cu", "wmma::mem_row_major);\n      __syncwarp();", "wmma::mem_row_major);", "thread"
+    "flags read before they are there": Mutant(
+        "core.cu", "if (!__syncthreads_or(own)) continue;", "", "thread", "core"
     ),
     "parts added up before they are there": Mutant(
-        "reduce.cuh", "  __syncthreads();\n  float total", "  float total", "thread", ("core_grad.cu",)
+        "core.cu", "[lane] = sum;\n  __syncthreads();", "[lane] = sum;", "thread", "core, spans"
     ),
-    "two blocks write one column": Mutant(
-        "factor_grad.cu", "blockIdx.x * kThreads + threadIdx.x", "blockIdx.x * (kThreads - 1) + threadIdx.x", "thread"
+    "two blocks write one row": Mutant(
+        "core.cu",
+        "blockIdx.x / pyramid.count) * rows;",
+        "blockIdx.x / pyramid.count) * (rows - 1);",
+        "thread",
+        "core, unknown groups",
+    ),
+    "two threads write one entry": Mutant(
+        "dropout.cu", "kThreads + threadIdx.x, first", "kThreads + threadIdx.x / 2, first", "thread", "dropout, added"
+    ),
+    "two threads sum one number": Mutant(
+        "gather.cu", "blockIdx.x) * kThreads +", "blockIdx.x) * (kThreads - 1) +", "thread", "gather, one"
+    ),
+    "logits compared before they are there": Mutant(
+        "fold.cu",
+        "  __syncthreads();\n  if (own < experts.count) {\n    // NaN",
+        "  if (own < experts.count) {\n    // NaN",
+        "thread",
+        "fold",
+    ),
+    "slopes compared before they are there": Mutant(
+        "fold.cu",
+        "  __syncthreads();\n  if (own >= experts.count) return;",
+        "  if (own >= experts.count) return;",
+        "thread",
+        "fold",
     ),
 }

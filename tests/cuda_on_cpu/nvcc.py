@@ -11,39 +11,28 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from cuda_on_cpu.build import BINDING, SOURCES, TORCH, run
+from cuda_on_cpu.build import run, sources
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 _GENCODE = [f"-gencode=arch=compute_{name[3:]},code={name}" for name in ARCHITECTURES]
-_HOST_ONLY = (BINDING, "delta.cu")
-
-
-def kernels() -> list[Path]:
-    return sorted(path for path in SOURCES.glob("*.cu") if path.name not in _HOST_ONLY)
 
 
 def _compile(source: Path, folder: Path) -> None:
     """One object, and beside it the assembler's report."""
-    flags = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-Wall", "-Werror", "all-warnings", "-Xptxas", "-v"]
-    if source.name in _HOST_ONLY:
-        flags += ["-I", TORCH / "include", "-DTORCH_TARGET_VERSION=0x020d000000000000ULL", _GENCODE[-1]]
-    else:
-        flags += _GENCODE
-    command = ["nvcc", *flags, "-c", source, "-o", folder / f"{source.stem}.o"]
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-Wall,-fvisibility=hidden", "-Werror", "all-warnings"]
+    command = ["nvcc", *flags, "-Xptxas", "-v", *_GENCODE, "-c", source, "-o", folder / f"{source.stem}.o"]
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (folder / f"{source.stem}.log").write_text(result.stderr)
 
 
 def compile_all(folder: Path) -> None:
-    """Every source, and the library that torch loads."""
+    """Every source, and the library of them."""
     folder.mkdir(exist_ok=True)
-    sources = sorted(SOURCES.glob("*.cu"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda source: _compile(source, folder), sources))
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    libraries = ["-L", TORCH / "lib", "-ltorch", "-ltorch_cpu"]
-    run(["nvcc", "-shared", *_GENCODE, *objects, *libraries, "-o", folder / "_cuda.so"])
+        list(pool.map(lambda source: _compile(source, folder), sources()))
+    objects = [folder / f"{source.stem}.o" for source in sources()]
+    run(["nvcc", "-shared", "-cudart", "static", *_GENCODE, *objects, "-o", folder / "_cuda.so"])
 
 
 def resources(log: str) -> dict[tuple[str, str], dict[str, int]]:

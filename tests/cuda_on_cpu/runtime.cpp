@@ -5,7 +5,6 @@
 // the order that a barrier makes.
 
 #include <cuda_runtime.h>
-#include <mma.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -142,9 +141,8 @@ struct Barrier {
 };
 
 struct Warp {
-  Barrier barrier, exchange;
-  int parity = 0;
-  alignas(64) float a[2][kSide * kSide], b[2][kSide * kSide];
+  Barrier exchange;
+  float values[2][kWarp];  // two buffers, since a lane may be one exchange ahead of the others
 };
 
 struct Fiber {
@@ -237,7 +235,7 @@ void Worker::yield() {
 // The current fiber's kernel has returned: barriers no longer wait for it.
 void Worker::leave() {
   Warp& warp = warps[current->index / kWarp];
-  for (Barrier* left : {&barrier, &warp.barrier, &warp.exchange}) {
+  for (Barrier* left : {&barrier, &warp.exchange}) {
     --left->members;
     if (left->members > 0 && left->arrived == left->members) left->complete();
   }
@@ -297,7 +295,6 @@ void Worker::run_block(dim3 block_index, dim3 grid, dim3 block, bool reversed) {
     fiber.coordinates = {dim3(i), block_index, block, grid};
     fiber.stack = stacks + i * kStack;
     next[i] = reversed ? (i + count - 1) % count : (i + 1) % count;
-    ++warps[i / kWarp].barrier.members;
     ++warps[i / kWarp].exchange.members;
     // The stack as a switch leaves it, with fiber_main as the address to return to.
     void** top = reinterpret_cast<void**>(fiber.stack + kStack - 64);
@@ -329,7 +326,6 @@ void Worker::end_launch() {
 }  // namespace
 
 const Coordinates& coordinates() { return worker->current->coordinates; }
-int lane() { return worker->current->lane; }
 
 void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   const long total = static_cast<long>(grid.x) * grid.y * grid.z;
@@ -387,51 +383,16 @@ Warp& whole_warp(unsigned mask) {
   return worker->warps[worker->current->index / kWarp];
 }
 
-// Gives each lane's numbers to the whole warp; two buffers, since a lane may be one exchange ahead of the others.
-Warp& exchange(unsigned mask, const float* a, const float* b, int count, int& buffer) {
-  Warp& warp = whole_warp(mask);
-  Fiber& self = *worker->current;
-  buffer = self.exchanges++ % 2;
-  for (int i = 0; i < count; ++i) {  // no memcpy: ThreadSanitizer would see it
-    warp.a[buffer][self.lane * count + i] = a[i];
-    warp.b[buffer][self.lane * count + i] = b[i];
-  }
-  worker->wait(warp.exchange, false);
-  return warp;
-}
-
 }  // namespace
 
-void warp_barrier(unsigned mask) {
-  Barrier& barrier = whole_warp(mask).barrier;
-  [[maybe_unused]] char* turn = barrier.turn();
-  ORDER_BEFORE(turn);
-  worker->wait(barrier, false);
-  ORDER_AFTER(turn);
-}
-
 float shuffle_down(unsigned mask, float value, unsigned distance) {
-  int buffer;
-  const Warp& warp = exchange(mask, &value, &value, 1, buffer);
-  const unsigned source = worker->current->lane + distance;
-  return source < kWarp ? warp.a[buffer][source] : value;
-}
-
-void multiply_tiles(const float* a, const float* b, const float* c, float* d) {
-  int buffer;
-  const Warp& warp = exchange(0xffffffffu, a, b, kPerLane, buffer);
-  const int first = worker->current->lane * kPerLane, row = first / kSide, column = first % kSide;
-  float sum[kPerLane];
-  for (int e = 0; e < kPerLane; ++e) sum[e] = c[e];
-  for (int k = 0; k < kSide; ++k) {
-    for (int e = 0; e < kPerLane; ++e) sum[e] += warp.a[buffer][row * kSide + k] * warp.b[buffer][k * kSide + column + e];
-  }
-  for (int e = 0; e < kPerLane; ++e) d[e] = sum[e];
+  Warp& warp = whole_warp(mask);
+  Fiber& self = *worker->current;
+  float* values = warp.values[self.exchanges++ % 2];
+  values[self.lane] = value;
+  worker->wait(warp.exchange, false);
+  const unsigned source = self.lane + distance;
+  return source < kWarp ? values[source] : value;
 }
 
 }  // namespace shim
-
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = shim::setting("EPT_SHIM_CAPABILITY", 8);
-  return cudaSuccess;
-}

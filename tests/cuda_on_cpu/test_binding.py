@@ -1,93 +1,92 @@
-"""``torch.ops.ept_cuda`` refuses what does not fit before it does anything, naming the argument."""
+"""The C interface: structs as Python sees them, errors by name, and why a library is refused."""
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from pyramid_testing import Case
+from cuda_on_cpu.build import SOURCES, run
 
-from ept_kernels import PyramidGeometry, cuda_backend
-
-pytestmark = pytest.mark.usefixtures("library")
-
-GEOMETRY = PyramidGeometry(12, 9, 2, (2, 3))
-PROBLEM = Case(GEOMETRY, lead=(6,), grouping="sample", num_groups=3).tensors(torch.float32)
-Y = torch.zeros(6, 9)
-
-WRONG = {
-    "x: columns": ({"x": torch.zeros(6, 4)}, r"A must be \[2, 2\], got \[2, 6\] of float32"),
-    "x: dimensions": ({"x": torch.zeros(12)}, r"x must be \[T, in\], got \[12\] of float32"),
-    "x: dtype": (
-        {"x": torch.zeros(6, 12, dtype=torch.float64), "y": torch.zeros(6, 9, dtype=torch.float64)},
-        "x must be float32, float16 or bfloat16, got .* of float64",
-    ),
-    "x: strides": ({"x": torch.zeros(12, 6).T}, "x must be contiguous inside a row"),
-    "y: rows": ({"y": torch.zeros(5, 9)}, r"y must be \[6, 9\], got \[5, 9\]"),
-    "y: dtype": ({"y": torch.zeros(6, 9, dtype=torch.float16)}, "y must be float32, got .* of float16"),
-    "A: shape": ({"A": torch.zeros(2, 5)}, r"A must be \[2, 6\], got \[2, 5\]"),
-    "A: dtype": ({"A": torch.zeros(2, 6, dtype=torch.bfloat16)}, "A must be float32, got .* of bfloat16"),
-    "B: shape": ({"B": torch.zeros(4, 2)}, r"B must be \[5, 2\], got \[4, 2\]"),
-    "B: strides": ({"B": torch.zeros(2, 5).T}, "B must be contiguous"),
-    "folded: width": ({"folded": torch.zeros(3, 12)}, r"folded must be \[3, 13\], got \[3, 12\]"),
-    "folded: empty": ({"folded": torch.zeros(0, 13), "groups": None}, "folded must hold a group"),
-    "groups: length": (
-        {"groups": torch.zeros(4, dtype=torch.int64)},
-        r"groups must be of a length that divides the 6 rows, got \[4\] of int64",
-    ),
-    "groups: none": ({"groups": torch.zeros(0, dtype=torch.int64)}, "groups must be of a length that divides"),
-    "groups: dtype": ({"groups": torch.zeros(6)}, r"groups must be int32, got \[6\] of float32"),
-    "groups: dimensions": ({"groups": torch.zeros(6, 1, dtype=torch.int64)}, r"groups must be \[N\], got \[6, 1\]"),
-    "scales: order": ({"scales": [3, 2]}, "scales must be ascending integers >= 1, got 2 in position 1"),
-    "scales: none": ({"scales": []}, "scales must hold 1 to 32 distinct kernel sizes, got 0"),
-    "scales: zero": ({"scales": [0, 2]}, "scales must be ascending integers >= 1, got 0 in position 0"),
-}
+from ept_kernels import cuda_backend
+from ept_kernels.cuda_backend import FUNCTIONS
 
 
-def arguments(**changed) -> dict:
-    given = {"y": Y, "x": PROBLEM.x, "A": PROBLEM.A, "B": PROBLEM.B, "folded": PROBLEM.folded}
-    return {**given, "groups": PROBLEM.groups, "scales": [2, 3], "accumulate": False, **changed}
+def _fields(struct: type[ctypes.Structure]) -> Iterator[tuple[str, int, int]]:
+    """``(what C++ calls it, offset, size)`` of every field, nested ones too."""
+    for name, kind in struct._fields_:
+        field = getattr(struct, name)
+        yield f"{struct.__name__}, {name}", field.offset, field.size
+        if issubclass(kind, ctypes.Structure):
+            yield from _fields(kind)
 
 
-def test_the_call_that_the_others_change() -> None:
-    torch.ops.ept_cuda.delta_(**arguments())
+def test_fields_are_where_the_header_has_them(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed: the structs were not compared")
+    expected = dict.fromkeys(entry for params in FUNCTIONS.values() for entry in _fields(params))
+    structs = dict.fromkeys(name.split(",")[0] for name, _, _ in expected)
+    lines = [f'print("{name}", offsetof({name}), sizeof({name.replace(", ", "::")}));' for name, _, _ in expected]
+    lines += [f'print("{name}", 0, sizeof({name}));' for name in structs]
+    source = tmp_path / "fields.cpp"
+    source.write_text(f"""
+#include <cstddef>
+#include <cstdio>
+#include "params.h"
+using namespace ept::cuda;
+void print(const char* name, size_t offset, size_t size) {{ std::printf("%s %zu %zu\\n", name, offset, size); }}
+int main() {{
+  {chr(10).join(lines)}
+  std::printf("%d %d %d\\n", kInterface, kInlineScales, kMostExperts);
+}}
+""")
+    run(["g++", "-std=c++20", "-I", SOURCES, source, "-o", tmp_path / "fields"])
+    printed = subprocess.run([tmp_path / "fields"], capture_output=True, text=True, check=True).stdout.splitlines()
+    sizes = {params.__name__: ctypes.sizeof(params) for params in (*FUNCTIONS.values(), *_nested())}
+    ours = [f"{name} {offset} {size}" for name, offset, size in expected]
+    ours += [f"{name} 0 {sizes[name]}" for name in structs]
+    constants = (cuda_backend.INTERFACE, cuda_backend.INLINE_SCALES, cuda_backend.MOST_EXPERTS)
+    assert printed == [*ours, " ".join(map(str, constants))]
 
 
-@pytest.mark.parametrize(("changed", "message"), WRONG.values(), ids=WRONG)
-def test_refused(changed: dict, message: str) -> None:
-    with pytest.raises((RuntimeError, ValueError), match=message):
-        torch.ops.ept_cuda.delta_(**arguments(**changed))
+def _nested() -> tuple[type[ctypes.Structure], ...]:
+    return cuda_backend.Pyramid, cuda_backend.Experts
 
 
-def test_backward_and_weight_check_theirs() -> None:
-    rest = (PROBLEM.A, PROBLEM.B, PROBLEM.folded)
-    with pytest.raises((RuntimeError, ValueError), match=r"grad must be \[6, 9\], got \[5, 9\]"):
-        torch.ops.ept_cuda.delta_backward_(None, Y[:5], PROBLEM.x, *rest, None, [2, 3], False, True, True, True)
-    with pytest.raises((RuntimeError, ValueError), match=r"grad_x must be \[6, 12\], got \[6, 9\]"):
-        torch.ops.ept_cuda.delta_backward_(Y, Y, PROBLEM.x, *rest, None, [2, 3], False, True, True, True)
-    with pytest.raises((RuntimeError, ValueError), match=r"base must be \[9, 12\], got \[6, 9\]"):
-        torch.ops.ept_cuda.weight(*rest, 12, 9, [2, 3], Y)
-    with pytest.raises((RuntimeError, ValueError), match=r"grad must be \[groups, out, in\], got \[6, 9\]"):
-        torch.ops.ept_cuda.weight_backward(Y, *rest, [2, 3], True, True, True)
-    with pytest.raises((RuntimeError, ValueError), match=r"grad must be \[3, 9, 12\], got \[1, 9, 12\]"):
-        torch.ops.ept_cuda.weight_backward(torch.zeros(1, 9, 12), *rest, [2, 3], True, True, True)
+def test_a_library_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"missing\.so has not been built; build it with EPT_BUILD_CUDA=1"):
+        cuda_backend.build_info(tmp_path / "missing.so")
 
 
-def test_more_scales_than_a_mask_holds() -> None:
-    many = Case(PyramidGeometry(40, 40, 1, tuple(range(1, 34))), lead=(6,)).tensors(torch.float32)
-    with pytest.raises((RuntimeError, ValueError), match="scales must hold 1 to 32 distinct kernel sizes, got 33"):
-        torch.ops.ept_cuda.delta_(
-            torch.zeros(6, 40), many.x, many.A, many.B, many.folded, None, list(range(1, 34)), False
-        )
+def test_a_library_that_is_none(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    with pytest.raises(RuntimeError, match=r"broken\.so does not load: "):
+        cuda_backend.build_info(broken)
 
 
-def test_an_output_may_be_a_part_of_a_wider_tensor() -> None:
-    wide = torch.full((6, 11), float("nan"))
-    torch.ops.ept_cuda.delta_(**arguments(y=wide[:, 1:10]))
-    torch.ops.ept_cuda.delta_(**arguments())
-    assert torch.equal(wide[:, 1:10], Y)
-    assert wide[:, [0, 10]].isnan().all()
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extern int answer; int answer = 42;", "does not load: .*ept_sizes"),
+        (
+            "extern const int ept_sizes[9]; const int ept_sizes[9] = {1, 8};",
+            r"of another version .* \[1, 8, 0.* instead of",
+        ),
+    ],
+    ids=["another library", "another version"],
+)
+def test_a_library_with_another_interface(text: str, message: str, build, tmp_path: Path) -> None:
+    source, target = tmp_path / "other.cpp", tmp_path / "other.so"
+    source.write_text(f'extern "C" {{ {text} }}')
+    run(["g++", "-shared", "-fPIC", source, "-o", target])
+    with pytest.raises(RuntimeError, match=message):
+        cuda_backend.build_info(target)
 
 
 def test_the_library_says_what_it_was_compiled_for(library: Path) -> None:
@@ -95,6 +94,58 @@ def test_the_library_says_what_it_was_compiled_for(library: Path) -> None:
     assert cuda_backend.build_info(library) == {"architectures": [], "compiler": "no nvcc"}
 
 
-def test_a_library_that_is_not_there_has_no_build_info(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"missing\.so has not been built"):
-        cuda_backend.build_info(tmp_path / "missing.so")
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_packed_fields_are_the_fields_of_the_struct(function: str) -> None:
+    """A different number for each, so that none can stand for another."""
+    params = FUNCTIONS[function]()
+    fields = []
+    for i, (name, kind) in enumerate(params._fields_, start=1):
+        scalar = not issubclass(kind, (ctypes.Structure, ctypes.Array))
+        fields.append(i if scalar else bytes([i] * ctypes.sizeof(kind)))
+        setattr(params, name, i if scalar else kind.from_buffer_copy(fields[-1]))
+    packed = cuda_backend.PACKERS[function](*fields)
+    assert packed == bytes(params)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_an_error_has_a_name() -> None:
+    """More rows than a grid has blocks for: nothing is touched."""
+    with pytest.raises(
+        RuntimeError,
+        match=r"ept_dropout failed on cpu: cudaErrorInvalidConfiguration \(invalid configuration argument\)",
+    ):
+        cuda_backend.launch("ept_dropout", torch.zeros(1), 0, 0, 0, 2**40, 4, 4, 4, 0, 1.0, 0, 0)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_the_fields_of_another_struct_are_refused() -> None:
+    with pytest.raises(struct.error):
+        cuda_backend.launch("ept_core", torch.zeros(1), 0, 0, 0, 2**40, 4, 4, 4, 0, 1.0, 0, 0)
+
+
+def test_a_gpu_that_the_library_has_no_code_for(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before anything is launched, by the runtime's own name for it."""
+
+    class Probed:
+        def __getattr__(self, name: str):
+            return getattr(opened, name)
+
+        def ept_probe(self) -> int:
+            return 9
+
+    opened = cuda_backend._open(library)
+    monkeypatch.setattr(cuda_backend, "_open", lambda path: Probed())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "device", torch.device)
+    reason = cuda_backend.unsupported(torch.device("cuda"), torch.bfloat16)
+    assert reason.startswith("_cuda.so does not run on a GPU: cudaErrorInvalidConfiguration")
+
+
+def test_sources_know_no_torch_and_no_python() -> None:
+    for source in SOURCES.iterdir():
+        text = source.read_text()
+        assert "#include <torch" not in text, source.name
+        assert "Python.h" not in text, source.name

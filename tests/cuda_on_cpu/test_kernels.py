@@ -1,211 +1,123 @@
-"""The CUDA kernels, executed on a CPU behind their real binding and backend, against ``reference.py``."""
+"""The CUDA kernels, executed on a CPU behind the real functions of their backend."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
-
+import numpy as np
 import pytest
 import torch
+from cuda_on_cpu import checks
+from cuda_on_cpu.checks import ALL, Check, CoreCase
+from fold_testing import LargeFoldCase
 from hypothesis import given
-from pyramid_testing import (
-    DIFFERENTIABLE,
-    HOST_READS,
-    LAYOUTS,
-    Case,
-    Recorder,
-    assert_all_match,
-    assert_matches,
-    assert_same_bits,
-    cases,
-    examples,
-    poisoned_memory,
-    relative_error,
+from hypothesis import strategies as st
+from pyramid_testing import HOST_READS, Recorder, assert_same_bits, examples
+
+from ept_kernels import cuda_backend, cuda_fold
+
+pytestmark = pytest.mark.usefixtures("cuda")
+
+
+@pytest.mark.parametrize("check", ALL.values(), ids=ALL)
+def test_against_float64(check: Check) -> None:
+    check()
+
+
+@given(
+    rows=st.integers(0, 90),
+    rank=st.integers(1, 12),
+    scales=st.sets(st.integers(1, 12), min_size=1, max_size=4).map(sorted),
+    grouping=st.sampled_from(checks.GROUPINGS),
+    dtype=st.sampled_from((torch.float32, *checks.HALF)),
+    inactive=st.booleans(),
+    groups=st.integers(1, 9),
 )
-
-import ept_kernels
-from ept_kernels import PyramidGeometry, reference
-
-OPS = tuple(DIFFERENTIABLE)
-ROW_OPS = ("pyramid_delta", "pyramid_linear")
-HALF = (torch.bfloat16, torch.float16)
-GEOMETRY = PyramidGeometry(45, 70, 3, (2, 3, 2, 5, 8))
-MIXED = Case(GEOMETRY, lead=(4, 9), grouping="sample", num_groups=5, zero_groups=(0, 3))
-UNGROUPED = replace(MIXED, grouping="none", num_groups=1, zero_groups=())
-
-EDGES = {
-    "no rows": replace(UNGROUPED, lead=(0,)),
-    "no rows, no samples": replace(MIXED, lead=(0, 4)),
-    "no rows in two samples": replace(MIXED, lead=(2, 0)),
-    "one row": replace(MIXED, lead=(1,), grouping="row"),
-    "prime rows": replace(MIXED, lead=(67,), grouping="row"),
-    "rows of one group among many": replace(MIXED, lead=(67,), grouping="one"),
-    "ungrouped": UNGROUPED,
-    "a scale switched off": replace(MIXED, zero_scale=True),
-    "one by one": Case(PyramidGeometry(1, 1, 1, (1,)), lead=(19,)),
-    "scale 1 alone, which is a plain low rank": Case(PyramidGeometry(70, 45, 8, (1,)), lead=(67,)),
-    "every scale up to 16": Case(PyramidGeometry(50, 33, 2, tuple(range(1, 17))), lead=(18,)),
-    "a scale wider than a warp": Case(PyramidGeometry(101, 83, 2, (33, 70)), lead=(18,)),
-    "as many ranks as columns of a tile": Case(PyramidGeometry(30, 30, 16, (1, 2)), lead=(18,)),
-    "more chunks of rows than warps that add them up": Case(PyramidGeometry(6, 5, 2, (2, 3)), lead=(701,)),
-    "more columns than a round": Case(PyramidGeometry(70, 150, 17, (4, 9)), lead=(70,)),
-    **{f"{layout} rows": replace(MIXED, layout=layout) for layout in LAYOUTS},
-}
+@examples(40)
+def test_random_cores(rows, rank, scales, grouping, dtype, inactive, groups) -> None:
+    if rows == 0 and grouping != "none":
+        grouping = "rows"
+    CoreCase(rows, rank, scales, grouping, dtype, inactive=inactive, groups=groups).check()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("case", EDGES.values(), ids=EDGES)
-@pytest.mark.usefixtures("cuda")
-def test_edges(case: Case, dtype: torch.dtype) -> None:
-    """Outputs and every gradient of the three ops; memory that a kernel forgets to write holds NaN."""
-    problem = case.tensors(dtype, adapter_dtype=torch.float32)
-    for op in OPS:
-        truth = problem.evaluate(reference, op, dtype=torch.float64)
-        with poisoned_memory():
-            results = problem.evaluate(ept_kernels, op)
-        for name, value in results.items():
-            assert value.dtype == (torch.float32 if name in ("A", "B", "folded") or op == OPS[0] else dtype), name
-            tolerance = 1e-5 if dtype == torch.float32 or op == "pyramid_weight" else 4 * torch.finfo(dtype).eps
-            assert_matches(value, truth[name], tolerance, f"{op}'s {name}")
+@given(
+    in_features=st.integers(1, 70),
+    out_features=st.integers(1, 70),
+    rank=st.integers(1, 5),
+    scales=st.sets(st.integers(1, 12), min_size=1, max_size=4).map(sorted),
+    dtype=st.sampled_from((torch.float32, *checks.HALF)),
+)
+@examples(30)
+def test_random_factors(in_features, out_features, rank, scales, dtype) -> None:
+    sizes = (in_features, out_features)
+    checks.check_interleave(sizes, rank, scales, torch.float32, dtype, strided=False)
+    checks.check_gather(sizes, rank, scales, (dtype, dtype))
 
 
-@pytest.mark.parametrize("op", OPS)
-@given(case=cases())
-@examples(15)
-@pytest.mark.usefixtures("cuda")
-def test_random_calls_in_float32(op: str, case: Case) -> None:
-    problem = case.tensors(torch.float32)
-    with poisoned_memory():
-        results = problem.evaluate(ept_kernels, op)
-    assert_all_match(results, problem.evaluate(reference, op, dtype=torch.float64), 1e-5)
+def test_philox_is_philox() -> None:
+    """The vectors that its authors publish for 4 x 32 bits and ten rounds."""
+    counters = np.array([[0] * 4, [2**32 - 1] * 4, [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]])
+    keys = [(0, 0), (2**32 - 1,) * 2, (0xA4093822, 0x299F31D0)]
+    words = [
+        "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ]
+    for counter, key, expected in zip(counters, keys, words, strict=True):
+        assert " ".join(f"{word:08x}" for word in checks.philox(counter[None], key)[0]) == expected
 
 
-ACCURACY_CASES = {
-    "ungrouped": Case(PyramidGeometry(64, 48, 8, (2, 3, 4)), lead=(37,)),
-    "by sample": Case(PyramidGeometry(50, 96, 8, (2, 4, 7)), lead=(4, 16), grouping="sample", num_groups=3),
-    "by row": Case(PyramidGeometry(96, 50, 16, (1, 2, 5)), lead=(40,), grouping="row", num_groups=3),
-}
+def test_a_mask_is_replayed_and_belongs_to_its_seed() -> None:
+    x, seed = torch.ones(40, 64), torch.tensor([123])
+    first = cuda_backend.dropout(x, seed, 0.25)
+    assert_same_bits(cuda_backend.dropout(x, seed, 0.25), first)
+    assert_same_bits(cuda_backend.dropout(x[:7, :33], seed, 0.25), first[:7, :33], "of an entry, not of a shape")
+    assert not torch.equal(cuda_backend.dropout(x, seed + 1, 0.25), first)
+    assert not torch.equal(cuda_backend.dropout(x, seed + 2**32, 0.25), first)
+    assert 0.7 < first.count_nonzero() / x.numel() < 0.8
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
-@pytest.mark.parametrize("case", ACCURACY_CASES.values(), ids=ACCURACY_CASES)
-@pytest.mark.parametrize("op", ROW_OPS)
-@pytest.mark.usefixtures("cuda")
-def test_half_error_at_most_twice_that_of_plain_torch(op: str, case: Case, dtype: torch.dtype) -> None:
-    problem = case.tensors(dtype, adapter_dtype=torch.float32)
-    truth = problem.evaluate(reference, op, dtype=torch.float64)
-    ours, plain = problem.evaluate(ept_kernels, op), problem.evaluate(reference, op)
-    for name, value in ours.items():
-        error, allowed = relative_error(value, truth[name]), 2 * relative_error(plain[name], truth[name])
-        assert error <= allowed, f"{name}: error {error:.2e}, plain torch allows {allowed:.2e}"
-        if name in ("A", "B"):
-            assert not torch.equal(value, value.to(dtype).float()), f"{name}: scales are summed in fp32"
-
-
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.usefixtures("cuda")
-def test_adapters_in_half(op: str) -> None:
-    """A, B and folded may be half, too; every gradient comes in the dtype of its tensor."""
-    problem = MIXED.tensors(torch.bfloat16)
-    truth = problem.evaluate(reference, op, dtype=torch.float64)
-    for name, value in problem.evaluate(ept_kernels, op).items():
-        assert value.dtype == torch.bfloat16, name
-        assert_matches(value, truth[name], 2e-2, name)
-
-
-@pytest.mark.parametrize("op", ROW_OPS)
-@pytest.mark.usefixtures("cuda")
-def test_int32_groups_and_strided_parameters(op: str) -> None:
-    problem = MIXED.tensors(torch.float32)
-    other = replace(
-        problem,
-        groups=problem.groups.int().repeat_interleave(2)[::2],
-        weight=problem.weight.T.contiguous().T,
-        **{name: getattr(problem, name).T.contiguous().T for name in ("A", "B", "folded")},
-    )
-    assert_all_match(other.evaluate(ept_kernels, op), problem.evaluate(ept_kernels, op), 1e-6)
-
-
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.usefixtures("cuda")
-def test_only_the_gradients_asked_for(op: str) -> None:
-    problem = MIXED.tensors(torch.float32)
-    everything = problem.evaluate(ept_kernels, op)
-    for name in problem.arguments(op):
-        alone = problem.evaluate(ept_kernels, op, wanted=[name])
-        assert_same_bits(alone[name], everything[name], name)
-
-
-@pytest.mark.parametrize("op", ROW_OPS)
-@pytest.mark.usefixtures("cuda")
-def test_a_skipped_scale_has_a_gradient_and_an_unused_group_has_none(op: str) -> None:
-    """Kernels start at zero: without a gradient they would stay there."""
-    problem = replace(MIXED, zero_scale=True).tensors(torch.bfloat16, adapter_dtype=torch.float32)
-    problem = replace(problem, groups=torch.tensor([4, 1, 4, 4]))
-    gradient = problem.evaluate(ept_kernels, op)["folded"]
-    assert gradient[1, GEOMETRY.offsets[-1] :].all()
-    assert gradient[4].all()
-    assert not gradient[[0, 2, 3]].any()
-
-
-@pytest.mark.usefixtures("cuda")
-def test_an_infinite_row_of_a_skipped_scale_stays_out_of_the_output() -> None:
-    """Nothing is multiplied by a kernel of zeros where all of a tile skips it; a NaN in a kernel is not skipped."""
-    problem = UNGROUPED.tensors(torch.float32)
-    folded = torch.zeros_like(problem.folded)
-    x = torch.full_like(problem.x, float("inf"))
-    assert not replace(problem, folded=folded, x=x).call(ept_kernels, "pyramid_delta").any()
-    folded[0, 0] = float("nan")
-    assert replace(problem, folded=folded).call(ept_kernels, "pyramid_delta").isnan().any()
-
-
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.usefixtures("cuda")
-def test_the_same_call_gives_the_same_bits(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_same_call_gives_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when the threads of a block run in another order."""
-    problem = MIXED.tensors(torch.bfloat16, adapter_dtype=torch.float32)
+    case, fold = CoreCase(333, 3, (2, 3, 8), "rows", dtype), LargeFoldCase(3)
     results = []
     for reverse in "01":
         monkeypatch.setenv("EPT_SHIM_REVERSED", reverse)
-        results.append(problem.evaluate(ept_kernels, op))
+        results.append({**dict(enumerate(case.backward())), **fold.results(cuda_fold.fold_tasks)})
     for name, value in results[0].items():
         assert_same_bits(results[1][name], value, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.usefixtures("cuda")
-def test_merged_weight(dtype: torch.dtype) -> None:
-    """Added in fp32, rounded once."""
-    problem = MIXED.tensors(dtype, adapter_dtype=torch.float32)
-    merged = ept_kernels.pyramid_merge(problem.weight, problem.A, problem.B, problem.folded, GEOMETRY)
-    update = reference.pyramid_weight(problem.A.double(), problem.B.double(), problem.folded.double(), GEOMETRY)
-    assert merged.dtype == dtype
-    assert_matches(merged, problem.weight.double() + update, 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps)
+def test_a_task_does_not_depend_on_the_others() -> None:
+    case = LargeFoldCase(3)
+    with torch.no_grad():
+        together, _ = case.fold(cuda_fold.fold_tasks)
+        case.tasks = case.tasks[2:3]
+        assert_same_bits(case.fold(cuda_fold.fold_tasks)[0], together[2:3])
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.usefixtures("cuda")
-def test_nothing_is_read_back_to_the_host(op: str) -> None:
+def test_nothing_is_read_back_to_the_host_and_no_input_is_written() -> None:
+    case, fold = CoreCase(60, 3, (2, 5), "rows", inactive=True), LargeFoldCase(2)
+    inputs = (case.U, case.dV, case.folded, case.ids, case.active, *fold.parameters, fold.tasks)
+    before = [tensor.clone() for tensor in inputs]
+    x, seed = torch.ones(5, 9), torch.tensor([3])
     with Recorder() as recorder:
-        MIXED.tensors(torch.float32).evaluate(ept_kernels, op)
+        case.backward()
+        cuda_backend.dropout(x, seed, 0.5)
+        fold.results(cuda_fold.fold_tasks)
     assert not set(recorder.names()) & set(HOST_READS)
+    for tensor, copy in zip(inputs, before, strict=True):
+        assert_same_bits(tensor, copy)
 
 
-@pytest.mark.usefixtures("cuda")
-def test_inputs_are_not_written() -> None:
-    problem = MIXED.tensors(torch.bfloat16, adapter_dtype=torch.float32)
-    for op in OPS:
-        before = {name: tensor.clone() for name, tensor in problem.arguments(op).items()}
-        problem.evaluate(ept_kernels, op)
-        for name, tensor in problem.arguments(op).items():
-            assert_same_bits(tensor, before[name], name)
+def test_a_task_that_the_table_lacks_is_refused_where_it_is_known() -> None:
+    case = LargeFoldCase(2)
+    case.tasks = 3
+    with pytest.raises(IndexError, match="task_ids holds 3; allowed: 0 to 2"):
+        case.fold(cuda_fold.fold_tasks)
 
 
-@pytest.mark.usefixtures("cuda")
-def test_the_kernels_named_are_the_ones_that_run(cuda: str) -> None:
-    """Tensor cores round A and B to the rows' dtype, SIMT kernels do not."""
-    problem = MIXED.tensors(torch.bfloat16, adapter_dtype=torch.float32)
-    gradient = problem.evaluate(ept_kernels, "pyramid_delta", wanted=["folded"])["folded"]
-    truth = problem.evaluate(reference, "pyramid_delta", dtype=torch.float64)["folded"]
-    exact = relative_error(gradient, truth) < 1e-5
-    assert exact == (os.environ["EPT_SHIM_CAPABILITY"] == "7") == (cuda == "simt")
+def test_another_dtype_for_the_gradient_is_refused() -> None:
+    case = CoreCase(4, 1, (2,), "none")
+    case.dV = case.dV.half()
+    with pytest.raises(ValueError, match=r"dV must have the dtype of U, torch\.float32, got torch\.float16"):
+        case.backward()

@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels: registers, spills, matrix instructions; and its library under a CPU torch."""
+"""What nvcc makes of the kernels: registers, spills, local memory; and what its library needs and gives."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from cuda_on_cpu import nvcc
+from cuda_on_cpu.build import sources
+
+from ept_kernels.cuda_backend import FUNCTIONS
 
 
 @pytest.fixture(scope="session")
@@ -23,79 +26,57 @@ def compiled(shared_folder: Path, once: Callable[[str, Callable[[], object]], No
     return folder
 
 
-@pytest.mark.parametrize("source", nvcc.kernels(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", sources(), ids=lambda path: path.stem)
 def test_no_kernel_spills(source: Path, compiled: Path) -> None:
     """Nothing on the stack either: an array that is not in registers is slow, whatever the report calls it."""
     found = nvcc.resources((compiled / f"{source.stem}.log").read_text())
     assert {architecture for architecture, _ in found} == set(nvcc.ARCHITECTURES)
     for kernel, used in found.items():
         assert (used["stack"], used["spill stores"], used["spill loads"]) == (0, 0, 0), (kernel, used)
-        # 128 threads a block: at 168 registers three blocks fit a multiprocessor.
-        assert used["registers"] <= 168, (kernel, used)
+        # 128 threads a block: at 80 registers six blocks fit a multiprocessor, and hide each other's waiting.
+        assert used["registers"] <= 80, (kernel, used)
 
 
-@pytest.mark.parametrize("source", nvcc.kernels(), ids=lambda path: path.stem)
-def test_matrix_instructions_where_they_belong(source: Path, compiled: Path) -> None:
+@pytest.mark.parametrize("source", sources(), ids=lambda path: path.stem)
+def test_no_kernel_uses_local_memory(source: Path, compiled: Path) -> None:
     if (tool := nvcc.disassembler()) is None:
         pytest.skip("cuobjdump is neither on the path nor in a Triton wheel: the machine code was not read")
     found = nvcc.instructions(tool, compiled / f"{source.stem}.o")
     assert {architecture for architecture, _ in found} == set(nvcc.ARCHITECTURES)
     for (architecture, kernel), counts in found.items():
-        if source.stem.endswith("tensor_cores") and architecture != "sm_75":
-            assert counts["HMMA"] >= 16, (architecture, kernel)
-            assert counts["LDSM"] + counts["LDS"] > 0, (architecture, kernel)
-        else:
-            assert counts["HMMA"] == 0, (architecture, kernel)
+        assert counts["EXIT"] > 0, f"{kernel} was not read"
         assert counts["LDL"] == counts["STL"] == 0, f"{kernel} uses local memory on {architecture}"
+
+
+def test_the_library_needs_neither_torch_nor_python_nor_a_cuda_runtime(compiled: Path) -> None:
+    """So that one build serves all of them; the driver's own library comes when a kernel is first launched."""
+    dynamic = subprocess.run(
+        ["readelf", "-d", compiled / "_cuda.so"], capture_output=True, text=True, check=True
+    ).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    assert needed
+    assert not [library for library in needed if re.search("torch|python|c10|cuda", library)]
+    symbols = subprocess.run(["nm", "-D", "--defined-only", compiled / "_cuda.so"], capture_output=True, text=True)
+    exported = {line.split()[-1] for line in symbols.stdout.splitlines() if line.split()[-1].startswith("ept_")}
+    assert exported == {*FUNCTIONS, "ept_sizes", "ept_probe", "ept_error_name", "ept_error_text", "ept_build_info"}
 
 
 PROGRAM = """
 import sys
+from pathlib import Path
+from ept_kernels import cuda_backend
+print(cuda_backend.build_info(Path(sys.argv[1])))
+print(cuda_backend._open(Path(sys.argv[1])).ept_probe() != 0)
 import torch
-torch.ops.load_library(sys.argv[1])
-ept_cuda = torch.ops.ept_cuda
-for name in ("delta_", "delta_backward_", "weight", "weight_backward"):
-    print(getattr(ept_cuda, name).default._schema)
-x, A, B, folded = torch.zeros(4, 6), torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(1, 13)
-calls = [
-    lambda: ept_cuda.delta_(torch.zeros(4, 6), x, A, B, folded, None, [2, 3], False),
-    lambda: ept_cuda.delta_(torch.zeros(4, 6), x, A[:, :2], B, folded, None, [2, 3], False),
-    lambda: ept_cuda.weight(A, B, folded, 6, 6, [2, 3], None),
-]
-for call in calls:
-    try:
-        call()
-    except (RuntimeError, ValueError) as error:
-        print(str(error).splitlines()[0])
+print(torch.cuda.is_initialized())
 """
 
 
-def test_the_library_loads_without_a_gpu_and_says_what_it_wants(compiled: Path) -> None:
-    """In a process of its own: the build for a CPU registers the same operators."""
-    library = str(compiled / "_cuda.so")
-    result = subprocess.run([sys.executable, "-c", PROGRAM, library], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    common = "Tensor A, Tensor B, Tensor folded, "
-    assert lines[:4] == [
-        f"ept_cuda::delta_(Tensor(a!) y, Tensor x, {common}Tensor? groups, int[] scales, bool accumulate) -> ()",
-        f"ept_cuda::delta_backward_(Tensor(a!)? grad_x, Tensor grad, Tensor x, {common}Tensor? groups, int[] scales,"
-        " bool accumulate, bool need_A, bool need_B, bool need_folded) -> (Tensor, Tensor, Tensor)",
-        f"ept_cuda::weight({common}int in_features, int out_features, int[] scales, Tensor? base) -> Tensor",
-        f"ept_cuda::weight_backward(Tensor grad, {common}int[] scales, bool need_A, bool need_B, bool need_folded)"
-        " -> (Tensor, Tensor, Tensor)",
-    ]
-    assert lines[4:] == [
-        "A must be on a CUDA device, got [2, 3] of float32 on another type of device",
-        "A must be [2, 3], got [2, 2] of float32 on another type of device",
-        "A must be on a CUDA device, got [2, 3] of float32 on another type of device",
-    ]
-
-
-def test_the_library_says_what_it_was_compiled_for(compiled: Path) -> None:
-    """``nvcc.py`` compiles the binding, which holds no kernel, for the last of its architectures alone."""
-    program = "import sys; from pathlib import Path; from ept_kernels import cuda_backend as c; "
-    program += "print(c.build_info(Path(sys.argv[1])))"
+def test_the_library_loads_without_a_gpu_and_says_what_it_is(compiled: Path) -> None:
+    """In a process of its own. Without a driver the probe reports an error, and does not crash."""
+    program = PROGRAM if shutil.which("nvidia-smi") is None else PROGRAM.replace("!= 0", "== 0")
     result = subprocess.run([sys.executable, "-c", program, compiled / "_cuda.so"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert re.fullmatch(r"\{'architectures': \['9\.0'\], 'compiler': 'nvcc \d+\.\d+'\}", result.stdout.strip())
+    info, probed, initialised = result.stdout.splitlines()
+    assert re.fullmatch(r"\{'architectures': \['7\.5', '8\.0', '9\.0'\], 'compiler': 'nvcc \d+\.\d+'\}", info)
+    assert (probed, initialised) == ("True", "False")

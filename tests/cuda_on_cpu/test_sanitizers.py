@@ -1,4 +1,4 @@
-"""The unmodified kernels pass plainly, in either order of the threads of a block, and under the sanitizers.
+"""The unmodified kernels pass in the driver, in either order of the threads of a block, and under the sanitizers.
 
 The controls of ``test_mutants.py``: what a fault is caught by accepts the kernels as they are.
 """
@@ -6,40 +6,24 @@ The controls of ``test_mutants.py``: what a fault is caught by accepts the kerne
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
-import torch
 from cuda_on_cpu.build import Build
-from cuda_on_cpu.calls import SAMPLE
-from cuda_on_cpu.harness import Call, Suite
+from cuda_on_cpu.checks import SAMPLE
+from cuda_on_cpu.driver import run_in
 
 
-@pytest.mark.parametrize("flavour", ["plain", "address"])
+@pytest.mark.parametrize("name", SAMPLE)
 @pytest.mark.parametrize("reverse", [False, True], ids=["first thread first", "last thread first"])
-def test_sampled_calls(flavour: str, reverse: bool, build: Callable[[str], Build], sample: Suite) -> None:
-    assert sample.run(build(flavour).folder / "driver", reverse=reverse) is None
+@pytest.mark.parametrize("flavour", ["plain", "address"])
+@pytest.mark.usefixtures("on_cpu")
+def test_sampled_checks(name: str, flavour: str, reverse: bool, build: Callable[[str], Build], tmp_path: Path) -> None:
+    assert run_in(build(flavour).folder / "driver", SAMPLE[name], tmp_path, reverse=reverse) is None
 
 
-def test_no_data_race(build: Callable[[str], Build], threads: Suite) -> None:
+@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.usefixtures("on_cpu")
+def test_no_data_race(name: str, build: Callable[[str], Build], tmp_path: Path) -> None:
     """Within a block and between blocks: only barriers order the threads."""
-    assert threads.run(build("thread").folder / "driver") is None
-
-
-def test_a_group_outside_the_table_is_refused_on_the_device(build: Callable[[str], Build], tmp_path) -> None:
-    """Rather than reading other memory; torch's own indexing does the same."""
-
-    class Outside(Call):
-        def problem(self):
-            problem = super().problem()
-            return replace(problem, groups=problem.groups + self.case.num_groups) if self.outside else problem
-
-        outside = False
-
-    call = Outside(SAMPLE[0].case, torch.float32)
-    suite = Suite([call], tmp_path, "inside")
-    assert suite.run(build("plain").folder / "driver") is None
-    Outside.outside = True
-    suite.input.write_bytes((1).to_bytes(8, "little") + call.encode())
-    report = suite.run(build("plain").folder / "driver")
-    assert report is not None and "groups holds an index outside folded" in report
+    assert run_in(build("thread").folder / "driver", SAMPLE[name], tmp_path) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,5 +20,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def triton_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EPT_BACKEND", "triton")
+def exact_products() -> Iterator[None]:
+    """fp32 products of the vendor's library in fp32. (pytest's own patches cannot restore these settings.)"""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before

@@ -27,7 +27,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def with_cuda_sources(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPT_BUILD_CPU", "0")
-    monkeypatch.setattr(build, "cuda_sources", lambda: [CSRC / "cuda" / "expand.cu"])
+    monkeypatch.setattr(build, "cuda_sources", lambda: [CSRC / "cuda" / "core.cu"])
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/g++", "false"], ids=["absent", "useless"])
@@ -103,6 +103,16 @@ def test_commands_hold_every_source_and_its_flags(build: ModuleType) -> None:
         assert "-mavx512f" in by_name["avx512"]
     assert not any("march=native" in flag for command in by_name.values() for flag in command)
     assert str(target) in link
+
+
+def test_the_cuda_commands_know_no_torch(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip's isolated build has none."""
+    with_cuda_sources(build, monkeypatch)
+    monkeypatch.setattr(build, "probe_cuda", lambda: "nvcc")
+    commands, (_, link) = build.cuda_commands(Path("objects"), Path("_cuda.so"))
+    for command in (*(command for _, command in commands.values()), link):
+        assert not any("torch" in part.lower() for part in command)
+    assert "static" in link
 
 
 def test_the_cuda_library_has_the_name_that_its_backend_loads() -> None:

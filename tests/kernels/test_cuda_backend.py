@@ -35,18 +35,14 @@ def test_not_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda_backend.unsupported(GPU, torch.float32) == "no NVIDIA GPU is available"
 
 
-@pytest.mark.parametrize(("capability", "served"), [((7, 0), False), ((7, 5), True), ((9, 0), True)])
-def test_capability_and_library(capability: tuple[int, int], served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("capability", "new_enough"), [((7, 0), False), ((7, 5), True), ((9, 0), True)])
+def test_capability_comes_before_the_library(
+    capability: tuple[int, int], new_enough: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cuda_backend, "LIBRARY", tmp_path / "_cuda.so")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(cuda_backend, "_load", lambda library: None)
     reason = cuda_backend.unsupported(GPU, torch.bfloat16)
-    assert reason is None if served else "compute capability 7.5" in reason
-
-
-def test_a_library_that_is_missing_or_broken(tmp_path: Path) -> None:
-    missing, broken = tmp_path / "_cuda.so", tmp_path / "broken.so"
-    assert "_cuda.so has not been built" in cuda_backend._load(missing)
-    broken.write_bytes(b"not a library")
-    assert "broken.so does not load in torch" in cuda_backend._load(broken)
+    assert ("compute capability 7.5" in reason) != new_enough, "a library is asked for next"
+    assert ("_cuda.so has not been built" in reason) == new_enough

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ept_kernels import dispatch, doctor, torch_backend
+from ept_kernels.library import Output
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -35,9 +36,11 @@ def test_every_backend_that_serves_is_checked(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("dtype", doctor.CHECKED)
 def test_a_wrong_backend_fails(dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right = torch_backend.pyramid_linear_backward
-    monkeypatch.setattr(
-        torch_backend, "pyramid_linear_backward", lambda *args: tuple(1.05 * part for part in right(*args))
-    )
+
+    def scaled(*args: object, **options: object) -> tuple[torch.Tensor, ...]:
+        return tuple(1.05 * part for part in right(*args, **options))
+
+    monkeypatch.setattr(torch_backend, "pyramid_linear_backward", scaled)
     ok, words = doctor.check("torch", CPU, doctor.DTYPES[dtype])
     assert not ok
     assert "grad A" in words and "output" not in words
@@ -47,12 +50,13 @@ def test_a_wrong_backend_fails(dtype: str, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_nan_and_exceptions_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch_backend.pyramid_linear
     monkeypatch.setattr(
-        torch_backend, "pyramid_linear", lambda x, weight, *_: x.new_full((len(x), len(weight)), torch.nan)
+        torch_backend, "pyramid_linear", lambda *args, **options: Output(right(*args, **options).y * torch.nan)
     )
     assert not doctor.check("torch", CPU, torch.float32)[0]
 
-    def crash(*args: object) -> None:
+    def crash(*args: object, **options: object) -> None:
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(torch_backend, "pyramid_linear", crash)

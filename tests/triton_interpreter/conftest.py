@@ -21,11 +21,30 @@ def pytest_configure(config: pytest.Config) -> None:
     own = all(HERE in (Path(argument.split("::")[0]).resolve() / "x").parents for argument in config.args)
     if own and "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
+    if why_not() is None:
+        index_one_element_arrays()
+
+
+def index_one_element_arrays() -> None:
+    """Let Triton before 3.7.1 use a tensor as an index: it asks numpy, from 2.4 on in vain, for int() of its array."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, *scope):
+        patch(tensor, *scope)
+        index = lambda self: int(self.handle.data.squeeze())  # noqa: E731
+        if scope:
+            scope[0].set_attr(tensor, "__index__", index)
+        else:
+            tensor.__index__ = index
+
+    interpreter._patch_lang_tensor = patched
 
 
 def why_not() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton==3.8.0)"
+        return "triton is not installed (pip install triton)"
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "the interpreter needs a process of its own: pytest tests/triton_interpreter"
     return None

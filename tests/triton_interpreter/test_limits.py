@@ -1,4 +1,4 @@
-"""What the Triton backend refuses or leaves to others, and why."""
+"""What the Triton backend refuses or leaves to others, and which device its kernels start on."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from pyramid_testing import Case
 import ept_kernels
 import ept_kernels.triton as triton_backend
 from ept_kernels import PyramidGeometry
-from ept_kernels.triton import backend, configs, launch, precision
+from ept_kernels.triton import backend, fused, launch
+from ept_kernels.triton.core import core
 
 GPU = torch.device("cuda")
 
 
-@pytest.mark.parametrize("version", ["3.2.0", "3.7.1+git"])
+@pytest.mark.parametrize("version", ["3.2.0", "3.3.1+git"])
 def test_an_older_triton_is_left_alone(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.delattr(triton, "knobs")  # as before 3.4
     reason = triton_backend.unsupported(GPU, torch.bfloat16)
-    assert reason is not None and f"needs Triton 3.8 or newer, found {version}" in reason
+    assert reason is not None and f"needs Triton 3.4 or newer, found {version}" in reason
 
 
-@pytest.mark.parametrize("version", ["3.8.0", "3.10.0", "4.0.0"])
+@pytest.mark.parametrize("version", ["3.4.0", "3.8.0", "3.10.0", "4.0.0"])
 def test_newer_ones_serve(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", version)
     assert triton_backend.unsupported(GPU, torch.bfloat16) is None
 
 
-@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True), ((8, 6), True), ((12, 0), True)])
+@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
 def test_gpus_before_ampere_are_left_to_others(
     capability: tuple[int, int], serves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,44 +44,62 @@ def test_gpus_before_ampere_are_left_to_others(
         assert reason == "it needs compute capability 8.0 or newer (Ampere), cuda has 7.5"
 
 
+def test_float64_is_left_to_others() -> None:
+    assert "it computes in torch.float32" in triton_backend.unsupported(torch.device("cpu"), torch.float64)
+
+
 @pytest.mark.parametrize("op", ["pyramid_delta", "pyramid_linear"])
-def test_more_scales_than_bits_are_refused(op: str) -> None:
-    problem = Case(PyramidGeometry(33, 33, 1, tuple(range(1, 34)))).tensors(torch.float32)
-    with pytest.raises(ValueError, match="kernel_sizes holds 33 distinct scales; the triton backend takes at most 32"):
+def test_more_scales_than_any_layer_has(op: str) -> None:
+    """No number of scales is too large: each is a program."""
+    problem = Case(PyramidGeometry(33, 33, 1, tuple(range(1, 34))), (2,)).tensors(torch.float32)
+    grids = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "runner", lambda kernel, grid, *_: grids.append((kernel.__name__, grid)))
         problem.call(ept_kernels, op)
+    assert ("core_kernel", (1, 33, 1)) in grids
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "plan"),
-    [
-        ((1024, 1024), torch.bfloat16, "fused"),
-        ((1024, 1000), torch.bfloat16, "split"),
-        ((1000, 1024), torch.float16, "split"),
-        ((1024, 1024), torch.float32, "split"),
-    ],
-)
-def test_fused_needs_sizes_that_the_compiler_knows_to_be_aligned(
-    shape: tuple[int, int], dtype: torch.dtype, plan: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_plan_fused_is_for_half_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPT_GPU_PLAN", "fused")
+    launched = []
+    monkeypatch.setattr(launch, "runner", lambda kernel, *_: launched.append(kernel.__name__))
+    p = Case(PyramidGeometry(17, 15, 2, (2, 3)), (5,)).tensors(dtype)
+    backend.pyramid_linear(p.x, p.weight, p.bias, p.A, p.B, p.folded, None, [2, 3])
+    assert ("fused_kernel" in launched) == (dtype == torch.float16)
+
+
+def test_a_plan_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPT_GPU_PLAN", "single")
+    p = Case(PyramidGeometry(17, 15, 2, (2, 3)), (5,)).tensors(torch.float32)
+    with pytest.raises(ValueError, match="EPT_GPU_PLAN must be one of library, fused, or unset, got 'single'"):
+        backend.pyramid_linear(p.x, p.weight, p.bias, p.A, p.B, p.folded, None, [2, 3])
+
+
+# --- which device -----------------------------------------------------------------------------------------------------
+
+
+class OnDevice1(torch.Tensor):
+    """A tensor that says that it is on the second GPU."""
+
+    def get_device(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(("current", "entered"), [(1, []), (0, [1])])
+def test_kernels_start_on_the_device_of_their_tensors(
+    current: int, entered: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton learns of an integer argument only whether 16 divides it."""
-    monkeypatch.delenv("EPT_TRITON_BASE", raising=False)
-    weight = torch.empty(shape, dtype=dtype, device="meta")
-    assert backend.base_plan(weight.new_empty(4, shape[1]), weight) == plan
+    changes, started = [], []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: changes.append(index) or contextlib.nullcontext())
+    monkeypatch.setattr(launch, "runner", lambda kernel, *_: started.append((kernel.__name__, list(changes))))
+    core(torch.randn(4, 10).as_subclass(OnDevice1), torch.randn(1, 13), None, None, (2, 3))
+    assert started == [("core_kernel", entered)]
 
 
-def test_single_is_refused_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EPT_TRITON_BASE", "single")
-    weight = torch.empty(64, 64)
-    assert backend.base_plan(weight, weight) == "single"
-    monkeypatch.setattr(backend, "is_amd", lambda: True)
-    with pytest.raises(ValueError, match="EPT_TRITON_BASE=single is for NVIDIA"):
-        backend.base_plan(weight, weight)
-
-
-@pytest.mark.parametrize("op", ["pyramid_weight", "pyramid_merge", "pyramid_delta", "pyramid_linear"])
-def test_ops_run_on_the_device_of_their_tensors(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward: what asks for the current device (tiles, precision, Triton) finds that of the rows."""
-    problem, current, asked = Case(PyramidGeometry(17, 15, 2, (2, 3)), (5,)).tensors(torch.float32), [], []
+def test_tiles_are_chosen_on_the_device_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, asked = [], []
 
     @contextlib.contextmanager
     def device_of(tensor: torch.Tensor):
@@ -88,32 +107,10 @@ def test_ops_run_on_the_device_of_their_tensors(op: str, monkeypatch: pytest.Mon
         yield
         current.pop()
 
-    def run(kernel, *rest) -> None:
-        asked.append((kernel.__name__, current[-1]))
-        launch.run(kernel, *rest)
-
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(launch, "runner", run)
-    monkeypatch.setattr(configs, "family", lambda: asked.append(("family", current[-1])) or "safe")
-    p = problem
-    if op == "pyramid_merge":
-        ept_kernels.pyramid_merge(p.weight, p.A, p.B, p.folded, p.geometry)
-    else:
-        p.evaluate(ept_kernels, op)
-    assert len(asked) >= (1 if op == "pyramid_merge" else 3)
-    assert not current
-
-
-@pytest.mark.parametrize("switch", ["allow_tf32", "fp32_precision"])
-def test_either_of_torchs_switches_chooses_tf32(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    matmul = torch.backends.cuda.matmul
-    monkeypatch.setattr(precision.knobs.runtime, "interpret", False)
-    monkeypatch.setattr(precision, "is_amd", lambda: False)
-    try:
-        assert precision.dot_precision(torch.float32) == "tf32x3"
-        setattr(matmul, switch, True if switch == "allow_tf32" else "tf32")
-        assert precision.dot_precision(torch.float32) == "tf32"
-        assert precision.dot_precision(torch.float16) == "ieee"
-    finally:
-        matmul.fp32_precision = "ieee"
-        matmul.allow_tf32 = False
+    monkeypatch.setattr(fused, "family", lambda: asked.append(current[-1]) or "safe")
+    monkeypatch.setattr(launch, "runner", lambda *_: asked.append(current[-1]))
+    x = torch.randn(70, 8).half()
+    fused.fused(x, torch.randn(6, 8).half(), None, torch.randn(70, 4).half(), torch.randn(4, 6).half())
+    assert len(asked) >= 2
+    assert all(tensor is x for tensor in asked)

@@ -1,179 +1,236 @@
-"""Plants errors in the Triton kernels, one at a time, and expects ``triton_probe.py`` to notice each."""
+"""Plants errors in copies of the kernels' modules, one at a time: the checks of the kernels must notice each."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
+import importlib.util
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+from fold_testing import (
+    FoldCase,
+    ManyGroupsFoldCase,
+    SaturatedFoldCase,
+    assert_matches_definition,
+    assert_nan_shows,
+    assert_ties_go_to_the_first,
+    assert_unknown_tasks_show,
+    assert_unselected_experts_are_not_read,
+)
+from interpreter_trace import traced
+from small_kernels_testing import (
+    CORES,
+    DROPOUTS,
+    FACTORS,
+    FUSED,
+    SMALL_TILE,
+    SPANS,
+    Core,
+    check_core,
+    check_dropout,
+    check_fused,
+    check_gather,
+    check_interleave,
+)
 
-import ept_kernels
+from ept_kernels.triton import fold
 
-TESTS = Path(__file__).parents[1]
-
-#: What is wrong, where, and the text that says it instead.
+#: By file: what is wrong, the text that is replaced wherever it stands, and what stands there instead.
 MUTANTS = {
-    "channels beyond the last are read": (
-        "shrink.py",
-        "mask=row_exists[:, None] & (ahead < features)[None, :]",
-        "mask=row_exists[:, None] & (ahead < features + 64)[None, :]",
-    ),
-    "channel offsets overflow": ("shrink.py", "ahead[None, :].to(tl.int64) *", "ahead[None, :] *"),
-    "a row of NaN counts as zero": ("shrink.py", "(v != 0).to(tl.int32)", "(tl.abs(v) > 0).to(tl.int32)"),
-    "kernels are not transposed": (
-        "shrink.py",
-        "1 if TRANSPOSE else SCALES[s]",
-        "SCALES[s] if TRANSPOSE else SCALES[s]",
-    ),
-    "the group beyond the last row is read": ("shrink.py", "tl.minimum(rows, end - 1)", "tl.minimum(rows, end)"),
-    "rank blocks share their bits": (
-        "shrink.py",
-        "active_ptr + rank_block.to(tl.int64) * rows_total + rows",
-        "active_ptr + rows",
-    ),
-    "blocks that mix groups skip as if they had one": (
-        "shrink.py",
-        "SKIP=skip and uses is None and rows.aligned",
-        "SKIP=skip and uses is None",
-    ),
-    "surplus ranks are stored": ("tiles.py", "exists = (p < RANK_BLOCK) & ", "exists = "),
-    "the slice is read beyond its end": ("tiles.py", "(j[None, :] * K < features)", "(j[None, :] < features)"),
-    "slots are shifted": (
-        "tiles.py",
-        "own = slot[None, :, None] == (c % K)",
-        "own = slot[None, :, None] == ((c + 1) % K)",
-    ),
-    "rows are units of one row": ("plan.py", "if self.aligned else self.segment", "if self.aligned else 1"),
-    "a block is skipped if one row is zero": ("expand.py", "tl.max((bits >> s) & 1, 0)", "tl.min((bits >> s) & 1, 0)"),
-    "rank blocks after the first are dropped": (
-        "expand.py",
-        "range(0, rank, RANK_BLOCK)",
-        "range(0, RANK_BLOCK, RANK_BLOCK)",
-    ),
-    "what is there is overwritten": ("expand.py", "if ACCUMULATE:", "if False:"),
-    "the last strip is as high as the others": (
-        "linear.py",
-        "tl.minimum(row_blocks - strip * GROUP_T, GROUP_T)",
-        "tl.minimum(GROUP_T, GROUP_T)",
-    ),
-    "inner channels are not masked": (
-        "linear.py",
-        "channel_exists = i < inner",
-        "channel_exists = i < inner + BLOCK_I",
-    ),
-    "a span ends after the last row": ("factor_grad.py", "tl.minimum(start + span, rows_total)", "start + span"),
-    "gradient slots are shifted": (
-        "factor_grad.py",
-        "(channels % SCALES[s])[None",
-        "((channels + 1) % SCALES[s])[None",
-    ),
-    "padded slots are summed": ("reduce.py", "inside = (q < SCALES[s])[None, :] & ", "inside = "),
-    "spans after the first are dropped": (
-        "reduce.py",
-        "for part in range(spans):",
-        "for part in range(tl.minimum(spans, 1)):",
-    ),
-    "kernels' gradient of later rank blocks is dropped": (
-        "reduce.py",
-        "for block in range(rank_blocks):",
-        "for block in range(tl.minimum(rank_blocks, 1)):",
-    ),
-    "zero kernels get no gradient": ("backend.py", '"skip": not need_folded', '"skip": True'),
-    "partial sums are half": (
-        "factor_grad.py",
-        "dtype=torch.float32, device=given.device",
-        "dtype=torch.float16, device=given.device",
-    ),
-    "a group that does not exist is read": ("shrink.py", "group = tl.where(known, group, 0)", "group = group + 0"),
-    "a block uses what its first row uses": (
-        "shrink.py",
-        "used = tl.max(tl.load(uses_ptr + group * len(SCALES) + s).to(tl.int32), 0)",
-        "used = tl.sum(tl.where(tl.arange(0, BLOCK_T) == 0, tl.load(uses_ptr + group * len(SCALES) + s), 0), 0)",
-    ),
-    "V of an inactive scale is not written": ("shrink.py", "elif v_ptr is not None:", "elif False:"),
-    "sums that nobody wrote are read": (
-        "reduce.py",
-        "exists = exists & used_entries",
-        "exists = exists | used_entries",
-    ),
-    "units of a span are summed twice": (
-        "factor_grad.py",
-        "tl.minimum(part * span + span, rows_total)",
-        "rows_total",
-    ),
-    "bits beyond the span decide": ("factor_grad.py", "mask=t < end, other=0)", "mask=t < 0, other=0)"),
-    "the product waits for its first shrink tile only": (
-        "single.py",
-        "last = tl.minimum(first + BLOCK_T // SHRINK_T, shrink_blocks)",
-        "last = tl.minimum(first + 1, shrink_blocks)",
-    ),
-    "the flag is set without release": ("single.py", 'sem="release"', 'sem="relaxed"'),
-    "the flag is polled without acquire": ("single.py", 'sem="acquire"', 'sem="relaxed"'),
-    "ties go to the last expert": ("fold_forward.py", "(e[None, :] < e[:, None])", "(e[None, :] > e[:, None])"),
-    "NaN ranks below every number": (
-        "fold_forward.py",
-        'key = tl.where(logits != logits, float("inf"), logits)',
-        'key = tl.where(logits != logits, float("-inf"), logits)',
-    ),
-    "a task that does not exist is read": ("fold_forward.py", "tl.where(known, task, 0) * width", "task * width"),
-    "an expert that is not selected counts": (
-        "fold_forward.py",
-        "wanted = selected[:, None] & ",
-        "wanted = exists[:, None] & ",
-    ),
-    "a saturated router's gradient is rounded": (
-        "fold_backward.py",
-        "others = tl.sum(tl.where(selected, 0.0, probability), 0)",
-        "others = 1 - share",
-    ),
-    "embeddings of other tasks get the gradient": (
-        "fold_backward.py",
-        "g, g < num_groups) == task)",
-        "g, g < num_groups) >= task)",
-    ),
-    "groups after the first block are dropped": (
-        "fold_backward.py",
-        "range(0, num_groups, BLOCK_G)",
-        "range(0, tl.minimum(num_groups, BLOCK_G), BLOCK_G)",
-    ),
+    "interleave.py": {
+        "channels beyond the last are written": ("inside = c < features", "inside = c < features + 1"),
+        "slots are shifted": ("(c % SCALES[s])[None, :] ==", "((c + 1) % SCALES[s])[None, :] =="),
+        "slots beyond a block are dropped": ("range(0, SCALES[s], SLOTS)", "range(0, SLOTS, SLOTS)"),
+        "slots beyond the last are written": ("mask=(q < SCALES[s])[:, None] & ", "mask="),
+        "strides of A are swapped": ("*A.stride()", "*A.stride()[::-1]"),
+        "strides of B are swapped": ("*B.stride()", "*B.stride()[::-1]"),
+        "every scale is written to the first": ("hat_ptr += tl.cast(RANK * SCALES[s], tl.int64) * features", "pass"),
+        "the seed's neighbours are read": ("(c // SCALES[s])", "(c % SCALES[s])"),
+        "column offsets overflow": ("(c // SCALES[s]).to(tl.int64)", "(c // SCALES[s] * 2**31 // 2**31)"),
+        "sums go beyond the last channel": ("mask=c < features,", "mask=c < features + 1,"),
+        "sums of the first slot": ("c = j * SCALES[s] + q", "c = j * SCALES[s]"),
+        "one slot is not summed": ("for q in range(SCALES[s])", "for q in range(SCALES[s] - 1)"),
+        "gradients beyond the last are written": ("mask=j < width", "mask=j < width + 1"),
+        "the gradient of B is not transposed": ("height, 1, RANK, RANK", "height, height, 1, RANK"),
+        "partial sums are half": (".to(tl.float32)", ".to(tl.float16).to(tl.float32)"),
+    },
+    "core.py": {
+        "kernels are transposed": (
+            "SCALES[s],\n                        1,\n",
+            "1,\n                        SCALES[s],\n",
+        ),
+        "LINE and STEP are swapped": ("(i * LINE + j * STEP)", "(i * STEP + j * LINE)"),
+        "inactive kernels are applied": ("used = exists & (tl.load", "used = exists | (tl.load"),
+        "one scale's use decides for all": ("* len(SCALES) + s", "* len(SCALES)"),
+        "a group beyond the last is read": ("(group < num_groups)", "(group <= num_groups)"),
+        "a negative group is read": ("(group >= 0) & ", "(group >= -1) & "),
+        "rows without a group are zero": ('float("nan")', "0.0"),
+        "rows without a group are not written": ("mask=inside[:, None] & (i", "mask=exists[:, None] & (i"),
+        "every row has a group of its own": ("row // segment", "row"),
+        "segments are one row too long": ("row // segment", "row // (segment + 1)"),
+        "slots beyond a block are dropped": ("for i0 in range(0, K, SLOTS)", "for i0 in range(0, SLOTS, SLOTS)"),
+        "slots beyond the last are written": (
+            "mask=inside[:, None] & (i < K)[None, :]",
+            "mask=inside[:, None] & (i < K + 1)[None, :]",
+        ),
+        "slots beyond the last are read": ("wanted = used[:, None] & (i < K)", "wanted = used[:, None] & (i < K + 1)"),
+        "items beyond the last are written": ("inside = row < rows", "inside = row < rows + 1"),
+        "columns of a rank before": ("row * WIDTH + (column + p * SCALES[s])", "row * WIDTH + column"),
+        "every scale has the first one's columns": ("column += RANK * SCALES[s]", "column += 0"),
+        "every scale has the first one's kernels": ("entry += SCALES[s] * SCALES[s]", "entry += 0"),
+        "group 0's kernels for all": ("(group * FOLDED + entry)", "(group * 0 + entry)"),
+        "a span ends a row late": ("tl.minimum(first + length, rows)", "tl.minimum(first + length + 1, rows)"),
+        "a span ends after the last row": ("tl.minimum(first + length, rows)", "first + length"),
+        "a span begins a row late": ("first = span.to(tl.int64) * length", "first = span.to(tl.int64) * length + 1"),
+        "spans after the first are dropped": ("sums.sum(1)", "sums[:, 0]"),
+        "inactive kernels get a gradient": ("end = tl.where(used, end, 0)", "end = end"),
+        "rows of other groups are summed": ("segment) == group)", "segment) >= group)"),
+        "a block without its first row is skipped": (
+            "tl.max(own.to(tl.int32), 0) > 0",
+            "tl.sum(tl.where(tl.arange(0, ITEMS) == 0, own.to(tl.int32), 0), 0) > 0",
+        ),
+        "items after the first block are dropped": ("range(first, end, ITEMS)", "range(first, first + ITEMS, ITEMS)"),
+        "the gradient is transposed": ("a[:, None] * K + q[None, :]", "q[None, :] * K + a[:, None]"),
+        "gradient slots share a block": ("q = q0 + tl.arange", "q = a0 + tl.arange"),
+        "gradient slots beyond a block are dropped": (
+            "for q0 in range(0, K, SLOTS)",
+            "for q0 in range(0, SLOTS, SLOTS)",
+        ),
+        "ranks of the span are counted as rows": ("end = last * RANK", "end = last"),
+    },
+    "dropout.py": {
+        "the row is no part of the counter": ("zero + low, zero + high", "zero, zero + high"),
+        "the column is no part of the counter": (
+            "counter = column.to(tl.uint32)",
+            "counter = column.to(tl.uint32) * 0",
+        ),
+        "row and column are swapped": ("counter, zero + low,", "zero + low, counter,"),
+        "the other entries are dropped": (">= p_drop", "< p_drop"),
+        "what is kept is not scaled": ("/ (1 - p_drop)", ""),
+        "what is there is overwritten": ("if ONTO:", "if False:"),
+        "strides are swapped": ("*x.stride()", "*x.stride()[::-1]"),
+        "channels beyond the last are written": ("inside = column < columns", "inside = column < columns + 1"),
+        "the sum is rounded before": ("values = x.to(tl.float32)", "values = x"),
+    },
+    "fused.py": {
+        "x is read beyond its columns": ("mask=i[None, :] < inner - start", "mask=i[None, :] < inner"),
+        "V is read beyond its columns": ("mask=i[None, :] < WIDTH - start", "mask=i[None, :] < WIDTH"),
+        "the update is added once": ("range(0, WIDTH, BLOCK_I)", "range(0, BLOCK_I, BLOCK_I)"),
+        "rows stay at their first columns": ("x_tile += BLOCK_I", "x_tile += 0"),
+        "the bias is left out": ("if bias_ptr is not None:", "if False:"),
+        "rows beyond the last are written": ("mask=(t < rows)[:, None]", "mask=(t < rows + 1)[:, None]"),
+        "features beyond the last are written": ("(o < features)[None, :]", "(o < features + 1)[None, :]"),
+        "the last band is as high as the others": ("tl.minimum(down - band * _TOGETHER, _TOGETHER)", "_TOGETHER"),
+        "strides of the weight are swapped": ("*weight.stride()", "*weight.stride()[::-1]"),
+        "columns of x may lie apart": ("x if x.stride(1) == 1 else x.contiguous()", "x"),
+    },
+    "fold_forward.py": {
+        "ties go to the last expert": ("(e[None, :] < e[:, None])", "(e[None, :] > e[:, None])"),
+        "NaN ranks below every number": (
+            'key = tl.where(logits != logits, float("inf"), logits)',
+            'key = tl.where(logits != logits, float("-inf"), logits)',
+        ),
+        "a task that does not exist is read": ("tl.where(known, task, 0) * width", "task * width"),
+        "an expert that is not selected counts": ("wanted = selected[:, None] & ", "wanted = exists[:, None] & "),
+    },
+    "fold_backward.py": {
+        "a saturated router's gradient is rounded": (
+            "others = tl.sum(tl.where(selected, 0.0, probability), 0)",
+            "others = 1 - share",
+        ),
+        "embeddings of other tasks get the gradient": ("g, g < num_groups) == task)", "g, g < num_groups) >= task)"),
+        "groups after the first block are dropped": (
+            "range(0, num_groups, BLOCK_G)",
+            "range(0, tl.minimum(num_groups, BLOCK_G), BLOCK_G)",
+        ),
+    },
 }
 
 
-def probe(package: Path) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(str(each) for each in (package.parent, TESTS, TESTS / "triton"))
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-    return subprocess.run(
-        [sys.executable, TESTS / "triton_probe.py"], env=environment, capture_output=True, text=True, timeout=900
-    )
+def interleaves(kernels: ModuleType) -> Iterator[None]:
+    for name in ("the paper's scales", "more slots than a block", "transposed", "strided"):
+        yield check_interleave(kernels, FACTORS[name])
+        yield check_gather(kernels, FACTORS[name])
 
 
-def copied(target: Path) -> Path:
-    return Path(shutil.copytree(Path(ept_kernels.__file__).parent, target / "ept_kernels"))
+def cores(kernels: ModuleType) -> Iterator[None]:
+    kernels._SPAN = 16
+    for name in ("strange and inactive", "runs", "more slots than a block", "inactive, one id a row"):
+        yield check_core(kernels, CORES[name])
+    yield check_core(kernels, SPANS["one id a row"])
+    yield check_core(kernels, Core(rows=70, rank=1, scales=(2,)))
 
 
-@pytest.fixture(autouse=True)
-def only_when_asked() -> None:
-    if os.environ.get("EPT_SLOW_TESTS") != "1":
-        pytest.skip("half a minute for each planted error: set EPT_SLOW_TESTS=1")
+def dropouts(kernels: ModuleType) -> Iterator[None]:
+    for name in ("strided", "sliced, fp16", "onto bf16"):
+        yield check_dropout(kernels, DROPOUTS[name])
 
 
-@pytest.mark.slow
-def test_the_probe_passes_without_an_error(tmp_path: Path) -> None:
-    result = probe(copied(tmp_path))
-    assert result.returncode == 0, result.stdout + result.stderr
+def products(kernels: ModuleType) -> Iterator[None]:
+    kernels.candidates = lambda rows: [SMALL_TILE]
+    for name in ("two bands of rows", "many columns", "strided weight", "transposed rows"):
+        yield check_fused(kernels, FUSED[name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what", MUTANTS)
-def test_a_planted_error_is_noticed(what: str, tmp_path: Path) -> None:
-    file, right, wrong = MUTANTS[what]
-    package = copied(tmp_path)
-    source = (package / "triton" / file).read_text()
+def folds(kernels: ModuleType) -> Iterator[None]:
+    name = "fold_forward" if hasattr(kernels, "fold_forward") else "fold_backward"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fold, name, getattr(kernels, name))
+        for case in (SaturatedFoldCase(1), FoldCase(9)):
+            yield assert_matches_definition(case, fold.fold_tasks)
+        yield assert_ties_go_to_the_first(fold.fold_tasks)
+        yield assert_nan_shows(FoldCase(7, 3), fold.fold_tasks)
+        yield assert_unselected_experts_are_not_read(fold.fold_tasks)
+        yield assert_unknown_tasks_show(3, fold.fold_tasks)
+        yield assert_matches_definition(ManyGroupsFoldCase(), fold.fold_tasks)
+
+
+CHECKS: dict[str, Callable[[ModuleType], Iterator[None]]] = {
+    "interleave.py": interleaves,
+    "core.py": cores,
+    "dropout.py": dropouts,
+    "fused.py": products,
+    "fold_forward.py": folds,
+    "fold_backward.py": folds,
+}
+
+
+def with_text(file: str, target: Path, right: str, wrong: str) -> ModuleType:
+    """A kernels' module with some text replaced, imported under a name of its own."""
+    source = (Path(fold.__file__).parent / file).read_text()
     assert right in source, f"{file} no longer holds the text to replace"
-    (package / "triton" / file).write_text(source.replace(right, wrong))
-    result = probe(package)
-    assert result.returncode == 1, f"nothing noticed it: {result.stdout}{result.stderr}"
-    print(f"{what}: {result.stdout.strip()}")
+    path = target / file
+    path.write_text(source.replace(right, wrong))
+    name = f"{fold.__package__}._planted"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[name]
+    return module
+
+
+def run_checks(file: str, module: ModuleType) -> None:
+    with traced() as trace:
+        for _ in CHECKS[file](module):
+            trace.assert_written_once()
+
+
+@pytest.mark.parametrize("file", CHECKS)
+def test_the_checks_pass_without_an_error(file: str, tmp_path: Path) -> None:
+    run_checks(file, with_text(file, tmp_path, "", ""))
+
+
+@pytest.mark.parametrize(("file", "what"), [(file, what) for file, mutants in MUTANTS.items() for what in mutants])
+def test_a_planted_error_is_noticed(file: str, what: str, tmp_path: Path) -> None:
+    module = with_text(file, tmp_path, *MUTANTS[file][what])
+    torch.manual_seed(0)
+    with pytest.raises(Exception) as noticed:
+        run_checks(file, module)
+    assert not isinstance(noticed.value, (ImportError, AttributeError, NameError, SyntaxError)), noticed.value
+    print(f"{what}: {noticed.value}")

@@ -45,7 +45,6 @@ void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
 void* shared_memory(const void* key, size_t bytes, size_t alignment);
 void block_barrier();
 bool block_barrier_or(bool value);
-void warp_barrier(unsigned mask);
 float shuffle_down(unsigned mask, float value, unsigned distance);
 
 }  // namespace shim
@@ -61,7 +60,6 @@ inline constexpr shim::Vector<&shim::Coordinates::grid_dim> gridDim{};
 
 inline void __syncthreads() { shim::block_barrier(); }
 inline int __syncthreads_or(int value) { return shim::block_barrier_or(value != 0); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) { shim::warp_barrier(mask); }
 inline float __shfl_down_sync(unsigned mask, float value, unsigned distance) {
   return shim::shuffle_down(mask, value, distance);
 }
@@ -70,7 +68,7 @@ inline float __shfl_down_sync(unsigned mask, float value, unsigned distance) {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 };
+struct cudaFuncAttributes {};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -81,10 +79,13 @@ struct cudaLaunchConfig_t {
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "invalid configuration argument";
 }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-
-// The capability is the test's to choose: 7 takes the SIMT kernels, 8 and more the tensor cores.
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+inline const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaSuccess ? "cudaSuccess" : "cudaErrorInvalidConfiguration";
+}
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
+}
 
 template <typename Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params), const Params& params) {
