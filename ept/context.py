@@ -82,11 +82,6 @@ class TaskContext:
     _encoded: Tensor | None = field(default=None, repr=False)
 
     @property
-    def plain(self) -> bool:
-        """Whether ids are the samples', and nothing else is known of the part of the model under way."""
-        return self.layout is None and self.shape is None
-
-    @property
     def count(self) -> int | None:
         """How many samples, or tokens, have ids of their own; None with one for all."""
         given: Any = self.task_ids

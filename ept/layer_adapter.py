@@ -155,12 +155,14 @@ class LayerAdapter(nn.Module):
             return shared.resolve(None)
         self.collect(context, x)
         given: Any = context.task_ids
-        tasks: Any = given if any(other is shared for other in context.tables) else shared.resolve(given)
+        tables = context.tables
+        known = tables[0] is shared if len(tables) == 1 else any(other is shared for other in tables)
+        tasks: Any = given if known else shared.resolve(given)
         count = count_samples(tasks)
         if count is None:
             return tasks
         place = self.place
-        if place.plain and x.dim() > 2 and x.shape[0] == count and context.plain:
+        if place.plain and x.dim() > 2 and x.shape[0] == count and context.layout is None and context.shape is None:
             return tasks
         fitted = fit(tasks, count, x, context, place, self.layer_name)
         if not place.known and fitted is tasks and x.dim() > 2 and x.shape[0] == count != x.shape[1]:

@@ -42,7 +42,7 @@ def count_samples(tasks: ResolvedTasks) -> int | None:
 
 
 def flat_ids(task_ids: Any) -> tuple[Any, tuple[int, int] | None]:
-    """Ids for every token, ``[batch, sequence]`` as a tensor, an array or lists of lists, in one dimension, and their shape.
+    """Ids ``[batch, sequence]`` of tokens, a tensor, an array or lists of lists, in one dimension, and their shape.
 
     Whatever is not two-dimensional comes back as it is, with None.
 
@@ -52,7 +52,9 @@ def flat_ids(task_ids: Any) -> tuple[Any, tuple[int, int] | None]:
     if isinstance(task_ids, (list, tuple)) and task_ids and all(isinstance(row, (list, tuple)) for row in task_ids):
         lengths = {len(row) for row in task_ids}
         if len(lengths) > 1:
-            raise ValueError(f"task_ids of tokens must be [batch, sequence], got lists of the lengths {sorted(lengths)}")
+            raise ValueError(
+                f"task_ids of tokens must be [batch, sequence], got lists of the lengths {sorted(lengths)}"
+            )
         return [task for row in task_ids for task in row], (len(task_ids), lengths.pop())
     if isinstance(task_ids, (np.ndarray, Tensor)) and task_ids.ndim == 2:
         batch, sequence = task_ids.shape

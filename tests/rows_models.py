@@ -271,7 +271,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         tokens,
     ),
     "MPNet": text_encoder("MPNet"),
-    "ModernBERT": text_encoder("ModernBert", head="Model", cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2),
+    "ModernBERT": text_encoder(
+        "ModernBert", head="Model", cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2
+    ),
     "DeBERTa": Architecture(
         "text encoder", encoder("DebertaForSequenceClassification", "DebertaConfig", **_DEBERTA), tokens
     ),
@@ -285,7 +287,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Longformer": text_encoder("Longformer", attention_window=4),
     "XLNet": Architecture(
         "text encoder",
-        encoder("XLNetLMHeadModel", "XLNetConfig", vocab_size=VOCABULARY, d_model=WIDTH, n_layer=1, n_head=2, d_inner=20),
+        encoder(
+            "XLNetLMHeadModel", "XLNetConfig", vocab_size=VOCABULARY, d_model=WIDTH, n_layer=1, n_head=2, d_inner=20
+        ),
         tokens,
     ),
     "Funnel": Architecture(
@@ -306,7 +310,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "GPT-2": Architecture(
         "decoder",
-        encoder("GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=1, n_head=2, n_positions=64),
+        encoder(
+            "GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=1, n_head=2, n_positions=64
+        ),
         tokens,
         ["c_attn", "c_proj", "c_fc"],
         generates=True,
@@ -437,11 +443,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "RWKV": Architecture(
         "state space",
-        encoder("RwkvForCausalLM", "RwkvConfig", vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2, rescale_every=0),
+        encoder(
+            "RwkvForCausalLM",
+            "RwkvConfig",
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            rescale_every=0,
+        ),
         tokens,
     ),
     "ViT": Architecture("vision", encoder("ViTForImageClassification", "ViTConfig", **_VISION), images(), lengths=(6,)),
-    "BEiT": Architecture("vision", encoder("BeitForImageClassification", "BeitConfig", **_VISION), images(), lengths=(6,)),
+    "BEiT": Architecture(
+        "vision", encoder("BeitForImageClassification", "BeitConfig", **_VISION), images(), lengths=(6,)
+    ),
     "Swin": Architecture("vision", _swin("Swin"), images(32), lengths=(6,)),
     "Swin v2": Architecture("vision", _swin("Swinv2"), images(32), refused=_SHARED, lengths=(6,)),
     "Swin v2, positions excluded": Architecture(
@@ -469,7 +484,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda length: {"pixel_values": torch.randn(BATCH, 3, 3, 16, 16)},
         lengths=(6,),
     ),
-    "Wav2Vec2": Architecture("audio", encoder("Wav2Vec2ForCTC", "Wav2Vec2Config", **_WAV, vocab_size=32), waves, lengths=(6,)),
+    "Wav2Vec2": Architecture(
+        "audio", encoder("Wav2Vec2ForCTC", "Wav2Vec2Config", **_WAV, vocab_size=32), waves, lengths=(6,)
+    ),
     "Wav2Vec2-Conformer": Architecture(
         "audio",
         encoder("Wav2Vec2ConformerForCTC", "Wav2Vec2ConformerConfig", **_WAV, vocab_size=32),

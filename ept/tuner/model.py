@@ -337,7 +337,9 @@ class EPTModel(BaseTuner):
         """
         tasks: Any = context.task_ids
         if entries.shape is not None and decoder_of(self.model) is not None:
-            raise ValueError("task_ids must be one a sample: an encoder-decoder has tokens of two kinds, got one a token")
+            raise ValueError(
+                "task_ids must be one a sample: an encoder-decoder has tokens of two kinds, got one a token"
+            )
         if entries.places is not None:
             places = entries.places.to(self.ept_task_tables[self._active()[0]].device)
             context.segments = (places, tasks)

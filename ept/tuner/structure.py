@@ -71,7 +71,17 @@ _MEDIA_TOKENS = (
 )
 
 #: Packages of such models where the medium of a sample is always one.
-_ONE_A_SAMPLE = {"blip_2", "instructblip", "florence2", "kosmos2", "git", "musicgen", "musicgen_melody", "csm", "mllama"}
+_ONE_A_SAMPLE = {
+    "blip_2",
+    "instructblip",
+    "florence2",
+    "kosmos2",
+    "git",
+    "musicgen",
+    "musicgen_melody",
+    "csm",
+    "mllama",
+}
 
 _MEDIA_PARTS = re.compile(
     r"vision|visual|image|img|audio|speech|video|connector|projector|multi_?modal|perceiver|resampler|abstractor|merger"
@@ -203,7 +213,9 @@ def unfollow(model: nn.Module) -> None:
                 del module.__dict__["forward"]
             else:
                 module.__dict__["forward"] = forward.replaced
-        for name in [name for name, value in module.__dict__.items() if isinstance(value, (SampleByFunction, SelectedSamples))]:
+        for name in [
+            name for name, value in module.__dict__.items() if isinstance(value, (SampleByFunction, SelectedSamples))
+        ]:
             del module.__dict__[name]
 
 

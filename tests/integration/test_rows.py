@@ -74,7 +74,9 @@ def test_a_mixed_batch_is_its_rows_alone_or_refused(name: str, length: int) -> N
     assert given.keys() == wanted.keys()
     for key, value in wanted.items():
         scale = max(1.0, float(value.abs().max()))
-        torch.testing.assert_close(given[key] / scale, value / scale, atol=2e-4, rtol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            given[key] / scale, value / scale, atol=2e-4, rtol=1e-3, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
@@ -166,13 +168,15 @@ def test_packed_samples_get_their_own_tasks(ids: object) -> None:
     case = Architecture(case.kind, case.make, case.batch, options={"task_names": ["a", "b", "c"], "num_tasks": 3})
     model = adapted(case)
     samples, batch = packed()
-    wanted = torch.cat([model(input_ids=sample, task_ids=task).logits for sample, task in zip(samples, IDS, strict=True)], 1)
+    wanted = torch.cat(
+        [model(input_ids=sample, task_ids=task).logits for sample, task in zip(samples, IDS, strict=True)], 1
+    )
     torch.testing.assert_close(model(**batch, task_ids=ids).logits, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_lengths_tell_packed_samples_apart_too() -> None:
     model = adapted(ARCHITECTURES["Llama"])
-    samples, batch = packed()
+    _, batch = packed()
     ends = torch.tensor([0, 3, 8, 12], dtype=torch.int32)
     by_ends = model(**batch, cu_seq_lens_q=ends, task_ids=IDS).logits
     assert torch.equal(by_ends, model(**batch, task_ids=IDS).logits)
