@@ -68,7 +68,7 @@ class TaskContext:
     owner: nn.Module | None = field(default=None, repr=False)
     outer: TaskContext | None = field(default=None, repr=False)
     tables: tuple[TaskSet, ...] = field(default=(), repr=False)
-    shape: tuple[int, ...] | None = None
+    shape: tuple[int, int] | None = None
     segments: tuple[Tensor, ResolvedTasks] | None = field(default=None, repr=False)
     sequence: bool = False
     layout: Layout | None = None
