@@ -276,7 +276,7 @@ class EPTModel(BaseTuner):
         if self.merged_task is not None and self._disabled():
             self.unmerge_adapter()
         if outer is not None and inherits:
-            entries = self._inherited(outer, x, self.find_out(outer.task_ids, args, kwargs))
+            entries = self._inherited(outer, self.find_out(outer.task_ids, args, kwargs), x, kwargs)
         else:
             entries = entries_of(self.find_out(task_ids, args, kwargs), x, kwargs)
         merged_task = self.merged_task
@@ -317,8 +317,10 @@ class EPTModel(BaseTuner):
         return args, kwargs
 
     @staticmethod
-    def _inherited(outer: TaskContext, x: Tensor | None, ids: TaskIds | None) -> Entries:
-        """``ids`` of a block or generation around this call, which may stand for tokens."""
+    def _inherited(outer: TaskContext, ids: TaskIds | None, x: Tensor | None, kwargs: Mapping[str, Any]) -> Entries:
+        """What ``ids`` of a block or generation around this call are for."""
+        if outer.shape is None and not outer.expands:
+            return entries_of(ids, x, kwargs)
         if outer.shape is not None and (x is None or x.shape[:2] != outer.shape):
             given = None if x is None else list(x.shape[:2])
             raise ValueError(f"task_ids {list(outer.shape)} must hold one id for each token of the batch, got {given}")
