@@ -75,7 +75,7 @@ class TaskContext:
     outer: TaskContext | None = field(default=None, repr=False)
     tables: tuple[TaskSet, ...] = field(default=(), repr=False)
     graph_task: int = field(default_factory=_graph_task, repr=False)
-    shape: tuple[int, ...] | None = None
+    shape: tuple[int, int] | None = None
     segments: tuple[Tensor, ResolvedTasks] | None = field(default=None, repr=False)
     sequence: bool = False
     layout: Layout | None = None
@@ -87,11 +87,6 @@ class TaskContext:
     _last: Tensor | None = field(default=None, repr=False)
     _decoding: bool = field(default=False, repr=False)
     _encoded: Tensor | None = field(default=None, repr=False)
-
-    @property
-    def plain(self) -> bool:
-        """Whether ids are the samples', and nothing else is known of the part of the model under way."""
-        return self.layout is None and self.shape is None
 
     @property
     def count(self) -> int | None:

@@ -38,14 +38,14 @@ class LayerAdapter(nn.Module):
         stacks: whether several adapters of the method may be active at once.
         expert_labels: what each expert of ``route`` is, for reports: kernel sizes, ranks or numbers; None without one.
         expert_kind: what these labels are.
-        place: how rows run where the map stands.
+        row_place: how rows run where the map stands.
     """
 
     unmergeable: str | None = None
     stacks: ClassVar[bool] = True
     expert_labels: tuple[int, ...] | None = None
     expert_kind: ClassVar[str] = "expert"
-    place: Place = PLAIN
+    row_place: Place = PLAIN
 
     def __init__(
         self, in_features: int, out_features: int, config: AdapterConfig, shared: TaskSet, *, name: str = ""
@@ -155,16 +155,18 @@ class LayerAdapter(nn.Module):
             return shared.resolve(None)
         self.collect(context, x)
         given: Any = context.task_ids
-        tasks: Any = given if any(other is shared for other in context.tables) else shared.resolve(given)
+        tables = context.tables
+        known = tables[0] is shared if len(tables) == 1 else any(other is shared for other in tables)
+        tasks: Any = given if known else shared.resolve(given)
         count = count_samples(tasks)
         if count is None:
             return tasks
-        place = self.place
-        if place.plain and x.dim() > 2 and x.shape[0] == count and context.plain:
+        place = self.row_place
+        if place.plain and x.dim() > 2 and x.shape[0] == count and context.layout is None and context.shape is None:
             return tasks
         fitted = fit(tasks, count, x, context, place, self.layer_name)
         if not place.known and fitted is tasks and x.dim() > 2 and x.shape[0] == count != x.shape[1]:
-            self.place = replace(place, known=True)  # a layer with another dimension first would have been refused
+            self.row_place = replace(place, known=True)  # a layer with another dimension first would have been refused
         return fitted
 
     def _explicit_tasks(self, x: Tensor, task_ids: TaskIds) -> ResolvedTasks:

@@ -43,7 +43,7 @@ class TaskRoutedAdapter(LayerAdapter):
         )
 
     def collect(self, context: TaskContext, x: Tensor) -> None:
-        context.collect(x, self.task_table.dim, context.layout if context.layout is not None else self.place.layout)
+        context.collect(x, self.task_table.dim, context.layout if context.layout is not None else self.row_place.layout)
 
     @classmethod
     def collects(cls, config: ContrastiveConfig) -> tuple[bool, bool]:

@@ -42,7 +42,7 @@ def count_samples(tasks: ResolvedTasks) -> int | None:
 
 
 def flat_ids(task_ids: Any) -> tuple[Any, tuple[int, int] | None]:
-    """Ids for every token, ``[batch, sequence]`` as a tensor, an array or lists of lists, in one dimension, and their shape.
+    """Ids ``[batch, sequence]`` of tokens, a tensor, an array or lists of lists, in one dimension, and their shape.
 
     Whatever is not two-dimensional comes back as it is, with None.
 

@@ -441,18 +441,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         mamba_d_state=4,
         mamba_dt_rank=4,
     ),
-    "RWKV": Architecture(
-        "state space",
-        encoder(
-            "RwkvForCausalLM",
-            "RwkvConfig",
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            num_hidden_layers=2,
-            rescale_every=0,
-        ),
-        tokens,
-    ),
     "ViT": Architecture("vision", encoder("ViTForImageClassification", "ViTConfig", **_VISION), images(), lengths=(6,)),
     "BEiT": Architecture(
         "vision", encoder("BeitForImageClassification", "BeitConfig", **_VISION), images(), lengths=(6,)

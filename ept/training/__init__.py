@@ -6,7 +6,13 @@ with train_extra("ept.training"):
     from ept.training.adding import add_task
     from ept.training.arguments import EPTTrainingArguments
     from ept.training.checkpoints import newest_checkpoint
-    from ept.training.collator import CausalCollator, EncoderCollator, Seq2SeqCollator, make_collator
+    from ept.training.collator import (
+        CausalCollator,
+        EncoderCollator,
+        Seq2SeqCollator,
+        TaskIdsCollator,
+        make_collator,
+    )
     from ept.training.evaluate import baselines, evaluate_tasks, mean_headline
     from ept.training.multitask import MultiTaskEncoder
     from ept.training.rows import TaskRows, evaluation_rows, training_rows
@@ -22,6 +28,7 @@ __all__ = [
     "MultiTaskEncoder",
     "Seq2SeqCollator",
     "TaskBalancedSampler",
+    "TaskIdsCollator",
     "TaskRows",
     "add_task",
     "baselines",

@@ -151,6 +151,43 @@ class CausalCollator:
         return dict(self.tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
 
 
+class TaskIdsCollator:
+    """Any collator of transformers or TRL, with the task ids of its rows in the batch.
+
+    A collator that packs samples into one row (``DataCollatorWithFlattening``, TRL's with ``padding_free``) gives
+    ``task_ids [samples]``, which the model spreads over their tokens, and one that pads them the same.
+
+    Args:
+        collate: what makes a batch of rows without task ids.
+        name: of the rows' entry that holds an id, or, of rows that were packed before (TRL's ``packing``), an id for
+            every token.
+    """
+
+    def __init__(self, collate: Callable[[list[Row]], Mapping[str, Any]], name: str = "task_ids") -> None:
+        self.collate, self.name = collate, name
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """A batch of ``rows``.
+
+        Raises:
+            ValueError: ids for every token of some rows only, or another number of them than of tokens.
+        """
+        ids = [row[self.name] for row in rows]
+        batch = dict(self.collate([{key: value for key, value in row.items() if key != self.name} for row in rows]))
+        each = [torch.as_tensor(own).dim() == 1 for own in ids]
+        if not any(each):
+            return {**batch, "task_ids": torch.as_tensor(ids)}
+        shape = batch["input_ids"].shape
+        tokens = [torch.as_tensor(own).reshape(-1) for own in ids]
+        lengths = [len(own) for own in tokens]
+        if not all(each) or sum(lengths) != shape.numel():
+            raise ValueError(
+                f"{self.name} must be one for each row or one for each token, with no padding among these; got "
+                f"{lengths} for input_ids {list(shape)}"
+            )
+        return {**batch, "task_ids": torch.cat(tokens).view(shape)}
+
+
 def _ids_and_labels(rows: Sequence[Row]) -> Batch:
     return {
         "task_ids": torch.tensor([row["task_id"] for row in rows]),

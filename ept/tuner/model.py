@@ -129,7 +129,8 @@ class EPTModel(BaseTuner):
             layer.tied_to = self._tied.get(current_key)
         shared = self.ept_task_tables[adapter_name]
         layer.update_layer(adapter_name, peft_config, shared, current_key, inference_mode=peft_config.inference_mode)
-        layer.ept_adapters[adapter_name].place = place_of(self.model, current_key, peft_config.layout_of(current_key))
+        declared = peft_config.layout_of(current_key)
+        layer.ept_adapters[adapter_name].row_place = place_of(self.model, current_key, declared)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -310,7 +311,7 @@ class EPTModel(BaseTuner):
         if self.merged_task is not None and self._disabled():
             self.unmerge_adapter()
         if outer is not None and inherits:
-            entries = self._inherited(outer, x)
+            entries = self._inherited(outer, self.find_out(outer.task_ids, args, kwargs), x, kwargs)
         else:
             entries = entries_of(self.find_out(task_ids, args, kwargs), x, kwargs)
         merged_task = self.merged_task
@@ -350,12 +351,15 @@ class EPTModel(BaseTuner):
         self._trained = context if pools or sums else None
         return args, kwargs
 
-    def _inherited(self, outer: TaskContext, x: Tensor | None) -> Entries:
-        """The ids of a block or generation around this call, which may stand for tokens."""
+    @staticmethod
+    def _inherited(outer: TaskContext, ids: TaskIds | None, x: Tensor | None, kwargs: Mapping[str, Any]) -> Entries:
+        """What ``ids`` of a block or generation around this call are for."""
+        if outer.shape is None and not outer.expands:
+            return entries_of(ids, x, kwargs)
         if outer.shape is not None and (x is None or x.shape[:2] != outer.shape):
             given = None if x is None else list(x.shape[:2])
             raise ValueError(f"task_ids {list(outer.shape)} must hold one id for each token of the batch, got {given}")
-        return Entries(outer.task_ids, outer.shape, uniform=outer.uniform)
+        return Entries(ids, outer.shape, uniform=outer.uniform)
 
     @staticmethod
     def _expected(entries: Entries, x: Tensor | None, outer: TaskContext | None) -> int | None:
@@ -382,13 +386,14 @@ class EPTModel(BaseTuner):
         elif entries.shape is None and x is not None and x.dim() == 3 and takes_choices(self.model):
             context.task_ids = repeat(tasks, x.shape[1])
         elif outer is not None and outer.expands and x is not None and context.count not in (1, len(x)):
-            if len(x) == context.count * outer.expands:
+            count: Any = context.count
+            if len(x) == count * outer.expands:
                 context.task_ids = repeat(tasks, outer.expands)
             elif (one := context.one_task(tasks)) is not None:
                 context.task_ids = one
             else:
                 raise ValueError(
-                    f"task_ids must hold one id for each of the {len(x)} rows that generate runs, got {context.count} "
+                    f"task_ids must hold one id for each of the {len(x)} rows that generate runs, got {count} "
                     f"and {outer.expands} announced for each (num_beams, num_return_sequences): which sample a row "
                     "belongs to is not known. Generate for one task at a time"
                 )

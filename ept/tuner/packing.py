@@ -50,7 +50,7 @@ def entries_of(task_ids: TaskIds | None, x: Tensor | None, kwargs: Mapping[str, 
             raise ValueError(
                 f"task_ids must be 1-D, one a sample, or of the shape of the tokens of {wanted}, got {list(shape)}"
             )
-        return Entries(ids, shape, uniform=uniform)
+        return Entries(ids, (shape[0], shape[1]), uniform=uniform)
     count = len(ids) if isinstance(ids, (list, tuple, np.ndarray, TaskMixture)) else None
     if isinstance(ids, Tensor) and ids.dim() == 1:
         count = len(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,7 +177,7 @@ def test_packed_samples_get_their_own_tasks(ids: object) -> None:
 
 def test_lengths_tell_packed_samples_apart_too() -> None:
     model = adapted(ARCHITECTURES["Llama"])
-    samples, batch = packed()
+    _, batch = packed()
     ends = torch.tensor([0, 3, 8, 12], dtype=torch.int32)
     by_ends = model(**batch, cu_seq_lens_q=ends, task_ids=IDS).logits
     assert torch.equal(by_ends, model(**batch, task_ids=IDS).logits)
@@ -247,3 +248,11 @@ def test_a_model_comes_out_of_its_adapter_as_it_was() -> None:
         changed = [key for part in model.modules() for key in part.__dict__ if key in ("forward", "generate")]
         assert not changed
         assert not any("Sample" in type(value).__name__ for part in model.modules() for value in part.__dict__.values())
+
+
+def test_the_documentation_has_a_line_for_every_architecture() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "rows.md").read_text()
+    for name, case in ARCHITECTURES.items():
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| {name} |"))
+        assert f"| {case.kind} |" in line
+        assert ("refused" in line) == (case.refused is not None)

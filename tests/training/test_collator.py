@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening
 
 from ept.data import TaskData, prompt, target
-from ept.training import make_collator, training_rows
+from ept.training import TaskIdsCollator, make_collator, training_rows
 
 
 @pytest.fixture
@@ -130,3 +131,17 @@ def test_a_target_longer_than_the_row_is_refused(collator: Callable, tasks: list
     collate.max_length = 1
     with pytest.raises(ValueError, match="max_length is 1"):
         collate(_rows(tasks))
+
+
+def test_rows_that_are_flattened_keep_their_tasks() -> None:
+    """One for each packed row; one for each token where rows were packed before."""
+    rows = [{"input_ids": [5, 6, 7], "task_ids": 1}, {"input_ids": [8, 9], "task_ids": 0}]
+    collate = TaskIdsCollator(DataCollatorWithFlattening())
+    batch = collate(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch["task_ids"].tolist() == [1, 0]
+    packed = [{**rows[0], "task_ids": [1, 1, 0]}, {**rows[1], "task_ids": [2, 2]}]
+    assert collate(packed)["task_ids"].tolist() == [[1, 1, 0, 2, 2]]
+    assert "task_ids" in packed[0], "the rows are the caller's"
+    with pytest.raises(ValueError, match=r"one for each token.* got \[3, 1\] for input_ids \[1, 5\]"):
+        collate([packed[0], rows[1]])
