@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
@@ -13,12 +14,20 @@ from .mixture import TaskMixture
 from .tasks import ResolvedTasks
 
 
-def merged_weight(weight: Tensor, adapters: list[LayerAdapter], task: int, *, transposed: bool = False) -> Tensor:
+def merged_weight(
+    weight: Tensor,
+    adapters: list[LayerAdapter],
+    task: int,
+    *,
+    transposed: bool = False,
+    names: Sequence[str] = (),
+) -> Tensor:
     """``weight + sum of the adapters' updates`` for one task, added in at least fp32 and rounded once.
 
     Args:
         weight: ``[out, in]``, or ``[in, out]`` with ``transposed`` (GPT-2's ``Conv1D``).
         task: resolved id.
+        names: of the adapters, for the error.
 
     Raises:
         ValueError: the result is not finite; nothing has been changed then.
@@ -32,7 +41,10 @@ def merged_weight(weight: Tensor, adapters: list[LayerAdapter], task: int, *, tr
             total = adapter.merge_into(total, task)
     total = (total.T if transposed else total).to(weight.dtype).contiguous()
     if not torch.isfinite(total).all():
-        raise ValueError(f"merging task {task} gives a weight that is not finite; nothing was changed")
+        # PEFT's own words, which its users look for.
+        whose = f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
+        message = f"merging task {task} gives a weight that is not finite; nothing was changed"
+        raise ValueError(f"{whose if names else ''}{message}")
     return total
 
 

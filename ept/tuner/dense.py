@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -23,7 +24,7 @@ def has_dense_weight(layer: nn.Module) -> bool:
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether ``module`` itself holds a weight of bitsandbytes, torchao or HQQ."""
-    if isinstance(module, BaseTunerLayer):  # shows its base's weight as its own
+    if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):  # shows its base's weight as its own
         return False
     weight = getattr(module, "weight", None)
     of_library = type(weight).__module__.partition(".")[0] in ("bitsandbytes", "torchao")

@@ -169,7 +169,7 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         every = [*self.merged_adapters, *names]
         original = base.weight if self.ept_stash.original is None else self.ept_stash.original
         adapters = [self.ept_adapters[name] for name in every]
-        merged = merged_weight(original, adapters, resolved, transposed=isinstance(base, Conv1D))
+        merged = merged_weight(original, adapters, resolved, transposed=isinstance(base, Conv1D), names=every)
         self.ept_stash.swap_in(base.weight, merged)
         self.merged_adapters, self.merged_task = every, resolved
 
