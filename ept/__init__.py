@@ -24,6 +24,7 @@ from .losses import contrastive_loss
 from .mixture import TaskMixture
 from .optim import parameter_groups
 from .recompute import remember_tasks as _remember_tasks
+from .registration import watch_registrations as _watch_registrations
 from .suggest import SuggestedPyramid, suggest_pyramid
 from .tasks import TaskTable
 from .tuner import EPTModel
@@ -73,3 +74,4 @@ __all__ = [
 
 _register()
 _remember_tasks()
+_watch_registrations()

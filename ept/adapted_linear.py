@@ -14,6 +14,7 @@ from .adapter_config import AdapterConfig
 from .context import current
 from .layer_adapter import LayerAdapter
 from .merging import WeightStash, check_merged_task, check_stored_weight, keep_calling, merged_weight
+from .readers import weights_read_by
 from .tasks import TaskIds, TaskSet
 
 if TYPE_CHECKING:
@@ -105,6 +106,18 @@ class AdaptedLinear(LayerAdapter):
             setattr(layer, name, parameter.requires_grad_(False))
         layer._materialize_adapter(linear.weight.device)
         return layer.train(linear.training)
+
+    def became_part(self, parent: nn.Module, name: str) -> None:
+        """Refuse a place where the layer would not be called.
+
+        Raises:
+            ValueError: ``parent`` reads the weight itself.
+        """
+        if (name,) in weights_read_by(parent).always:
+            raise ValueError(
+                f"{name!r} of a {type(parent).__name__} cannot be a {type(self).__name__}: the parent takes its weight "
+                "itself, as fused kernels do, where an adapter has no effect"
+            )
 
     def _materialize_adapter(self, device: torch.device) -> None:
         """Give the adapter's parameters and buffers (not the base's) storage on ``device`` and fresh initial values."""

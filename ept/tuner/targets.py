@@ -10,6 +10,7 @@ from torch import nn
 
 from ..adapter_config import AdapterConfig
 from ..methods import method_of
+from ..readers import find_reader
 from .layer import base_features
 
 
@@ -46,10 +47,11 @@ def target_features(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[
     for name in matched:
         module = model.get_submodule(name)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        reader = find_reader(model, name)
+        if reader is not None and reader[1]:
             raise ValueError(
-                f"target module {name!r} belongs to nn.MultiheadAttention, which reads its weight and never calls it: "
-                "an adapter there would have no effect; name it in exclude_modules"
+                f"target module {name!r} is read past: {reader[0]} takes its weight itself, as fused kernels do, where "
+                "an adapter has no effect; name it in exclude_modules"
             )
         try:
             features[name] = base_features(base)
