@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ept_kernels.tracing import is_eager
+
 from .adapter_config import AdapterConfig
 from .context import current
 from .layer_adapter import LayerAdapter
 from .merging import WeightStash, check_merged_task, check_stored_weight, keep_calling, merged_weight
 from .readers import weights_read_by
 from .tasks import TaskIds, TaskSet
+from .transforms import check_transforms
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -165,6 +168,8 @@ class AdaptedLinear(LayerAdapter):
         """
         if self.merged_task is not None:
             return self._forward_merged(x, task_ids, self.merged_task)
+        if not is_eager(x):
+            check_transforms(f"this {type(self).__name__}")
         return self.linear(x, self.weight, self.bias, task_ids)
 
     def _forward_merged(self, x: Tensor, task_ids: TaskIds | None, merged_task: int) -> Tensor:

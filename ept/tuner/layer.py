@@ -11,12 +11,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ept_kernels.tracing import is_eager
+
 from ..adapter_config import AdapterConfig
 from ..context import current
 from ..layer_adapter import LayerAdapter
 from ..merging import WeightStash, check_stored_weight, keep_calling, merged_weight
 from ..methods import method_of
 from ..tasks import TaskSet
+from ..transforms import check_transforms
 from .dense import has_dense_weight
 
 
@@ -130,6 +133,8 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self.enabled_adapters()
+        if adapters and not is_eager(x):
+            check_transforms(f"layer {adapters[0].layer_name!r}")
         if len(adapters) == 1 and not args and not kwargs and self._base_is_plain():
             base = self.base_layer
             weight = base.weight.T if isinstance(base, Conv1D) else base.weight
