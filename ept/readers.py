@@ -87,9 +87,10 @@ def weights_read_by(module: nn.Module) -> Reads:
     own = module.__dict__.get("forward")  # as patched on this one
     own = inspect.unwrap(own) if callable(own) else None
     own = own.__func__ if isinstance(own, MethodType) else own
-    reads = _read_by_class(type(module))
+    kind: Any = type(module)
+    reads = _read_by_class(kind)
     if (reads.always or reads.perhaps) and inspect.isfunction(type(module).forward):
-        reads = _Search(type(module), module).run(type(module).forward)
+        reads = _Search(type(module), module).run(kind.forward)
     if isinstance(own, FunctionType):
         more = _Search(type(module), module).run(own)
         reads = Reads(reads.always | more.always, reads.perhaps | more.perhaps)
@@ -243,7 +244,7 @@ class _Reader(ast.NodeVisitor):
         path = self.path(node)
         if not path or self.search.module is None or "training" in path or "*" in path:
             return _UNKNOWN
-        value: Any = self.search.module
+        value = self.search.module
         for step in path:
             value = getattr(value, step, _UNKNOWN)
         return value if value is None or isinstance(value, (bool, int, float, str)) else _UNKNOWN
