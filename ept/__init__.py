@@ -25,6 +25,7 @@ from .losses import contrastive_loss
 from .mixture import TaskMixture
 from .optim import parameter_groups
 from .recompute import remember_tasks as _remember_tasks
+from .registration import watch_registrations as _watch_registrations
 from .rows import row_layout
 from .suggest import SuggestedPyramid, suggest_pyramid
 from .tasks import TaskTable
@@ -77,3 +78,4 @@ __all__ = [
 
 _register()
 _remember_tasks()
+_watch_registrations()

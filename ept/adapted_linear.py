@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ept_kernels.tracing import is_eager
+
 from .adapter_config import AdapterConfig
 from .context import current
 from .layer_adapter import LayerAdapter
 from .merging import WeightStash, check_merged_task, check_stored_weight, keep_calling, merged_weight
+from .readers import weights_read_by
 from .tasks import TaskIds, TaskSet
+from .transforms import check_transforms
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -106,6 +110,18 @@ class AdaptedLinear(LayerAdapter):
         layer._materialize_adapter(linear.weight.device)
         return layer.train(linear.training)
 
+    def became_part(self, parent: nn.Module, name: str) -> None:
+        """Refuse a place where the layer would not be called.
+
+        Raises:
+            ValueError: ``parent`` reads the weight itself.
+        """
+        if (name,) in weights_read_by(parent).always:
+            raise ValueError(
+                f"{name!r} of a {type(parent).__name__} cannot be a {type(self).__name__}: the parent takes its weight "
+                "itself, as fused kernels do, where an adapter has no effect"
+            )
+
     def _materialize_adapter(self, device: torch.device) -> None:
         """Give the adapter's parameters and buffers (not the base's) storage on ``device`` and fresh initial values."""
         for module in self.modules():
@@ -152,6 +168,8 @@ class AdaptedLinear(LayerAdapter):
         """
         if self.merged_task is not None:
             return self._forward_merged(x, task_ids, self.merged_task)
+        if not is_eager(x):
+            check_transforms(f"this {type(self).__name__}")
         return self.linear(x, self.weight, self.bias, task_ids)
 
     def _forward_merged(self, x: Tensor, task_ids: TaskIds | None, merged_task: int) -> Tensor:

@@ -33,6 +33,11 @@ from .token_routing import UNMERGEABLE, fold_tokens, rows_of
 _STEP_BETWEEN_NEW_EXPERTS = 1e-3
 
 
+def _is_exporting() -> bool:
+    """Whether ``torch.export`` traces: a graph for every size of batch cannot choose by it."""
+    return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
 class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
     """Parameters of Expert Pyramid Tuning for one linear map, without the map (spec section 1).
 
@@ -240,7 +245,7 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
             if kept is not None:
                 return kept
         if isinstance(tasks, Tensor) and tasks.dim():
-            if len(tasks) > table.num_tasks or elsewhere:
+            if elsewhere or _is_exporting() or len(tasks) > table.num_tasks:
                 groups, routed = tasks, None
             elif len(tasks) != 1:
                 groups = torch.arange(len(tasks), device=device)

@@ -1,8 +1,8 @@
 """Layers that ``torch.utils.checkpoint`` runs again during backward get back the tasks of the pass they belong to.
 
 A model's own checkpointing (timm, OpenCLIP, code beside a checkpoint) imports the function by name and calls it from
-wherever it likes, so there is nothing of the model's to wrap: what torch keeps for the recomputation is wrapped. Without
-tasks at hand, and for every other model, torch's functions do what they did.
+wherever it likes, so there is nothing of the model's to wrap: what torch keeps for the recomputation is wrapped.
+Without tasks at hand, and for every other model, torch's functions do what they did.
 """
 
 from __future__ import annotations

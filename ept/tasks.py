@@ -38,7 +38,9 @@ def wants_auto(task_ids: TaskIds | None) -> bool:
 
 def count_samples(tasks: ResolvedTasks) -> int | None:
     """How many samples resolved tasks are for; None for one task of a whole batch."""
-    return len(tasks) if isinstance(tasks, TaskMixture) or (isinstance(tasks, Tensor) and tasks.dim()) else None
+    if isinstance(tasks, TaskMixture):
+        tasks = tasks.weights
+    return tasks.shape[0] if isinstance(tasks, Tensor) and tasks.dim() else None  # len() is fixed when exported
 
 
 def flat_ids(task_ids: Any) -> tuple[Any, tuple[int, int] | None]:
@@ -158,6 +160,8 @@ class TaskSet(nn.Module):
             raise TypeError(f"task_ids must be an integer tensor, got {ids.dtype}")
         if ids.dim() > 1:
             raise ValueError(f"task_ids must be a scalar or 1-D tensor, got shape {list(ids.shape)}")
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(ids):
+            raise ValueError("task_ids is what vmap runs over: map samples of one task, or call the model without vmap")
         if ids.is_meta:
             if self.device.type != "meta":
                 raise ValueError(f"task_ids is on the meta device and holds no ids; the model is on {self.device}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from operator import attrgetter
 
 import torch
@@ -80,7 +81,7 @@ def _check_rows(x: Tensor, folded: Tensor, groups: Tensor | None, geometry: Pyra
         return
     if groups.dim() != 1 or groups.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"groups must be a 1-D tensor of int64 or int32, got {list(groups.shape)} of {groups.dtype}")
-    rows, count = x.shape[:-1].numel(), groups.shape[0]
+    rows, count = math.prod(x.shape[:-1]), groups.shape[0]  # Size.numel() is fixed when exported
     if rows and not folded.shape[0]:
         raise ValueError(f"folded must hold a kernel for the {rows} rows of x, got {list(folded.shape)}")
     if rows % count if count else rows:

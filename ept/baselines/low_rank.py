@@ -55,13 +55,13 @@ class DiagonalAdapter(LayerAdapter):
 
     def delta(self, x: Tensor, task_ids: TaskIds | None = None) -> Tensor:
         core = self._core(self.tasks_for(x, task_ids))
-        if len(core) == 1:
+        if core.shape[0] == 1:
             return pyramid_delta(x, self.A * core.T, self.B, *self._scalar(), self.geometry, dropout_p=self.dropout_p)
         return self._per_sample(x, core)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, task_ids: TaskIds | None = None) -> Tensor:
         core = self._core(self.tasks_for(x, task_ids))
-        if len(core) == 1:
+        if core.shape[0] == 1:
             A, groups = self.A * core.T, self._scalar()
             return pyramid_linear(x, weight, bias, A, self.B, *groups, self.geometry, dropout_p=self.dropout_p)
         output = F.linear(x, weight, bias)
@@ -86,8 +86,9 @@ class DiagonalAdapter(LayerAdapter):
         dtype = autocast_dtype(x) or x.dtype
         with without_autocast(x.device):
             hidden = self.shrink(x.to(dtype))
-            rows = hidden.shape[:-1].numel() // max(len(core), 1)
-            scaled = hidden.reshape(len(core), rows, hidden.shape[-1]) * (self.scaling * core).to(dtype)[:, None]
+            samples = core.shape[0]
+            rows = math.prod(hidden.shape[:-1]) // max(samples, 1)
+            scaled = hidden.reshape(samples, rows, hidden.shape[-1]) * (self.scaling * core).to(dtype)[:, None]
             return F.linear(scaled.reshape(hidden.shape), self.B.to(dtype))
 
     def shrink(self, x: Tensor) -> Tensor:

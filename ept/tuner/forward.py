@@ -6,7 +6,9 @@ import inspect
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch._dynamo.decorators import skip_code
 
 from ..context import current
 from ..tasks import wants_auto
@@ -76,6 +78,32 @@ def takes(model: nn.Module, argument: str) -> bool:
     """Whether the wrapped model's forward names ``argument``: task ids, for example, to choose a head."""
     kind: Any = type(model)
     return argument in _arguments(kind)
+
+
+class NameResolver:
+    """A forward pre-hook of a ``PeftModel``: ids in place of names and lists, before anything that is compiled.
+
+    ``torch.compile`` takes strings and lists for constants and would compile anew for every batch. It leaves the hooks
+    of the module it is given to Python, whose frames it would compile by themselves: this one is left out of that.
+    """
+
+    def __init__(self, tuner: EPTModel) -> None:
+        self.tuner = tuner
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling() or not isinstance(kwargs.get("task_ids"), (str, list, tuple)):
+            return None
+        return args, {**kwargs, "task_ids": _resolved(self.tuner, kwargs["task_ids"])}
+
+
+skip_code(NameResolver.__call__.__code__)
+
+
+@torch.compiler.disable
+def _resolved(tuner: EPTModel, task_ids: Any) -> Any:
+    by_token = isinstance(task_ids, (list, tuple)) and any(isinstance(task, (list, tuple)) for task in task_ids)
+    resolved = None if by_token or wants_auto(task_ids) else tuner.resolve_tasks(task_ids)
+    return task_ids if resolved is None else resolved
 
 
 class TaskGenerate:

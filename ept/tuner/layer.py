@@ -12,11 +12,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ept_kernels.tracing import is_eager
+
 from ..adapter_config import AdapterConfig
+from ..context import current
 from ..layer_adapter import LayerAdapter
 from ..merging import WeightStash, check_stored_weight, keep_calling, merged_weight
 from ..methods import method_of
 from ..tasks import TaskSet
+from ..transforms import check_transforms
 from .dense import has_dense_weight
 
 
@@ -46,6 +50,7 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
 
     Attributes:
         tied_to: another module with the same weight, if there was one when it was last looked for.
+        read_by: who takes the weight without calling the layer for some arguments, which is refused when it happens.
     """
 
     adapter_layer_names: tuple[str, ...] = ("ept_adapters",)
@@ -64,6 +69,7 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.merged_task: int | None = None
         self.tied_to: str | None = None
+        self.read_by: str | None = None
         self.register_forward_pre_hook(keep_calling)
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -102,6 +108,21 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         if not any(parameter.is_meta for parameter in adapter.parameters()):
             adapter.to(device)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, as PEFT's layers show it.
+
+        Raises:
+            ValueError: a forward pass takes it and passes the adapter by.
+        """
+        if self.read_by is not None and self.enabled_adapters() and current() is not None:
+            name = self.enabled_adapters()[0].layer_name
+            raise ValueError(
+                f"layer {name!r} is read past: {self.read_by} takes its weight itself, where an adapter has no effect; "
+                "name it in exclude_modules, or leave out the arguments that lead there"
+            )
+        return super().weight
+
     def enabled_adapters(self) -> list[LayerAdapter]:
         """The adapters that take part in a forward pass."""
         if self.disable_adapters or self.merged:
@@ -113,6 +134,8 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self.enabled_adapters()
+        if adapters and not is_eager(x):
+            check_transforms(f"layer {adapters[0].layer_name!r}")
         if len(adapters) == 1 and not args and not kwargs and self._base_is_plain():
             base = self.base_layer
             weight = base.weight.T if isinstance(base, Conv1D) else base.weight

@@ -28,11 +28,12 @@ from ..merging import check_merged_task
 from ..methods import method_of
 from ..mixture import TaskMixture
 from ..prototypes import TaskPrototypes, embedding_layer, input_representation
+from ..readers import find_reader
 from ..rows import repeat, take
 from ..tasks import AUTO, ResolvedTasks, TaskIds, TaskSet, count_samples, wants_auto
 from .checkpoint import check_adapter_state, loading_options
 from .dense import watch_4bit_layers
-from .forward import TaskGenerate, decoder_mask, decoder_of, has_sequence, main_input, takes
+from .forward import NameResolver, TaskGenerate, decoder_mask, decoder_of, has_sequence, main_input, takes
 from .layer import EPTLinearLayer
 from .packing import Entries, entries_of
 from .structure import follow_rows, place_of, takes_choices, unfollow
@@ -110,6 +111,11 @@ class EPTModel(BaseTuner):
             not peft_config.inference_mode and adapter_name in self.active_adapters
         )
 
+    def became_part(self, parent: nn.Module, name: str) -> None:
+        """Let a ``PeftModel`` resolve names of tasks before its forward pass, which may be compiled, begins."""
+        if isinstance(parent, PeftModel):
+            parent.register_forward_pre_hook(NameResolver(self), with_kwargs=True)
+
     def _create_and_replace(
         self,
         peft_config: AdapterConfig,
@@ -127,6 +133,8 @@ class EPTModel(BaseTuner):
             layer.train(target.training)
             layer.set_adapter(self.active_adapters)
             layer.tied_to = self._tied.get(current_key)
+            reader = find_reader(self.model, current_key)
+            layer.read_by = None if reader is None else reader[0]
         shared = self.ept_task_tables[adapter_name]
         layer.update_layer(adapter_name, peft_config, shared, current_key, inference_mode=peft_config.inference_mode)
         declared = peft_config.layout_of(current_key)
@@ -163,7 +171,7 @@ class EPTModel(BaseTuner):
         return [name for name in self.active_adapters if name in self.ept_task_tables]
 
     def _tables(self) -> tuple[TaskSet, ...]:
-        """The tables that ``_resolve`` asks."""
+        """The tables that ``resolve_tasks`` asks."""
         return tuple(self.ept_task_tables[name] for name in self._active())
 
     def _disabled(self) -> bool:
@@ -267,7 +275,7 @@ class EPTModel(BaseTuner):
             if prototypes is not None:
                 prototypes.observe(input_representation(self.model, args, kwargs), resolved)
 
-    def _resolve(self, task_ids: TaskIds | None, batch: int | None) -> ResolvedTasks | None:
+    def resolve_tasks(self, task_ids: TaskIds | None, batch: int | None = None) -> ResolvedTasks | None:
         """Resolved ids for the active adapters, or None where nothing routes and none are given.
 
         Raises:
@@ -316,7 +324,7 @@ class EPTModel(BaseTuner):
             entries = entries_of(self.find_out(task_ids, args, kwargs), x, kwargs)
         merged_task = self.merged_task
         by_merge = merged_task is not None and entries.ids is None and self.routes_by_task
-        resolved = merged_task if by_merge else self._resolve(entries.ids, self._expected(entries, x, outer))
+        resolved = merged_task if by_merge else self.resolve_tasks(entries.ids, self._expected(entries, x, outer))
         if merged_task is not None and resolved is not None and self.routes_by_task:
             check_merged_task(resolved, merged_task)
         config = self.peft_config.get(next(iter(self.active_adapters), ""))
@@ -417,7 +425,7 @@ class EPTModel(BaseTuner):
         Args:
             copies: rows that it may run for each sample, consecutively; they share its id.
         """
-        resolved = self._resolve(task_ids, batch)
+        resolved = self.resolve_tasks(task_ids, batch)
         uniform = entries_of(task_ids, None, {}).uniform
         tables = () if resolved is None else self._tables()
         with activate(

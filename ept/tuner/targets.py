@@ -14,6 +14,7 @@ from torch import nn
 
 from ..adapter_config import AdapterConfig
 from ..methods import method_of
+from ..readers import find_reader
 from .layer import base_features
 
 #: Inside PEFT's wrapper of a module that is saved with an adapter: its copies of the module.
@@ -55,10 +56,11 @@ def target_features(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[
     features = {}
     for name in matched:
         module = model.get_submodule(name)
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        reader = find_reader(model, name)
+        if reader is not None and reader[1]:
             raise ValueError(
-                f"target module {name!r} belongs to nn.MultiheadAttention, which reads its weight and never calls it: "
-                "an adapter there would have no effect; name it in exclude_modules"
+                f"target module {name!r} is read past: {reader[0]} takes its weight itself, as fused kernels do, where "
+                "an adapter has no effect; name it in exclude_modules"
             )
         try:
             features[name] = base_features(_base(module))
