@@ -113,7 +113,10 @@ MUTANTS = {
         "what is there is overwritten": ("if ONTO:", "if False:"),
         "strides are swapped": ("*x.stride()", "*x.stride()[::-1]"),
         "channels beyond the last are written": ("inside = column < columns", "inside = column < columns + 1"),
-        "the sum is rounded before": ("values = x.to(tl.float32)", "values = x"),
+        "the sum is rounded before": (
+            "x.to(tl.float32) / (1 - p_drop)",
+            "(x.to(tl.float32) / (1 - p_drop)).to(x.dtype).to(tl.float32)",
+        ),
     },
     "fused.py": {
         "x is read beyond its columns": ("mask=i[None, :] < inner - start", "mask=i[None, :] < inner"),
@@ -161,7 +164,7 @@ def cores(kernels: ModuleType) -> Iterator[None]:
     for name in ("strange and inactive", "runs", "more slots than a block", "inactive, one id a row"):
         yield check_core(kernels, CORES[name])
     yield check_core(kernels, SPANS["one id a row"])
-    yield check_core(kernels, Core(rows=70, rank=1, scales=(2,)))
+    yield check_core(kernels, Core(rows=14, rank=6, scales=(2,)))  # a span of more items than a block
 
 
 def dropouts(kernels: ModuleType) -> Iterator[None]:
