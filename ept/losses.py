@@ -45,7 +45,7 @@ def contrastive_task_loss(
         logits = _unit(representations) @ _unit(table.weight.to(dtype)).T / temperature
         own = targets or [None] * len(pooled)
         wanted = [
-            _targets(len(rows), tasks, logits.device) if target is None else target
+            _targets(len(rows), tasks, logits.device) if target is None else target.to(logits.device)
             for rows, target in zip(pooled, own, strict=True)
         ]
         return F.cross_entropy(logits, torch.cat(wanted))

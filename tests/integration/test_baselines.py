@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from baselines_testing import awaken_all
+from pyramid_testing import assert_matches
 from safetensors.torch import save_file
 from torch import nn
 
@@ -80,7 +81,7 @@ def test_mixed_batch_equals_one_sample_at_a_time(method: str, name: str) -> None
         assert not torch.allclose(mixed, base(**batch).logits, atol=1e-3)
         for row, task in enumerate(MIXED):
             single = model(**{key: value[row : row + 1] for key, value in batch.items()}, task_ids=task).logits
-            torch.testing.assert_close(mixed[row], single[0], atol=5e-5, rtol=1e-3)
+            assert_matches(mixed[row], single[0], 1e-4)  # in fp32, through a whole network
         if method in BY_TASK:
             assert not torch.allclose(mixed, model(**batch, task_ids="alpha").logits, atol=1e-3)
             with pytest.raises(ValueError, match="task_ids is missing"):
