@@ -20,6 +20,7 @@ from ept_kernels import (
     pyramid_merge,
     pyramid_weight,
 )
+from ept_kernels.tracing import is_exporting
 
 from .config import EPTConfig
 from .growing import GrowingModule, growing
@@ -31,11 +32,6 @@ from .token_routing import UNMERGEABLE, fold_tokens, rows_of
 
 #: By how much less the new task wants one new expert than the one before: enough to leave no doubt about their order.
 _STEP_BETWEEN_NEW_EXPERTS = 1e-3
-
-
-def _is_exporting() -> bool:
-    """Whether ``torch.export`` traces: a graph for every size of batch cannot choose by it."""
-    return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
 class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
@@ -245,7 +241,7 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
             if kept is not None:
                 return kept
         if isinstance(tasks, Tensor) and tasks.dim():
-            if elsewhere or _is_exporting() or len(tasks) > table.num_tasks:
+            if elsewhere or is_exporting() or len(tasks) > table.num_tasks:
                 groups, routed = tasks, None
             elif len(tasks) != 1:
                 groups = torch.arange(len(tasks), device=device)

@@ -165,7 +165,8 @@ class LayerAdapter(nn.Module):
         if place.plain and x.dim() > 2 and x.shape[0] == count and context.layout is None and context.shape is None:
             return tasks
         fitted = fit(tasks, count, x, context, place, self.layer_name)
-        if not place.known and fitted is tasks and x.dim() > 2 and x.shape[0] == count != x.shape[1]:
+        learns = not (place.known or torch.compiler.is_compiling())
+        if learns and fitted is tasks and x.dim() > 2 and x.shape[0] == count != x.shape[1]:
             self.row_place = replace(place, known=True)  # a layer with another dimension first would have been refused
         return fitted
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ept_kernels.tracing import is_exporting
+
 from .mixture import TaskMixture
 
 if TYPE_CHECKING:
@@ -173,7 +175,8 @@ def _is_batch(lead: torch.Size, context: TaskContext, place: Place, layout: Layo
         return True
     if len(lead) == 1:
         return not (place.listed and context.sequence)
-    return place.known or lead[1] != lead[0]
+    # An exported program serves every size; the layout is that of the example, which shows it.
+    return place.known or is_exporting() or lead[1] != lead[0]
 
 
 def _refusal(count: int, x: Tensor, context: TaskContext, place: Place, layout: Layout | None, name: str) -> str:

@@ -126,9 +126,9 @@ def _(weight, A, B, folded, scales) -> Tensor:
 
 
 def _fake_output(x: Tensor, rank: int, out_features: int, scales: Sequence[int], keep: bool) -> tuple[Tensor, ...]:
-    columns = rank * sum(scales)
-    kept = ((len(x), columns), (columns, x.shape[1]), (columns, out_features)) if keep else ((0,), (0,), (0,))
-    return tuple(x.new_empty(shape) for shape in ((len(x), out_features), *kept))
+    rows, columns = x.shape[0], rank * sum(scales)  # len(x) would be fixed when exported
+    kept = ((rows, columns), (columns, x.shape[1]), (columns, out_features)) if keep else ((0,), (0,), (0,))
+    return tuple(x.new_empty(shape) for shape in ((rows, out_features), *kept))
 
 
 @torch.library.register_fake("ept::pyramid_delta", lib=_library)

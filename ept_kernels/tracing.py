@@ -35,6 +35,11 @@ def is_eager(*tensors: Tensor | None) -> bool:
     )
 
 
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces: a graph for every size of batch cannot choose by it."""
+    return torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
 def apply_eagerly(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)`` where ``is_eager`` holds: without functorch's look at every argument."""
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]

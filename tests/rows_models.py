@@ -424,12 +424,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             time_step_rank=4,
         ),
         tokens,
-        ["in_proj", "x_proj"],
+        ["in_proj"],  # x_proj is read past the module
         generates=True,
     ),
     "Jamba": decoder(
         "Jamba",
         kind="state space",
+        exclude=".*(x_proj|dt_proj|out_proj)",  # read past the module
         num_hidden_layers=2,
         attn_layer_period=2,
         attn_layer_offset=1,

@@ -53,7 +53,7 @@ def entries_of(task_ids: TaskIds | None, x: Tensor | None, kwargs: Mapping[str, 
         return Entries(ids, (shape[0], shape[1]), uniform=uniform)
     count = len(ids) if isinstance(ids, (list, tuple, np.ndarray, TaskMixture)) else None
     if isinstance(ids, Tensor) and ids.dim() == 1:
-        count = len(ids)
+        count = ids.shape[0]  # len() is fixed when exported
     if count is None or x is None or x.dim() not in (2, 3) or count == x.shape[0]:
         return Entries(ids, uniform=uniform)
     batch, sequence = x.shape[:2]
