@@ -35,11 +35,6 @@ def _target(device: int) -> tuple[str, Any]:
     return target.backend, target.arch
 
 
-def is_amd() -> bool:
-    """Whether the current device's kernels are compiled for AMD."""
-    return not knobs.runtime.interpret and _target(driver.active.get_current_device())[0] == "hip"
-
-
 def family() -> str:
     """What tiles suit the current device.
 
