@@ -317,8 +317,10 @@ def check_dropout(kernels: Any, case: Dropout, device: str = "cpu") -> None:
     with poisoned_memory():
         actual = kernels.dropout(rows, seed, case.p, onto=base)
     assert actual.dtype == case.dtype
-    tolerance = 1e-6 if case.dtype == torch.float32 else torch.finfo(case.dtype).eps
-    assert_matches(actual.cpu(), exact + onto.double() if case.onto else exact, tolerance)
+    # Computed in fp32 and rounded once: no entry is further off than half a unit in its last place.
+    expected = exact + onto.double() if case.onto else exact
+    tolerance = 1e-6 if case.dtype == torch.float32 else torch.finfo(case.dtype).eps / 2 * 1.01
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=tolerance, atol=1e-6)
 
 
 # --- the fused product ------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def cores(kernels: ModuleType) -> Iterator[None]:
 
 
 def dropouts(kernels: ModuleType) -> Iterator[None]:
-    for name in ("strided", "sliced, fp16", "onto bf16"):
+    for name in ("strided", "sliced, fp16", "onto fp16"):
         yield check_dropout(kernels, DROPOUTS[name])
 
 
