@@ -1,5 +1,8 @@
 """Expert Pyramid Tuning: one frozen model, many tasks (arXiv 2603.12577). Importing registers EPT with PEFT."""
 
+from ept_kernels._moved import install as _install
+
+from ._moved import MOVED as _MOVED
 from .auxiliary import auxiliary_loss, auxiliary_losses
 from .baselines.dcft import DCFTConfig, DCFTLinear
 from .baselines.mixlora import MixLoRAConfig, MixLoRALinear
@@ -79,3 +82,4 @@ __all__ = [
 _register()
 _remember_tasks()
 _watch_registrations()
+_install(_MOVED)

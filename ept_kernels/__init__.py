@@ -1,5 +1,7 @@
 """Kernels of Expert Pyramid Tuning: tensors in, tensors out. Importing touches no GPU and needs no toolchain."""
 
+from ._moved import MOVED as _MOVED
+from ._moved import install as _install
 from .autocast import without_autocast
 from .dispatch import available_backends, backend_for
 from .folding import active_scales, fold_kernels
@@ -23,3 +25,5 @@ __all__ = [
     "pyramid_weight",
     "without_autocast",
 ]
+
+_install(_MOVED)
