@@ -165,7 +165,7 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
-        """Gaussian seed of variance 1/in and 1/out (README, "Why these defaults"), zero kernels, Kaiming gate.
+        """Gaussian seed of variance 1/in and 1/out (docs/recipe.md), zero kernels, Kaiming gate.
 
         With ``init_seed="zero"`` B is zero and the kernels Gaussian, of variance 1/k: the layer is a no-op at first
         either way, but two zero factors would give each other no gradient for ever.

@@ -1,4 +1,4 @@
-"""Parameter groups: which learning rate each part of an adapter wants (README, "Why these defaults")."""
+"""Parameter groups: which learning rate each part of an adapter wants (docs/recipe.md)."""
 
 from __future__ import annotations
 

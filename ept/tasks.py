@@ -213,7 +213,7 @@ class TaskTable(GrowingModule, TaskSet):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Standard normal entries; rows share a part of variance ``similarity`` (README, "Why these defaults")."""
+        """Standard normal entries; rows share a part of variance ``similarity`` (docs/recipe.md)."""
         rows = torch.randn_like(self.weight)
         if self.similarity > 0:
             shared = torch.randn_like(rows[0])

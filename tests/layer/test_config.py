@@ -46,7 +46,7 @@ def test_defaults_of_the_paper() -> None:
 
 
 def test_task_similarity_is_the_measured_one() -> None:
-    """Not of the paper: README, "Why these defaults"."""
+    """Not of the paper: docs/recipe.md."""
     assert EPTConfig().task_similarity == 0.75
 
 
