@@ -42,7 +42,7 @@ def awaken(module: nn.Module) -> nn.Module:
     """Kernels as after training: zero ones would be skipped. In evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     for part in module.modules():
-        if isinstance(part, ept.adapter.PyramidAdapter):
+        if isinstance(part, ept.pyramid.adapter.PyramidAdapter):
             for kernel in part.kernels:
                 kernel.data.copy_(0.1 * torch.randn(kernel.shape, generator=generator))
     return module.eval()

@@ -3,35 +3,35 @@
 from ept_kernels._moved import install as _install
 
 from ._moved import MOVED as _MOVED
-from .auxiliary import auxiliary_loss, auxiliary_losses
+from .adapted_linear import watch_registrations as _watch_registrations
 from .baselines.dcft import DCFTConfig, DCFTLinear
 from .baselines.mixlora import MixLoRAConfig, MixLoRALinear
 from .baselines.moelora import MOELoRAConfig, MOELoRALinear
 from .baselines.more import MoREConfig, MoRELinear
-from .baselines.tucka.config import TuckAConfig
-from .baselines.tucka.linear import TuckALinear
-from .baselines.tucka.routes import fix_route, free_route, group_load
+from .baselines.tucka.adapter import TuckAConfig, TuckALinear
 from .checking import check_rows
 from .config import EPTConfig
-from .context import checkpoint, use_tasks
+from .context import row_layout, use_tasks
 from .export import apply_delta, export_deltas, export_lora, export_merged, load_deltas
 from .introspection import (
     adapters,
+    fix_route,
+    free_route,
+    group_load,
     parameter_breakdown,
     print_parameter_breakdown,
     routing,
     task_embeddings,
     task_names,
 )
-from .linear import EPTLinear
-from .losses import contrastive_loss
+from .losses import auxiliary_loss, auxiliary_losses, contrastive_loss
 from .mixture import TaskMixture
-from .optim import parameter_groups
+from .pyramid.linear import EPTLinear
+from .pyramid.optim import parameter_groups
+from .recompute import checkpoint
 from .recompute import remember_tasks as _remember_tasks
-from .registration import watch_registrations as _watch_registrations
-from .rows import row_layout
 from .suggest import SuggestedPyramid, suggest_pyramid
-from .tasks import TaskTable
+from .task_table import TaskTable
 from .tuner import EPTModel
 from .tuner.register import register as _register
 from .version import __version__

@@ -3,25 +3,161 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ept_kernels.tracing import is_eager
 
-from .adapter_config import AdapterConfig
+from .config import AdapterConfig
 from .context import current
 from .layer_adapter import LayerAdapter
-from .merging import WeightStash, check_merged_task, check_stored_weight, keep_calling, merged_weight
+from .mixture import TaskMixture
 from .readers import weights_read_by
-from .tasks import TaskIds, TaskSet
-from .transforms import check_transforms
+from .tasks import ResolvedTasks, TaskIds, TaskSet
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+def check_transforms(layer: str) -> None:
+    """Refuse what the ops of an adapter that is not merged do not serve.
+
+    ``vmap`` over samples of one task works, and so does ``torch.export``.
+
+    Raises:
+        RuntimeError: derivatives by ``torch.func``, or an export to ONNX.
+    """
+    functorch = torch._C._functorch
+    transformed = not torch.compiler.is_compiling() and functorch.peek_interpreter_stack() is not None
+    if transformed and any(level.key() != functorch.TransformType.Vmap for level in functorch.get_interpreter_stack()):
+        raise RuntimeError(
+            f"{layer} is differentiated by torch.func, which does not reach into the adapter's ops: use backward() or "
+            "torch.autograd.grad, one sample at a time for per-sample gradients, or merge first"
+        )
+    if not torch.compiler.is_dynamo_compiling() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(f"{layer} cannot be written as ONNX with its adapter: merge first (merge, merge_and_unload)")
+
+
+def merged_weight(
+    weight: Tensor,
+    adapters: list[LayerAdapter],
+    task: int,
+    *,
+    transposed: bool = False,
+    names: Sequence[str] = (),
+) -> Tensor:
+    """``weight + sum of the adapters' updates`` for one task, added in at least fp32 and rounded once.
+
+    Args:
+        weight: ``[out, in]``, or ``[in, out]`` with ``transposed`` (GPT-2's ``Conv1D``).
+        task: resolved id.
+        names: of the adapters, for the error.
+
+    Raises:
+        ValueError: the result is not finite; nothing has been changed then.
+    """
+    total = weight.detach().T if transposed else weight.detach()
+    if len(adapters) > 1:  # one is rounded once by the op; a sum of several is held in a wider dtype until its end
+        dtypes = (torch.float32, *(p.dtype for adapter in adapters for p in adapter.parameters()))
+        total = total.to(reduce(torch.promote_types, dtypes, total.dtype))
+    with torch.no_grad():
+        for adapter in adapters:
+            total = adapter.merge_into(total, task)
+    total = (total.T if transposed else total).to(weight.dtype).contiguous()
+    if not torch.isfinite(total).all():
+        # PEFT's own words, which its users look for.
+        whose = f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
+        message = f"merging task {task} gives a weight that is not finite; nothing was changed"
+        raise ValueError(f"{whose if names else ''}{message}")
+    return total
+
+
+def check_stored_weight(module: nn.Module, name: str) -> None:
+    """Refuse a weight that is computed at every call: what is put into it is lost at the next one.
+
+    Args:
+        name: what the error calls ``module``.
+
+    Raises:
+        ValueError: a parametrised, normed or pruned weight, or one that accelerate loads for each call.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"{name} ({type(module).__name__}) computes its weight anew at every call (a parametrisation, weight_norm, "
+            "spectral_norm, pruning), so nothing can be merged into it; make the weight an ordinary parameter first, "
+            "as torch.nn.utils.parametrize.remove_parametrizations does"
+        )
+    if weight.is_meta and getattr(module, "_hf_hook", None) is not None:
+        raise ValueError(f"{name} is offloaded: its weight is loaded for each call, and nothing can be merged into it")
+
+
+def check_merged_task(tasks: ResolvedTasks, merged_task: int) -> None:
+    """Refuse a call for another task than the one whose update is in the weight.
+
+    Raises:
+        ValueError: another task.
+    """
+    message = f"task_ids must be {merged_task}, the task that is merged into the weight; unmerge first"
+    if isinstance(tasks, TaskMixture):
+        raise ValueError(f"{message} (got a mixture of tasks)")
+    if isinstance(tasks, int):
+        if tasks != merged_task:
+            raise ValueError(f"{message} (got {tasks})")
+    elif torch.compiler.is_compiling():
+        torch._assert_async(tasks.eq(merged_task).all(), message)
+    else:
+        try:
+            torch._assert_async(tasks.eq(merged_task).all(), message)
+        except RuntimeError as error:
+            raise ValueError(f"{message} (got {tasks.tolist()})") from error
+
+
+class WeightStash(nn.Module):
+    """The original weight beside a merged one: moves with its module, is never saved.
+
+    Merging swaps the parameter's storage instead of adding into it, so taking the update out restores the same bits.
+    """
+
+    original: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("original", None, persistent=False)
+
+    def swap_in(self, parameter: nn.Parameter, merged: Tensor) -> None:
+        """Put ``merged`` in place of the original, or of what was merged before."""
+        if self.original is None:
+            self.original = parameter.data
+        parameter.data = merged
+
+    def swap_out(self, parameter: nn.Parameter) -> None:
+        assert self.original is not None, "nothing was swapped in"
+        parameter.data, self.original = self.original, None
+
+
+def keep_calling(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook that does nothing, but tells PyTorch that the layer must be called.
+
+    ``nn.TransformerEncoderLayer`` in evaluation otherwise reads ``weight`` itself and passes the adapter by.
+    """
+
+
+def _announce(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    announced = getattr(type(child), "became_part", None)
+    if announced is not None:
+        announced(child, parent, name)
+
+
+def watch_registrations() -> None:
+    """Call ``child.became_part(parent, name)``, where a child has that, before it is made a part of ``parent``."""
+    register_module_module_registration_hook(_announce)
 
 
 class AdaptedLinear(LayerAdapter):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer_adapter import LayerAdapter
-from .tuner.forward import batch_size
+from .tuner.calls import batch_size
 from .tuner.layer import EPTLinearLayer
 from .tuner.model import EPTModel, ept_model
 

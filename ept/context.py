@@ -10,19 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from .mixture import TaskMixture
-from .rows import BATCH_SECOND, Layout, RowIndex, take
+from .prototypes import masked_mean
+from .rows import BATCH_SECOND, LAYOUTS, ROWS, Ids, Layout, Place, RowIndex, RowTracker, refusal, take, tasks_of_rows
 from .tasks import ResolvedTasks, TaskIds, TaskSet, count_samples, flat_ids
-
-if TYPE_CHECKING:
-    from .following import RowTracker
 
 T = TypeVar("T")
 
@@ -223,18 +220,6 @@ class TaskContext:
         return sums / sizes.clamp_min(1), targets.to(x.device).masked_fill(sizes[:, 0] == 0, NO_TASK)
 
 
-def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the tokens that ``mask`` keeps, in at least fp32. x ``[batch, sequence, d]`` -> ``[batch, d]``.
-
-    A mask of another shape (windows, a decoder whose own is unknown) is ignored; a sample without tokens gives zeros.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if mask is None or mask.shape != x.shape[:2]:
-        return x.mean(1, dtype=dtype)
-    weights = mask.to(x.device, dtype).unsqueeze(-1)
-    return (x.to(dtype) * weights).sum(1) / weights.sum(1).clamp_min(1)
-
-
 _current: ContextVar[TaskContext | None] = ContextVar("ept_task_context", default=None)
 
 
@@ -321,46 +306,67 @@ def use_tasks(task_ids: TaskIds, attention_mask: Tensor | None = None) -> Iterat
         yield context
 
 
-class _CheckpointWithTasks:
-    """A model's checkpointing function, made to recompute under the tasks that it first ran with.
+def fit(tasks: ResolvedTasks, count: int, x: Tensor, context: TaskContext, place: Place, name: str) -> ResolvedTasks:
+    """Tasks for the rows of x: one for each of N equal runs of rows, where N divides their number.
 
-    Recomputation happens during backward, when the pass's context is gone (and in another thread on a GPU).
+    Args:
+        tasks: resolved ids or a mixture, of ``count`` samples or tokens.
+        x: ``[..., in]``.
+        name: of the layer, for the message.
+
+    Raises:
+        ValueError: it is not known which rows belong to which ids, and they differ.
+    """
+    if count == 1 or isinstance(tasks, int):
+        return tasks
+    layout = context.layout if context.layout is not None else place.layout
+    lead = x.shape[:-1]
+    key = (layout, lead, count, place)
+    remembers = not torch.compiler.is_compiling()
+    if remembers and key in context.fitted:
+        return context.fitted[key]
+    ids = Ids(count, context.shape, context.sequence)
+    fitted = tasks_of_rows(tasks, ids, lead, place, layout)
+    if fitted is None:
+        fitted = context.one_task(tasks)
+    if fitted is None:
+        raise ValueError(refusal(ids, x, place, layout, name))
+    if remembers:
+        context.fitted[key] = fitted
+    return fitted
+
+
+@contextmanager
+def row_layout(
+    layout: str = ROWS, *, samples: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Iterator[None]:
+    """Say how the rows run that adapted layers see inside the block; also a decorator, of a module's ``forward``.
+
+    Args:
+        layout: "batch_first": ``[batch, ...]``. "batch_second": ``[sequence, batch, ...]``. "rows": in the order of the
+            batch, equally many consecutive rows for each of the ids (windows, patches, flattened tokens).
+        samples: for "rows" in any order, such as tokens that were selected or sorted: which of the call's ids each of
+            them has, counted from 0, int64 ``[rows]``.
+        cu_seqlens: for "rows" of samples of different lengths: where each begins and the last ends, ``[samples + 1]``.
+
+    Raises:
+        ValueError: another layout, or ``samples`` or ``cu_seqlens`` that do not fit it.
     """
 
-    def __init__(self, checkpoint: Callable[..., Any]) -> None:
-        self.checkpoint = checkpoint
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        context = current()
-        if context is None:
-            return self.checkpoint(function, *args, **kwargs)
-        first_run, again = True, context.recomputation()
-
-        def run(*inner: Any, **inner_kwargs: Any) -> Any:
-            nonlocal first_run
-            if first_run:
-                first_run = False
-                return function(*inner, **inner_kwargs)
-            with activate(again()):
-                return function(*inner, **inner_kwargs)
-
-        return self.checkpoint(run, *args, **kwargs)
-
-
-def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
-    """``torch.utils.checkpoint.checkpoint``, recomputing under the tasks of the ``use_tasks`` block it was called in.
-
-    The plain one recomputes during backward, with whatever block surrounds ``backward()``. Models of transformers
-    inside the PEFT tuner need neither.
-    """
-    plain = torch.utils.checkpoint.checkpoint
-    return _CheckpointWithTasks(plain)(function, *args, use_reentrant=use_reentrant, **kwargs)
-
-
-def checkpoint_with_tasks(model: nn.Module) -> None:
-    """Make every checkpointing function that transformers put on ``model`` recompute under the right tasks."""
-    module: Any  # with an attribute of transformers
-    for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if function is not None and not isinstance(function, _CheckpointWithTasks):
-            module._gradient_checkpointing_func = _CheckpointWithTasks(function)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    given = [tensor for tensor in (samples, cu_seqlens) if tensor is not None]
+    if len(given) > 1 or (given and layout != ROWS):
+        raise ValueError(f"samples or cu_seqlens, not both, may be given with layout='rows', got layout={layout!r}")
+    for tensor in given:
+        if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+            raise ValueError(f"samples and cu_seqlens must be 1-D integers, got {list(tensor.shape)} {tensor.dtype}")
+    context = current()
+    if context is None:
+        yield
+        return
+    before, context.layout = context.layout, RowIndex(samples, cu_seqlens) if given else layout
+    try:
+        yield
+    finally:
+        context.layout = before

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .baselines.tucka.adapter import SharedRouter
 from .layer_adapter import LayerAdapter
-from .tasks import TaskTable
+from .task_table import TaskTable
 from .tuner.model import EPTModel, ept_model
 
 
@@ -85,3 +87,42 @@ def print_parameter_breakdown(model: nn.Module, adapter_name: str | None = None)
     counts = parameter_breakdown(model, adapter_name)
     parts = " || ".join(f"{name}: {count:,d}" for name, count in counts.items() if count or name != "other")
     print(f"{parts} || total: {sum(counts.values()):,d}")
+
+
+def _shared(model: nn.Module, adapter_name: str | None) -> SharedRouter:
+    tuner = ept_model(model)
+    shared = tuner.ept_task_tables[adapter_name or tuner.active_adapters[0]]
+    if not isinstance(shared, SharedRouter):
+        raise ValueError("model must have a TuckA adapter: the one asked for is of another method")
+    return shared
+
+
+def group_load(model: nn.Module, adapter_name: str | None = None) -> Tensor:
+    """How often each group was chosen since the model was made: ``[K]`` int64, on the router's device.
+
+    Counted there without a host synchronisation, in training and evaluation; reading the result is one.
+
+    Raises:
+        ValueError: no TuckA adapter.
+    """
+    return _shared(model, adapter_name).router.group_load.clone()
+
+
+def fix_route(model: nn.Module, group: int, weights: Sequence[float] | Tensor, adapter_name: str | None = None) -> None:
+    """Treat every batch as if the router had chosen ``group`` with ``weights`` ``[t]``, until ``free_route``.
+
+    The model is then one dense model, and ``merge_adapter`` and ``merge_and_unload`` serve.
+
+    Raises:
+        ValueError: no TuckA adapter, a group that does not exist, or another number of weights than experts in a group.
+    """
+    _shared(model, adapter_name).fix(group, weights)
+
+
+def free_route(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Route by the batch again. A merged adapter stays merged until it is unmerged.
+
+    Raises:
+        ValueError: no TuckA adapter.
+    """
+    _shared(model, adapter_name).free()

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter_config import AdapterConfig
-from .context import TaskContext, current
+from .config import AdapterConfig
+from .context import TaskContext, current, fit
 from .mixture import TaskMixture
-from .rows import PLAIN, Place, fit
+from .rows import PLAIN, Place
 from .tasks import ResolvedTasks, TaskIds, TaskNames, TaskSet, count_samples
 
 #: A method's additional losses by name, each with the weight that it has in the total: ``{name: (weight, value)}``.

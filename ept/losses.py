@@ -1,68 +1,39 @@
-"""The contrastive task loss (spec section 3)."""
+"""The method's own losses of a model: what to add to the task's loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ept_kernels import without_autocast
-
+from .config import ContrastiveConfig
 from .context import TaskContext
-from .contrastive_config import ContrastiveConfig
-from .mixture import TaskMixture
-from .tasks import ResolvedTasks, TaskTable
+from .layer_adapter import WeightedLosses
+from .task_table import TaskTable, contrastive_task_loss
+from .tuner.model import ept_model
 
 
-def contrastive_task_loss(
-    pooled: Sequence[Tensor],
-    tasks: ResolvedTasks,
-    table: TaskTable,
-    temperature: float,
-    targets: Sequence[Tensor | None] = (),
-) -> Tensor:
-    """``CE(cos(z, e_.) / temperature, task)``, averaged over samples and over the layers that were pooled.
+def auxiliary_losses(model: nn.Module) -> WeightedLosses:
+    """The method's own losses of the last training forward pass: ``{name: (weight in the total, value)}``.
+
+    In a distributed run every process must call it: MixLoRA counts over all of them.
 
     Args:
-        pooled: representations ``[batch, d]``, one per layer.
-        tasks: resolved ids, an int for the batch or ``[batch]``, or a mixture.
-        table: embeddings ``[T, d]``.
-        temperature: of the cosine similarities.
-        targets: the task of every representation of each layer, ``[batch]``, where ``tasks`` do not say it (packed
-            samples); -100 is left out.
+        model: a model from ``peft.get_peft_model`` with a config of this package.
 
-    Returns:
-        A scalar in at least fp32; 0, still attached to the table, where nothing was pooled, the batch is empty,
-        or the tasks are a mixture: a guess is no label.
+    Raises:
+        ValueError: another model, or a loss of a forward pass that has not been.
     """
-    dtype = torch.promote_types(table.weight.dtype, torch.float32)
-    if isinstance(tasks, TaskMixture) or not any(len(rows) for rows in pooled):
-        return table.weight[:0].sum(dtype=dtype)
-    representations = torch.cat([rows.to(table.weight.device, dtype) for rows in pooled])  # [samples of all layers, d]
-    with without_autocast(representations.device):
-        logits = _unit(representations) @ _unit(table.weight.to(dtype)).T / temperature
-        own = targets or [None] * len(pooled)
-        wanted = [
-            _targets(len(rows), tasks, logits.device) if target is None else target.to(logits.device)
-            for rows, target in zip(pooled, own, strict=True)
-        ]
-        return F.cross_entropy(logits, torch.cat(wanted))
+    return ept_model(model).auxiliary_losses()
 
 
-def _unit(rows: Tensor) -> Tensor:
-    """Each row over its norm; zeros stay. First over its largest entry: squares of 1e20 leave the range of fp32."""
-    largest = rows.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    return F.normalize(rows / largest, dim=-1)
+def auxiliary_loss(model: nn.Module) -> Tensor:
+    """What to add to the task's loss after a training forward pass, a scalar: the weighted sum of the method's own.
 
-
-def _targets(rows: int, tasks: int | Tensor, device: torch.device) -> Tensor:
-    """The task of each of a layer's rows; windows or beams of a sample are consecutive and share its task."""
-    if isinstance(tasks, int):
-        return torch.full((rows,), tasks, device=device)
-    tasks = tasks.reshape(-1)
-    return tasks.repeat_interleave(rows // len(tasks))
+    Raises:
+        ValueError: as ``auxiliary_losses``.
+    """
+    losses = [weight * value for weight, value in auxiliary_losses(model).values()]
+    return sum(losses[1:], losses[0]) if losses else torch.zeros((), device=next(model.parameters()).device)
 
 
 def contrastive_loss(
@@ -92,7 +63,6 @@ def contrastive_loss(
             raise ValueError("table is missing: a TaskContext needs the TaskTable that its layers share")
         tasks = table.resolve(model.task_ids)
         return contrastive_task_loss(model.pooled or [], tasks, table, temperature, model.targets)
-    from .tuner.model import ept_model  # the tuner imports this module's siblings
 
     tuner = ept_model(model)
     name = tuner.active_adapters[0]

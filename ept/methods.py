@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .adapter import PyramidAdapter
-from .adapter_config import AdapterConfig
 from .baselines.dcft import DCFT, DCFTAdapter, DCFTConfig
 from .baselines.mixlora import MIXLORA, MixLoRAAdapter, MixLoRAConfig
 from .baselines.moelora import MOELORA, MOELoRAAdapter, MOELoRAConfig
 from .baselines.more import MORE, MoREAdapter, MoREConfig
-from .baselines.tucka.adapter import TuckerAdapter
-from .baselines.tucka.config import TUCKA, TuckAConfig
-from .config import EPTConfig
+from .baselines.tucka.adapter import TUCKA, TuckAConfig, TuckerAdapter
+from .config import EPT, AdapterConfig, EPTConfig
 from .layer_adapter import LayerAdapter
-from .peft_type import EPT
+from .pyramid.adapter import PyramidAdapter
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .context import masked_mean
 from .mixture import TaskMixture
 from .ranks import sum_over_ranks
+
+
+def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the tokens that ``mask`` keeps, in at least fp32. x ``[batch, sequence, d]`` -> ``[batch, d]``.
+
+    A mask of another shape (windows, a decoder whose own is unknown) is ignored; a sample without tokens gives zeros.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if mask is None or mask.shape != x.shape[:2]:
+        return x.mean(1, dtype=dtype)
+    weights = mask.to(x.device, dtype).unsqueeze(-1)
+    return (x.to(dtype) * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 def embedding_layer(model: nn.Module) -> nn.Module:

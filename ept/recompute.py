@@ -1,4 +1,4 @@
-"""Layers that ``torch.utils.checkpoint`` runs again during backward get back the tasks of the pass they belong to.
+"""Gradient checkpointing: layers that run again during backward get back the tasks of the pass they belong to.
 
 A model's own checkpointing (timm, OpenCLIP, code beside a checkpoint) imports the function by name and calls it from
 wherever it likes, so there is nothing of the model's to wrap: what torch keeps for the recomputation is wrapped.
@@ -12,8 +12,53 @@ from functools import wraps
 from typing import Any
 
 import torch.utils.checkpoint as torch_checkpoint
+from torch import nn
 
 from .context import activate, current
+
+
+class _CheckpointWithTasks:
+    """A model's checkpointing function, made to recompute under the tasks that it first ran with.
+
+    Recomputation happens during backward, when the pass's context is gone (and in another thread on a GPU).
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        context = current()
+        if context is None:
+            return self.checkpoint(function, *args, **kwargs)
+        first_run, again = True, context.recomputation()
+
+        def run(*inner: Any, **inner_kwargs: Any) -> Any:
+            nonlocal first_run
+            if first_run:
+                first_run = False
+                return function(*inner, **inner_kwargs)
+            with activate(again()):
+                return function(*inner, **inner_kwargs)
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
+    """``torch.utils.checkpoint.checkpoint``, recomputing under the tasks of the ``use_tasks`` block it was called in.
+
+    The plain one recomputes during backward, with whatever block surrounds ``backward()``. Models of transformers
+    inside the PEFT tuner need neither.
+    """
+    return _CheckpointWithTasks(torch_checkpoint.checkpoint)(function, *args, use_reentrant=use_reentrant, **kwargs)
+
+
+def checkpoint_with_tasks(model: nn.Module) -> None:
+    """Make every checkpointing function that transformers put on ``model`` recompute under the right tasks."""
+    module: Any  # with an attribute of transformers
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and not isinstance(function, _CheckpointWithTasks):
+            module._gradient_checkpointing_func = _CheckpointWithTasks(function)
 
 
 def under_these_tasks(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,21 +7,19 @@ shapes do not say, a row might get the weights of another sample's task, so the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ept_kernels.tracing import is_exporting
 
 from .mixture import TaskMixture
-
-if TYPE_CHECKING:
-    from .context import TaskContext
-    from .tasks import ResolvedTasks
+from .tasks import ResolvedTasks
 
 BATCH_FIRST, BATCH_SECOND, ROWS = "batch_first", "batch_second", "rows"
 
@@ -93,38 +91,25 @@ def repeat(tasks: ResolvedTasks, times: int) -> Tensor | TaskMixture:
     return tasks.repeat_interleave(times)
 
 
-def fit(tasks: ResolvedTasks, count: int, x: Tensor, context: TaskContext, place: Place, name: str) -> ResolvedTasks:
-    """Tasks for the rows of x: one for each of N equal runs of rows, where N divides their number.
+@dataclass(frozen=True)
+class Ids:
+    """What a call's task ids stand for.
 
-    Args:
-        tasks: resolved ids or a mixture, of ``count`` samples or tokens.
-        x: ``[..., in]``.
-        name: of the layer, for the message.
-
-    Raises:
-        ValueError: it is not known which rows belong to which ids, and they differ.
+    Attributes:
+        count: how many there are.
+        shape: ``(batch, sequence)`` where there is an id for every token; None with one a sample.
+        sequence: whether the batch has a dimension beside that of its samples.
     """
-    if count == 1 or isinstance(tasks, int):
-        return tasks
-    layout = context.layout if context.layout is not None else place.layout
-    lead = x.shape[:-1]
-    key = (layout, lead, count, place)
-    remembers = not torch.compiler.is_compiling()
-    if remembers and key in context.fitted:
-        return context.fitted[key]
-    fitted = _fit(tasks, count, lead, context, place, layout)
-    if fitted is None:
-        fitted = context.one_task(tasks)
-    if fitted is None:
-        raise ValueError(_refusal(count, x, context, place, layout, name))
-    if remembers:
-        context.fitted[key] = fitted
-    return fitted
+
+    count: int
+    shape: tuple[int, int] | None = None
+    sequence: bool = False
 
 
-def _fit(
-    tasks: Tensor | TaskMixture, count: int, lead: torch.Size, context: TaskContext, place: Place, layout: Layout | None
+def tasks_of_rows(
+    tasks: Tensor | TaskMixture, ids: Ids, lead: torch.Size, place: Place, layout: Layout | None
 ) -> ResolvedTasks | None:
+    """Tasks for the rows of an input with the leading dimensions ``lead``; None where nobody knows which are whose."""
     if not lead:
         return None
     if isinstance(layout, RowIndex):
@@ -133,16 +118,16 @@ def _fit(
     if place.doubt is not None and layout is None:
         return None
     if layout == ROWS:
-        return tasks if lead[0] % count == 0 or (context.shape is not None and lead[:2] == context.shape) else None
+        return tasks if lead[0] % ids.count == 0 or (ids.shape is not None and lead[:2] == ids.shape) else None
     if layout == BATCH_SECOND:
         device = tasks.weights.device if isinstance(tasks, TaskMixture) else tasks.device
-        places = places_of(count, lead, context.shape, second=True, device=device)
+        places = places_of(ids.count, lead, ids.shape, second=True, device=device)
         return None if places is None else take(tasks, places.reshape(-1))
-    if context.shape is not None:  # an id for every token
-        whole = lead[:2] == context.shape
-        flat = len(lead) == 1 and lead[0] == count and context.shape[0] == 1 and not place.listed
+    if ids.shape is not None:
+        whole = lead[:2] == ids.shape
+        flat = len(lead) == 1 and lead[0] == ids.count and ids.shape[0] == 1 and not place.listed
         return tasks if whole or flat else None
-    return tasks if lead[0] == count and _is_batch(lead, context, place, layout) else None
+    return tasks if lead[0] == ids.count and _is_batch(lead, ids, place, layout) else None
 
 
 def places_of(
@@ -169,18 +154,19 @@ def places_of(
     return places.view(*places.shape, *(1 for _ in lead[places.dim() :])).expand(lead)
 
 
-def _is_batch(lead: torch.Size, context: TaskContext, place: Place, layout: Layout | None) -> bool:
+def _is_batch(lead: torch.Size, ids: Ids, place: Place, layout: Layout | None) -> bool:
     """Whether a first dimension as long as the ids is the batch, not a number of something else by accident."""
     if layout == BATCH_FIRST:
         return True
     if len(lead) == 1:
-        return not (place.listed and context.sequence)
+        return not (place.listed and ids.sequence)
     # An exported program serves every size; the layout is that of the example, which shows it.
     return place.known or is_exporting() or lead[1] != lead[0]
 
 
-def _refusal(count: int, x: Tensor, context: TaskContext, place: Place, layout: Layout | None, name: str) -> str:
-    ids = "sample" if context.shape is None else "token"
+def refusal(ids: Ids, x: Tensor, place: Place, layout: Layout | None, name: str) -> str:
+    """Why the layer ``name`` cannot give the rows of x their own tasks, and what its user can do."""
+    each = "sample" if ids.shape is None else "token"
     if place.doubt is not None and layout is None:
         why = place.doubt
     elif isinstance(layout, RowIndex):
@@ -189,50 +175,78 @@ def _refusal(count: int, x: Tensor, context: TaskContext, place: Place, layout: 
         why = "its input is one for all samples, such as relative positions, and cannot belong to several tasks"
     elif layout is not None:
         why = f"its layout is {layout!r}, which this shape does not fit"
-    elif x.shape[0] == count:
+    elif x.shape[0] == ids.count:
         why = "its first dimension is as long as the ids, but may be another than the batch in a module that is unknown"
     else:
         why = "which of its rows belong to which id is not known"
     return (
-        f"task_ids must hold one id for each of the {x.shape[0]} samples of x {list(x.shape)}, got {count} "
-        f"(one a {ids}), in layer {name!r}: {why}, and rows of one task might get the weights of another. Ways out: "
+        f"task_ids must hold one id for each of the {x.shape[0]} samples of x {list(x.shape)}, got {ids.count} "
+        f"(one a {each}), in layer {name!r}: {why}, and rows of one task might get the weights of another. Ways out: "
         f"name the layer in exclude_modules; give one task for the whole batch; or declare how its rows run, by "
         f"row_layout in the config or ept.row_layout around the call (docs/rows.md)"
     )
 
 
-@contextmanager
-def row_layout(
-    layout: str = ROWS, *, samples: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> Iterator[None]:
-    """Say how the rows run that adapted layers see inside the block; also a decorator, of a module's ``forward``.
+_Function = Callable[..., Any]
+
+#: Operations that do to the companion what they do to its tensor.
+_SAME_ARGUMENTS: set[_Function] = {
+    Tensor.__getitem__,
+    *(getattr(owner, name) for owner in (torch, Tensor) for name in ("split", "chunk", "index_select", "unbind")),
+    *(getattr(owner, name) for owner in (torch, Tensor) for name in ("transpose", "permute", "repeat_interleave")),
+}
+
+#: Operations that give the rows another shape in the same order.
+_SAME_ORDER: set[_Function] = {
+    *(getattr(owner, name) for owner in (torch, Tensor) for name in ("reshape", "flatten", "squeeze", "unsqueeze")),
+    Tensor.view,
+    Tensor.contiguous,
+    *(getattr(Tensor, name) for name in ("to", "float", "half", "bfloat16", "double", "type", "type_as", "clone")),
+    *(getattr(Tensor, name) for name in ("detach", "mul", "__mul__", "__rmul__", "__truediv__", "div")),
+    torch.mul,
+    F.dropout,
+}
+
+
+class RowTracker(TorchFunctionMode):
+    """While entered, knows the places among the task ids of the rows of ``x [..., d]`` and of what is made of it.
+
+    Operations that move rows are repeated on a companion ``[..., 1]`` that holds each row's place. What other
+    operations give is not followed, and a layer that reads it refuses a batch of several tasks.
 
     Args:
-        layout: "batch_first": ``[batch, ...]``. "batch_second": ``[sequence, batch, ...]``. "rows": in the order of the
-            batch, equally many consecutive rows for each of the ids (windows, patches, flattened tokens).
-        samples: for "rows" in any order, such as tokens that were selected or sorted: which of the call's ids each of
-            them has, counted from 0, int64 ``[rows]``.
-        cu_seqlens: for "rows" of samples of different lengths: where each begins and the last ends, ``[samples + 1]``.
-
-    Raises:
-        ValueError: another layout, or ``samples`` or ``cu_seqlens`` that do not fit it.
+        places: int64 ``[...]``.
     """
-    from .context import current
 
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    given = [tensor for tensor in (samples, cu_seqlens) if tensor is not None]
-    if len(given) > 1 or (given and layout != ROWS):
-        raise ValueError(f"samples or cu_seqlens, not both, may be given with layout='rows', got layout={layout!r}")
-    for tensor in given:
-        if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
-            raise ValueError(f"samples and cu_seqlens must be 1-D integers, got {list(tensor.shape)} {tensor.dtype}")
-    context = current()
-    if context is None:
-        yield
-        return
-    before, context.layout = context.layout, RowIndex(samples, cu_seqlens) if given else layout
-    try:
-        yield
-    finally:
-        context.layout = before
+    def __init__(self, x: Tensor, places: Tensor) -> None:
+        super().__init__()
+        self._followed = {id(x): (x, places.unsqueeze(-1))}  # holds x: an id is only its own while it lives
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if args and isinstance(args[0], Tensor) and id(args[0]) in self._followed:
+            self._follow(func, args, kwargs or {}, result)
+        return result
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        x, companion = self._followed[id(args[0])]
+        if func in _SAME_ARGUMENTS:
+            try:
+                moved = func(companion, *args[1:], **kwargs)
+            except (IndexError, RuntimeError):  # it reaches into the last dimension
+                return
+        elif func in _SAME_ORDER and isinstance(result, Tensor) and result.numel() == x.numel():
+            if result.dim() == 0 or result.shape[-1] != x.shape[-1]:
+                return
+            moved = companion.reshape(*result.shape[:-1], 1)
+        else:
+            return
+        pairs = zip(result, moved, strict=True) if isinstance(result, (list, tuple)) else [(result, moved)]
+        for made, own in pairs:
+            if made.dim() and own.shape == (*made.shape[:-1], 1) and made.shape[-1] == x.shape[-1]:
+                self._followed[id(made)] = (made, own)
+
+    def places(self, x: Tensor) -> Tensor | None:
+        """The place of every row of x, ``[rows]``, or None where x was not followed."""
+        found = self._followed.get(id(x))
+        return None if found is None else found[1].reshape(-1)

@@ -17,10 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from ept_kernels import PyramidGeometry
 from ept_kernels.geometry import check_kernel_sizes
 
-from .config import EPTConfig
-from .pyramids import Sizes, shared_and_pattern
+from .config import EPTConfig, Sizes, shared_and_pattern
 from .tasks import TaskNames
-from .tuner.dense import has_dense_weight
+from .tuner.quantised import has_dense_weight
 from .tuner.targets import target_features
 
 #: The pyramids that are weighed up: as many experts each, seeds of 2, 1, 1/2 and 1/4 of the default's size.

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ept_kernels import Kept
-
-from .growing import GrowingModule, growing
 from .mixture import TaskMixture
-
-if TYPE_CHECKING:
-    from .prototypes import TaskPrototypes
+from .prototypes import TaskPrototypes
 
 #: What callers may pass: one id or name for the whole batch, one for every sample, a tensor of ids, or weights.
 TaskIds = int | str | Sequence[int] | Sequence[str] | np.ndarray | Tensor | TaskMixture
@@ -176,83 +170,6 @@ class TaskSet(nn.Module):
             except RuntimeError as error:
                 raise ValueError(f"{message}, got {ids.tolist()}") from error
         return ids.to(device=self.device, dtype=torch.long)
-
-
-class TaskTable(GrowingModule, TaskSet):
-    """One learned vector per task, shared by every layer of an adapter (spec section 3).
-
-    Args:
-        num_tasks: rows T.
-        dim: width of an embedding.
-        names: optional T distinct names.
-        similarity: expected cosine of two embeddings at the start, in [0, 1).
-        finished: the first so many tasks' embeddings never train.
-    """
-
-    grows = ("weight",)
-    weight = growing("weight")
-
-    def __init__(
-        self,
-        num_tasks: int,
-        dim: int,
-        names: Sequence[str] | None = None,
-        *,
-        similarity: float = 0.0,
-        finished: int = 0,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(num_tasks, names)
-        self.dim, self.similarity = dim, similarity
-        self.weight = nn.Parameter(torch.empty(num_tasks, dim, device=device, dtype=dtype))
-        self.kept = Kept()
-        if finished:
-            self.split_rows("weight", finished)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Standard normal entries; rows share a part of variance ``similarity`` (docs/recipe.md)."""
-        rows = torch.randn_like(self.weight)
-        if self.similarity > 0:
-            shared = torch.randn_like(rows[0])
-            rows.mul_((1 - self.similarity) ** 0.5).add_(shared, alpha=self.similarity**0.5)
-        self.fill_rows("weight", rows)
-
-    @torch.no_grad()
-    def add_task(self, name: str | None, like: int | None = None) -> int:
-        """Append an embedding, the mean of all or that of the task ``like``, and freeze the others; gives its id."""
-        weight = self.weight.detach()
-        self.append_rows("weight", weight.mean(0, keepdim=True) if like is None else weight[like : like + 1])
-        self.num_tasks += 1
-        if self.names is not None:
-            self.names = (*self.names, str(name))
-        if self.prototypes is not None:
-            self.prototypes.add_task()
-        return self.num_tasks - 1
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    def extra_repr(self) -> str:
-        return f"num_tasks={self.num_tasks}, dim={self.dim}, names={self.names}"
-
-    def embed(self, tasks: ResolvedTasks) -> Tensor:
-        """Embeddings of resolved ids: ``[1, d]`` for one id, ``[N, d]`` for ``[N]``.
-
-        Raises:
-            TypeError: a mixture: what it mixes are folded kernels, and no embedding stands for those.
-        """
-        if isinstance(tasks, TaskMixture):
-            raise TypeError("task_ids must be ids or names, got a TaskMixture, which has no embedding of its own")
-        if isinstance(tasks, int):
-            return self.weight[tasks : tasks + 1]
-        return F.embedding(tasks.reshape(-1), self.weight)
-
-    def part_sizes(self) -> dict[str, int]:
-        return {"task embeddings": self.weight.numel()}
 
 
 class TaskNames(TaskSet):

@@ -29,28 +29,49 @@ class MovedModules(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if fullname in self.moved else None
 
     def exec_module(self, module: ModuleType) -> None:
-        old, new = module.__name__, self.moved[module.__name__]
-        warnings.warn(
-            f"{old} has moved to {' and '.join(new)}; the old path goes with the next version",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        vars(module)["__getattr__"] = names_from(old, new)
+        old = module.__name__
+        _warn(old, self.moved[old])
+        vars(module)["__getattr__"] = _names_from(old, self.moved[old], warns=False)
 
 
-def names_from(old: str, new: tuple[str, ...]) -> Callable[[str], Any]:
-    """A module's ``__getattr__``: for the module ``old`` that moved to ``new``, or from which some names did."""
+def _warn(what: str, new: tuple[str, ...]) -> None:
+    message = f"{what} has moved to {' and '.join(new)}; the old path goes with the next version"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+
+def _names_from(old: str, new: tuple[str, ...], *, warns: bool) -> Callable[[str], Any]:
+    """``__getattr__`` of the module ``old``, whose names, or some of them, are in the modules ``new`` now."""
 
     def find(name: str) -> Any:
         for source in () if name.startswith("__") else new:
             found = importlib.import_module(source)
             if hasattr(found, name):
+                if warns:
+                    _warn(f"{old}.{name}", (source,))
                 return getattr(found, name)
         raise AttributeError(f"module {old!r} has no attribute {name!r}")
 
     return find
 
 
+def _submodules_of(package: str, moved: Mapping[str, tuple[str, ...]]) -> Callable[[str], ModuleType]:
+    """``__getattr__`` of a package: ``package.old``, which nobody has imported by that path."""
+
+    def find(name: str) -> ModuleType:
+        if f"{package}.{name}" not in moved:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return importlib.import_module(f"{package}.{name}")
+
+    return find
+
+
 def install(moved: Mapping[str, tuple[str, ...]]) -> None:
-    """Let the old paths in ``moved`` be imported; last of all finders, so that a real module comes first."""
+    """Let old paths be imported: last of all finders, so that a real module comes first.
+
+    A module in ``moved`` that is still there, and imported by now, is asked for the names that it has lost.
+    """
     sys.meta_path.append(MovedModules(moved))
+    for old in moved.keys() & sys.modules.keys():
+        vars(sys.modules[old])["__getattr__"] = _names_from(old, moved[old], warns=True)
+    for package in {old.rpartition(".")[0] for old in moved} & sys.modules.keys():
+        vars(sys.modules[package])["__getattr__"] = _submodules_of(package, moved)

@@ -11,8 +11,7 @@ from pyramid_testing import Case, random_geometry
 from torch import Tensor
 
 from ept.baselines.tucka import reference
-from ept.baselines.tucka.adapter import TuckerAdapter
-from ept.baselines.tucka.config import TuckAConfig
+from ept.baselines.tucka.adapter import TuckAConfig, TuckerAdapter
 from ept.context import TaskContext, activate
 
 LEARNED = ("x", "G", "U", "C", "centroids")

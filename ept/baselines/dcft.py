@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from ept_kernels import PyramidGeometry, fold_kernels, pyramid_delta, pyramid_linear, pyramid_merge, pyramid_weight
 
 from ..adapted_linear import AdaptedLinear
-from ..adapter_config import AdapterConfig, check, check_size, is_number
+from ..config import AdapterConfig, TaskRoutedPeftType, check, check_size, is_number
 from ..context import TaskContext
 from ..layer_adapter import LayerAdapter, WeightedLosses
-from ..peft_type import TaskRoutedPeftType
 from ..tasks import TaskIds, TaskSet
 
 DCFT = TaskRoutedPeftType("DCFT")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ept_kernels import PyramidGeometry, pyramid_delta, pyramid_linear, pyramid_weight, without_autocast
 from ept_kernels.autocast import autocast_dtype
 
-from ..adapter_config import AdapterConfig
+from ..config import AdapterConfig
 from ..layer_adapter import LayerAdapter
 from ..mixture import TaskMixture
 from ..tasks import ResolvedTasks, TaskIds, TaskSet

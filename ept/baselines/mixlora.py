@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from ept_kernels import without_autocast
 
 from ..adapted_linear import AdaptedLinear
-from ..adapter_config import AdapterConfig, check, check_size, is_int, is_number
+from ..config import AdapterConfig, TaskRoutedPeftType, check, check_size, is_int, is_number
 from ..context import TaskContext
 from ..layer_adapter import LayerAdapter, WeightedLosses
-from ..peft_type import TaskRoutedPeftType
 from ..tasks import TaskIds
-from .ffn_blocks import ENTRY, EXIT, Place, ffn_places
-from .mixlora_router import TokenRoute, TokenRouters, load_balance
+from .mixlora_router import ENTRY, EXIT, Place, TokenRoute, TokenRouters, ffn_places, load_balance
 
 MIXLORA = TaskRoutedPeftType("MIXLORA")
 

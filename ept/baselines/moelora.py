@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapted_linear import AdaptedLinear
-from ..adapter_config import AdapterConfig, check, check_size
-from ..peft_type import TaskRoutedPeftType
+from ..config import AdapterConfig, TaskRoutedPeftType, check, check_size
 from ..tasks import TaskIds, TaskSet
 from .low_rank import DiagonalAdapter
 

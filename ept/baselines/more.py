@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapted_linear import AdaptedLinear
-from ..contrastive_config import ContrastiveConfig
-from ..peft_type import TaskRoutedPeftType
-from ..router import route
-from ..task_routed import TaskRoutedAdapter
+from ..config import ContrastiveConfig, TaskRoutedPeftType
+from ..pyramid.router import route
+from ..task_table import TaskRoutedAdapter
 from ..tasks import TaskIds
 from .low_rank import DiagonalAdapter
 

@@ -33,11 +33,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from ept.adapter_config import is_number
 from ept.data.rows import make_split
 from ept.data.selection import select
 from ept.data.spec import DataError, TaskData, TaskSpec
 from ept.files import read_json
+
+from ..config import is_number
 
 _METRICS = {"matthews_corrcoef": "matthews", **{name: name for name in ("accuracy", "f1", "pearson", "spearman")}}
 

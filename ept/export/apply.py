@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ept_kernels import pyramid_merge
 
 from ..files import read_json
-from ..tuner.dense import has_dense_weight
+from ..tuner.quantised import has_dense_weight
 from .format import FORMAT, HEAD, MANIFEST, MODULES, SEED, LayerEntry, fingerprint, task_file
 
 

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter import PyramidAdapter
 from ..baselines.dcft import DCFTAdapter
 from ..files import write_json
 from ..layer_adapter import LayerAdapter
-from ..tuner.dense import has_dense_weight
+from ..pyramid.adapter import PyramidAdapter
 from ..tuner.model import EPTModel, ept_model
+from ..tuner.quantised import has_dense_weight
 from .factors import dcft_folded
 from .format import FORMAT, HEAD, MANIFEST, MODULES, SEED, LayerEntry, fingerprint, task_file
 from .parts import Parts, check_all_in_layers, choose_adapter, resolve_task, saved_modules, take_parts

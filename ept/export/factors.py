@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ept_kernels import PyramidGeometry, fold_kernels
 
-from ..adapter import PyramidAdapter
 from ..baselines.dcft import DCFTAdapter
 from ..baselines.low_rank import DiagonalAdapter
 from ..layer_adapter import LayerAdapter
+from ..pyramid.adapter import PyramidAdapter
 
 
 @singledispatch

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter_config import AdapterConfig, is_int
+from ..config import AdapterConfig, is_int
 from ..tuner.model import ept_model
 from .factors import lora_factors
 from .parts import Parts, check_all_in_layers, choose_adapter, resolve_task, saved_modules, take_parts, write_head

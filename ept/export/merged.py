@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..tuner.dense import is_quantised
 from ..tuner.model import EPTModel, ept_model
+from ..tuner.quantised import is_quantised
 from .parts import choose_adapter, resolve_task, saved_modules, take_parts, write_head
 from .shadow import dequantise as dequantise_shadow
 from .shadow import shadow

@@ -10,7 +10,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapter_config import AdapterConfig
+from ..config import AdapterConfig
 from ..files import write_json
 from ..tuner.model import EPTModel
 

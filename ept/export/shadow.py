@@ -6,8 +6,8 @@ import copy
 
 from torch import nn
 
-from ..tuner.dense import dequantised, is_quantised
 from ..tuner.model import EPTModel
+from ..tuner.quantised import dequantised, is_quantised
 
 
 def shadow(tuner: EPTModel, adapter_name: str) -> EPTModel:

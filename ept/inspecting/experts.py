@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ept.adapter_config import AdapterConfig
 from ept.baselines.moelora import MOELoRAConfig
 from ept.baselines.more import MoREConfig
 from ept.config import EPTConfig
@@ -17,7 +16,9 @@ from ept.inspecting.pyramid import SavedPyramid
 from ept.inspecting.ranks import ranks_of, tolerance
 from ept.layer_adapter import LayerAdapter
 from ept.methods import method_of
-from ept.router import route, route_stages
+
+from ..config import AdapterConfig
+from ..pyramid.router import route, route_stages
 
 Gates = tuple[tuple[float, ...], ...]
 

@@ -22,8 +22,9 @@ from ept.inspecting.folder import (
     read_adapter,
 )
 from ept.inspecting.pyramid import SavedPyramid, saved_pyramid
-from ept.pyramids import shared_and_pattern
 from ept_kernels import PyramidGeometry
+
+from ..config import shared_and_pattern
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ept_kernels import PyramidGeometry, fold_kernels
 
 @dataclass(frozen=True)
 class SavedPyramid:
-    """Tensors of a layer as in ``ept.adapter.PyramidAdapter``.
+    """Tensors of a layer as in ``ept.pyramid.adapter.PyramidAdapter``.
 
     ``geometry`` has the largest sizes that fit the tensors: they hold ``ceil(size / k_min)``, not the size.
     """

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from ept.optim import GATE_LR_RATIO, KERNEL_LR_RATIO
 from ept.training.finite import NAN_POLICIES
 from ept.training.sampler import TASK_BATCHING
+
+from ..pyramid.optim import GATE_LR_RATIO, KERNEL_LR_RATIO
 
 
 @dataclass

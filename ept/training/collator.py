@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ept.data import TaskSpec, prompt, target
-from ept.tuner.forward import IGNORED
+
+from ..tuner.calls import IGNORED
 
 Row = dict[str, Any]
 Batch = dict[str, Tensor]

@@ -12,9 +12,10 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
 import ept
-from ept.adapter_config import AdapterConfig
 from ept.data import TaskData
 from ept.training.multitask import MultiTaskEncoder
+
+from ..config import AdapterConfig
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 import ept
 from ept import models
-from ept.contrastive_config import ContrastiveConfig
 from ept.data import TaskData
 from ept.files import clear_leftovers, write_atomically, write_json
 from ept.training import plots
@@ -25,6 +24,8 @@ from ept.training.options import RunSettings
 from ept.training.report import device_name, results_table, versions, write_metrics
 from ept.training.saving import load_base, save_trained
 from ept.training.trainer import EPTTrainer
+
+from ..config import ContrastiveConfig
 
 SETTINGS_FILE = "settings.json"
 METRICS_FILE = "metrics.json"

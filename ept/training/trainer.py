@@ -24,8 +24,9 @@ from ept.training.inspection import adapter_config, ids_of_tasks, model_kind, ta
 from ept.training.progress import LossProgress, SamplerEpoch
 from ept.training.rows import TaskRows, evaluation_rows, training_rows
 from ept.training.sampler import TaskBalancedSampler
-from ept.tuner.forward import IGNORED
 from ept.tuner.model import ept_model
+
+from ..tuner.calls import IGNORED
 
 
 class EPTTrainer(CheckpointingTrainer):

@@ -14,14 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ept_kernels.tracing import is_eager
 
-from ..adapter_config import AdapterConfig
+from ..adapted_linear import WeightStash, check_stored_weight, check_transforms, keep_calling, merged_weight
+from ..config import AdapterConfig
 from ..context import current
 from ..layer_adapter import LayerAdapter
-from ..merging import WeightStash, check_stored_weight, keep_calling, merged_weight
 from ..methods import method_of
 from ..tasks import TaskSet
-from ..transforms import check_transforms
-from .dense import has_dense_weight
+from .quantised import has_dense_weight
 
 
 def base_features(layer: Any) -> tuple[int, int]:

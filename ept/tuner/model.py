@@ -21,21 +21,22 @@ from torch.utils.hooks import RemovableHandle
 
 from ept_kernels.geometry import check_kernel_sizes
 
-from ..adapter_config import AdapterConfig
-from ..context import TaskContext, activate, checkpoint_with_tasks, current, pop, push, restore
+from ..adapted_linear import check_merged_task
+from ..config import AdapterConfig
+from ..context import TaskContext, activate, current, pop, push, restore
 from ..layer_adapter import LayerAdapter, WeightedLosses
-from ..merging import check_merged_task
 from ..methods import method_of
 from ..mixture import TaskMixture
 from ..prototypes import TaskPrototypes, embedding_layer, input_representation
 from ..readers import find_reader
+from ..recompute import checkpoint_with_tasks
 from ..rows import repeat, take
 from ..tasks import AUTO, ResolvedTasks, TaskIds, TaskSet, count_samples, wants_auto
-from .checkpoint import check_adapter_state, loading_options
-from .dense import watch_4bit_layers
-from .forward import NameResolver, TaskGenerate, decoder_mask, decoder_of, has_sequence, main_input, takes
+from .calls import Entries, decoder_mask, decoder_of, entries_of, has_sequence, main_input, takes
 from .layer import EPTLinearLayer
-from .packing import Entries, entries_of
+from .loading import check_adapter_state, loading_options
+from .passes import NameResolver, TaskGenerate
+from .quantised import watch_4bit_layers
 from .structure import follow_rows, place_of, takes_choices, unfollow
 from .targets import matching, module_names, target_features, tied_layers
 

@@ -6,12 +6,147 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..following import EnterPart, FollowedForward, leave_part
-from ..rows import BATCH_FIRST, BATCH_SECOND, ROWS, Place
-from .alone import SampleByFunction, SelectedSamples
+from ..context import TaskContext, current
+from ..mixture import TaskMixture
+from ..rows import BATCH_FIRST, BATCH_SECOND, ROWS, Place, RowIndex, RowTracker, places_of
+
+
+class SampleByFunction:
+    """A method of DeBERTa's attention that projects the embeddings of relative positions, for each sample by itself.
+
+    These are one for all samples, and a projection that is adapted gives something else for every task. With one task
+    in the batch the method runs as it is.
+
+    An object, not a closure, so that ``copy.deepcopy`` of the model rebinds it to the copy.
+    """
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        self.module, self.method = module, method
+
+    def __call__(
+        self, query_layer: Tensor, key_layer: Tensor, relative_pos: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        method = getattr(type(self.module), self.method)
+        context = current()
+        count = None if context is None or context.uniform or context.shape is not None else context.count
+        if context is None or count in (None, 0, 1) or len(query_layer) % count:
+            return method(self.module, query_layer, key_layer, relative_pos, *args, **kwargs)
+        own = relative_pos is not None and relative_pos.dim() > 2 and len(relative_pos) == count
+        parts = []
+        for sample, (query, key) in enumerate(zip(query_layer.chunk(count), key_layer.chunk(count), strict=True)):
+            with context.serving(slice(sample, sample + 1)):
+                positions = relative_pos[sample : sample + 1] if own and relative_pos is not None else relative_pos
+                parts.append(method(self.module, query, key, positions, *args, **kwargs))
+        return torch.cat(parts)
+
+
+class SelectedSamples:
+    """Whisper's ``generate_with_fallback``, which goes on with those recordings that have not ended.
+
+    An object, not a closure, so that ``copy.deepcopy`` of the model rebinds it to the copy.
+    """
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        self.module, self.method = module, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(type(self.module), self.method)
+        context = current()
+        count = None if context is None or context.uniform else context.count
+        rows, total = kwargs.get("batch_idx_map"), kwargs.get("batch_size")
+        if context is None or count in (None, 0, 1) or rows is None or not total or total % count:
+            return method(self.module, *args, **kwargs)
+        tasks: Any = context.task_ids  # resolved by the generation
+        device = tasks.weights.device if isinstance(tasks, TaskMixture) else tasks.device
+        with context.serving(torch.tensor(rows, device=device) // (total // count)):
+            return method(self.module, *args, **kwargs)
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first tensor among a call's arguments."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+class FollowedForward:
+    """``forward`` of a block that hands tokens to parts of itself, under a ``RowTracker`` where tasks are mixed.
+
+    A mixture-of-experts block flattens its input ``[batch, sequence, d]`` and gives every expert some of the tokens.
+
+    An object, not a closure, so that ``copy.deepcopy`` of the model rebinds it to the copy.
+
+    Args:
+        place: how the rows of the block's own input run.
+    """
+
+    def __init__(self, block: nn.Module, place: Place) -> None:
+        self.block, self.place = block, place
+        self.replaced = block.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        context = current()
+        x = first_tensor(args, kwargs)
+        places = None if context is None or x is None or torch.compiler.is_compiling() else self._places(x, context)
+        if context is None or x is None or places is None:
+            return self._forward(*args, **kwargs)
+        outer = context.tracker
+        with RowTracker(x, places) as context.tracker:
+            try:
+                return self._forward(*args, **kwargs)
+            finally:
+                context.tracker = outer
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.block).forward(self.block, *args, **kwargs)
+
+    def _places(self, x: Tensor, context: TaskContext) -> Tensor | None:
+        count = context.count
+        if count in (None, 0, 1) or context.uniform or x.dim() < 2:
+            return None
+        if context.tracker is not None and (known := context.tracker.places(x)) is not None:
+            return known.view(x.shape[:-1])
+        layout = context.layout if context.layout is not None else self.place.layout
+        if layout not in (None, BATCH_FIRST, BATCH_SECOND) or (layout is None and self._doubtful(x)):
+            return None
+        return places_of(count, x.shape[:-1], context.shape, second=layout == BATCH_SECOND, device=x.device)
+
+    def _doubtful(self, x: Tensor) -> bool:
+        """Whether the first dimension of x may be another than the batch."""
+        return self.place.doubt is not None or (not self.place.known and x.dim() > 2 and x.shape[0] == x.shape[1])
+
+
+class EnterPart:
+    """Hooks around a part of a followed block: what its layers see are the rows of its first argument.
+
+    Args:
+        selects: whether the part gets tokens that the block has selected; then they are followed to it, or not known.
+    """
+
+    def __init__(self, selects: bool) -> None:
+        self.selects = selects
+
+    def __call__(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        context = current()
+        if context is None or context.tracker is None:
+            return
+        context.outer_layouts.append(context.layout)
+        x = first_tensor(args, kwargs)
+        places = None if x is None else context.tracker.places(x)
+        if places is not None or self.selects:
+            context.layout = RowIndex(places)
+
+
+def leave_part(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """The hook that undoes ``EnterPart``."""
+    context = current()
+    if context is not None and context.tracker is not None and context.outer_layouts:
+        context.layout = context.outer_layouts.pop()
+
 
 #: Layouts inside classes of transformers, by the package of the model: the innermost class that matches counts.
 _LAYOUTS: dict[str, dict[str, str]] = {
@@ -94,7 +229,6 @@ _SHARED_INPUTS = {
     ("deberta_v2", "DisentangledSelfAttention"): "disentangled_attention_bias",
     ("sew_d", "DisentangledSelfAttention"): "disentangled_attention_bias",
 }
-
 
 #: Whisper's method that goes on with some of the samples.
 _LONG_FORM = "generate_with_fallback"

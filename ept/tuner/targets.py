@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from ..adapter_config import AdapterConfig
+from ..config import AdapterConfig
 from ..methods import method_of
 from ..readers import find_reader
 from .layer import base_features

@@ -13,8 +13,7 @@ from baselines_testing import awaken_all, token_weights
 from torch import nn
 
 import ept
-from ept.baselines.ffn_blocks import ENTRY, EXIT, WHOLE, Place, ffn_places
-from ept.baselines.mixlora_router import expert_load, load_balance
+from ept.baselines.mixlora_router import ENTRY, EXIT, WHOLE, Place, expert_load, ffn_places, load_balance
 
 EXPERTS, TOP_K = 4, 2
 

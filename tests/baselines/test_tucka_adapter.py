@@ -23,8 +23,8 @@ from pyramid_testing import (
 from tucka_testing import TuckAProblem, random_problem, tucker_adapter
 
 from ept.baselines.tucka import reference
-from ept.baselines.tucka.config import TuckAConfig
-from ept.baselines.tucka.route import Route, fixed_route
+from ept.baselines.tucka.adapter import TuckAConfig
+from ept.baselines.tucka.router import Route, fixed_route
 from ept_kernels import PyramidGeometry, native
 
 BACKENDS = ("torch", "reference", "cpu")

@@ -15,8 +15,7 @@ from torch import nn
 
 from ept import TuckAConfig, TuckALinear
 from ept.baselines.tucka import reference
-from ept.baselines.tucka.centroids import data_aware_centroids
-from ept.baselines.tucka.router import CentroidRouter
+from ept.baselines.tucka.router import CentroidRouter, data_aware_centroids
 
 D, K, T = 24, 3, 2
 

@@ -20,7 +20,7 @@ from pyramid_testing import Case, Problem, partly_active, random_case, relative_
 from torch import Tensor
 
 import ept_kernels
-from ept.router import route
+from ept.pyramid.router import route
 from ept_kernels import Kept, PyramidGeometry, reference
 
 _ROW_OPS = ("pyramid_delta", "pyramid_linear")

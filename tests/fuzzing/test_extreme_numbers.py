@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ept
-from ept.losses import contrastive_task_loss
-from ept.router import route
-from ept.tasks import TaskTable
+from ept.pyramid.router import route
+from ept.task_table import TaskTable, contrastive_task_loss
 
 from .support import COUNTED, LAYERS, many
 

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ept
-from ept.adapter_config import AdapterConfig
+from ept.config import AdapterConfig
 
 TASKS = ["alpha", "</script><script>document.title='broken'</script>", "gamma & <b>delta</b>"]
 

@@ -18,8 +18,7 @@ import ept
 from ept.baselines.dcft import DCFTAdapter
 from ept.baselines.mixlora import MixLoRAAdapter
 from ept.context import TaskContext
-from ept.losses import contrastive_task_loss
-from ept.tasks import TaskTable
+from ept.task_table import TaskTable, contrastive_task_loss
 
 WIDTH = 16
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ept
-from ept.tuner.dense import dequantised, has_dense_weight, is_quantised, is_repacked
+from ept.tuner.quantised import dequantised, has_dense_weight, is_quantised, is_repacked
 
 from .conftest import CASES, awaken
 

@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.checkpoint import checkpoint
 
 from ept import EPTConfig, EPTLinear, TaskTable, row_layout, use_tasks
-from ept.context import checkpoint_with_tasks
+from ept.recompute import checkpoint_with_tasks
 from ept_kernels import PyramidGeometry
 
 NAMES = ["cola", "mrpc", "rte", "stsb"]

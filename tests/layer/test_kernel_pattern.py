@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from ept import EPTConfig, adapters, parameter_breakdown, routing
-from ept.pyramids import shared_and_pattern
+from ept.config import shared_and_pattern
 
 PATTERN = {"^first": (3, 5, 5), r"block\.\d+\.second": [2, 2, 4, 6]}
 

@@ -10,8 +10,9 @@ from pyramid_testing import shake
 from torch import Tensor, nn
 
 from ept import EPTConfig, EPTLinear, TaskTable, contrastive_loss, row_layout, use_tasks
-from ept.context import TaskContext, masked_mean
-from ept.losses import contrastive_task_loss
+from ept.context import TaskContext
+from ept.prototypes import masked_mean
+from ept.task_table import contrastive_task_loss
 
 TASKS, DIM = 3, 6
 

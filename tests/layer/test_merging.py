@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from ept import EPTConfig, EPTLinear, use_tasks
-from ept.merging import merged_weight
+from ept.adapted_linear import merged_weight
 
 NAMES = ["cola", "mrpc", "rte"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ept import EPTConfig, EPTLinear, TaskTable, parameter_groups
-from ept.optim import GATE_LR_RATIO, KERNEL_LR_RATIO
+from ept.pyramid.optim import GATE_LR_RATIO, KERNEL_LR_RATIO
 
 
 @pytest.fixture

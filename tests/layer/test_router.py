@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ept.router import route
+from ept.pyramid.router import route
 
 
 def inputs(groups: int = 5, experts: int = 8, dim: int = 6, dtype: torch.dtype = torch.float64) -> tuple:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ept
-from ept.pyramids import Sizes
+from ept.config import Sizes
 from ept.suggest import PYRAMIDS, _blocks, _caught, _spend
 from ept_kernels import PyramidGeometry
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ept import EPTConfig, EPTLinear, TaskTable, use_tasks
-from ept.token_routing import FUSED_ROWS
+from ept.pyramid.router import FUSED_ROWS
 from ept_kernels import PyramidGeometry
 
 

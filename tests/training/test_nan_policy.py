@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 import ept
 from ept import models, train
-from ept.adapter_config import AdapterConfig
+from ept.config import AdapterConfig
 from ept.data import TaskData
 from ept.training import EPTTrainer, EPTTrainingArguments, newest_checkpoint
 from ept.training.finite import refuse_nonfinite

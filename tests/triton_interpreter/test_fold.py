@@ -21,7 +21,7 @@ from fold_testing import (
 from interpreter_trace import traced
 from pyramid_testing import Recorder, assert_same_bits, poisoned_memory
 
-import ept.adapter
+import ept.pyramid.adapter
 import ept_kernels
 from ept import EPTConfig, EPTLinear
 from ept_kernels import PyramidGeometry, eager, task_folding
@@ -228,7 +228,7 @@ def test_an_eager_layer(task: object, ids: list[str], launches_of, monkeypatch: 
     forward, backward = step()
     assert sorted(forward) == sorted(FORWARD + ids)
     assert sorted(backward) == BACKWARD
-    monkeypatch.setattr(ept.adapter, "fold_tasks", lambda *_: None)
+    monkeypatch.setattr(ept.pyramid.adapter, "fold_tasks", lambda *_: None)
     composed_forward, composed_backward = step()
     print(f"composed: {len(composed_forward)} forward, {len(composed_backward)} backward")
     assert len(composed_forward) - len(forward) >= 18

@@ -1,23 +1,179 @@
-"""TuckA's trainable part of one layer: cores, basis and expert factors, and the update that a route makes of them."""
+"""TuckA: its config, what its layers share, and the trainable part of one layer (arXiv 2511.06859)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ept.layer_adapter import LayerAdapter
-from ept.tasks import TaskIds
 from ept_kernels import PyramidGeometry, pyramid_delta, pyramid_linear, pyramid_weight, without_autocast
 from ept_kernels.autocast import autocast_dtype
 
-from .config import TuckAConfig
-from .route import Route
-from .shared import SharedRouter, routing_layer
+from ...adapted_linear import AdaptedLinear
+from ...config import AdapterConfig, TaskRoutedPeftType, check, check_size, is_number
+from ...context import current
+from ...layer_adapter import LayerAdapter
+from ...tasks import TaskIds, TaskNames
+from .router import CentroidRouter, Route, fixed_route
+
+TUCKA = TaskRoutedPeftType("TUCKA")
+
+INITS = ("kaiming", "centred")
+
+
+@dataclass
+class TuckAConfig(AdapterConfig):
+    """Configuration of TuckA (arXiv 2511.06859). The defaults are those of the authors' GLUE runs.
+
+    Args (beyond those of ``AdapterConfig``, where tasks only name what a model's heads may want):
+        r: rank of the basis U and side of every slice of a core.
+        lora_alpha: scale alpha of the update; not divided by r, for the norm of the factors is 1 whatever r.
+        num_groups: K, groups of experts; a batch uses one.
+        group_size: t, experts in a group.
+        core_rank: p, slices of a group's core that its experts mix.
+        centroid_noise: sigma, half the width of the uniform noise between the first centroids, in the units of the
+            router's input.
+        init: "kaiming" (the method) or "centred", which starts as a no-op (see ``TuckerAdapter``).
+        router_module: name, or end of the name, of the adapted module that routes: the first one called in a forward
+            pass. None: the one that the model's first pass calls first, if its input has the width of the first in the
+            model's order of modules.
+    """
+
+    lora_alpha: float = field(default=2.0, metadata={"help": "Scale of the update."})
+    num_groups: int = field(default=2, metadata={"help": "Groups of experts."})
+    group_size: int = field(default=2, metadata={"help": "Experts in a group."})
+    core_rank: int = field(default=2, metadata={"help": "Slices of a group's core."})
+    centroid_noise: float = field(default=10.0, metadata={"help": "Noise between the first centroids."})
+    init: str = field(default="kaiming", metadata={"help": "'kaiming' or 'centred'."})
+    router_module: str | None = field(default=None, metadata={"help": "The adapted module that routes."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = TUCKA
+        for name in ("num_groups", "group_size", "core_rank"):
+            check_size(name, getattr(self, name))
+        check(
+            self.group_size >= 2 or self.num_groups == 1,
+            f"group_size must be at least 2 where num_groups is {self.num_groups} (one score divided by its norm is "
+            f"the same in every group), got {self.group_size!r}",
+        )
+        check(
+            is_number(self.centroid_noise) and self.centroid_noise > 0,
+            f"centroid_noise must be a number > 0, got {self.centroid_noise!r}",
+        )
+        check(
+            isinstance(self.init, str) and self.init in INITS,
+            f"init must be one of {', '.join(INITS)}, got {self.init!r}",
+        )
+        check(
+            self.init != "centred" or self.core_rank >= 2,
+            f"core_rank must be at least 2 where init is 'centred', got {self.core_rank!r}",
+        )
+        check(
+            self.router_module is None or (isinstance(self.router_module, str) and bool(self.router_module)),
+            f"router_module must be None or the name of a module, got {self.router_module!r}",
+        )
+
+
+class SharedRouter(TaskNames):
+    """The router of an adapter, saved once with it, and which layer's input it sees.
+
+    Args:
+        config: the adapter's hyperparameters.
+        width: of the input of the layer that routes. layer: that layer's name; without ``config.router_module`` a
+            guess, until the first pass of the whole model shows which adapted layer is called first.
+    """
+
+    def __init__(
+        self,
+        config: TuckAConfig,
+        width: int,
+        layer: str,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(config.num_tasks, config.task_names, device=device)
+        self.layer, self.width = layer, width
+        self._is_guess = config.router_module is None
+        self.router = CentroidRouter(
+            width, config.num_groups, config.group_size, config.centroid_noise, device=device, dtype=dtype
+        )
+        self.fixed: Route | None = None
+
+    def reset_parameters(self) -> None:
+        self.router.reset_parameters()
+
+    def part_sizes(self) -> dict[str, int]:
+        return {"centroids": self.router.centroids.numel()}
+
+    def fix(self, group: int, weights: Sequence[float] | Tensor) -> None:
+        """Route every batch alike from now on, until ``free``; the adapter can then be merged.
+
+        Raises:
+            ValueError: a group that does not exist, or another number of weights than experts in a group.
+        """
+        self.fixed = fixed_route(group, weights, self.router.num_groups, self.router.group_size, device=self.device)
+
+    def free(self) -> None:
+        """Route by the batch again."""
+        self.fixed = None
+
+    def route(self, x: Tensor, layer: str) -> Route | None:
+        """The route of the pass under way, or None while the router has no centroids.
+
+        The pass's first adapted layer decides, every later one reads. So does a whole generation: its first pass, over
+        the prompt, decides for all tokens. A checkpointed part that is repeated during backward decides again from the
+        same input, uncounted. Outside of any pass a layer that owns its router decides for itself.
+
+        Args:
+            x: input of the layer. layer: its name.
+
+        Raises:
+            ValueError: the first layer of the pass is not the one whose input the router knows.
+        """
+        if self.fixed is not None:
+            return Route(*(part.to(x.device) for part in self.fixed))
+        context = current()
+
+        def decide() -> Route | None:
+            if self._is_guess and context is not None and context.owner is not None:
+                self._is_guess = False
+                if x.shape[-1] == self.width:
+                    self.layer = layer
+            if layer != self.layer:
+                raise ValueError(
+                    f"{layer} was called before {self.layer}, which routes: call the adapted model, not a part of it, "
+                    f"and set router_module={layer!r} in the config if that is the first adapted layer of its pass"
+                )
+            if context is None:
+                return self.router(x)
+            return self.router(x, context.attention_mask, count=not context.recomputes)
+
+        return decide() if context is None else context.once(self, decide)
+
+
+def routing_layer(names: Sequence[str], wanted: str | None) -> str:
+    """Which of the adapted modules routes: the first, or the one that ``wanted`` names or ends.
+
+    Raises:
+        ValueError: none or several match ``wanted``.
+    """
+    if wanted is None:
+        return names[0]
+    matches = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
+    if len(matches) != 1:
+        raise ValueError(
+            f"router_module must name one adapted module, got {wanted!r}, which {len(matches)} of them match; "
+            f"the first ones are {', '.join(names[:4])}"
+        )
+    return matches[0]
+
 
 UNMERGEABLE = (
     "TuckA picks a group and weights for every batch, so no task has a weight of its own to merge; fix one route "
@@ -188,3 +344,13 @@ class TuckerAdapter(LayerAdapter):
 
     def part_sizes(self) -> dict[str, int]:
         return {"cores": self.G.numel(), "bases": self.U.numel(), "expert factors": self.C.numel()}
+
+
+class TuckALinear(AdaptedLinear, TuckerAdapter):
+    """``y = (x + alpha x U M U^T) W0^T + b`` with W0 and b frozen (arXiv 2511.06859).
+
+    By itself a layer has a router of its own and routes each call. Layers that share one (``shared``, the first one's
+    ``routing``) and are called inside one ``ept.use_tasks`` block route once, by the input of the first called.
+    """
+
+    own_name = "routing"

@@ -2,17 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from ept.ranks import sum_over_ranks
 from ept_kernels import without_autocast
 
-from .centroids import batch_sum, data_aware_centroids
-from .route import Route
+from ...ranks import number_of_ranks, sum_over_ranks
+
+
+class Route(NamedTuple):
+    """One group and the weights of its experts, on the device: nothing here is read by the host.
+
+    Attributes:
+        group: ``[1]`` int64, the chosen group. An index: it has no gradient.
+        weights: ``[t]``, at least fp32, the scores of that group's experts; not normalised. The centroids learn through
+            these alone.
+    """
+
+    group: Tensor
+    weights: Tensor
+
+
+def fixed_route(
+    group: int,
+    weights: Sequence[float] | Tensor,
+    num_groups: int,
+    group_size: int,
+    *,
+    device: torch.device | None = None,
+) -> Route:
+    """A route that no batch chose, for merging; on ``device``, or where ``weights`` is.
+
+    Raises:
+        ValueError: a group that does not exist, or another number of weights than experts in a group.
+    """
+    if isinstance(group, bool) or not isinstance(group, int) or not 0 <= group < num_groups:
+        raise ValueError(f"group must be an integer from 0 to {num_groups - 1}, got {group!r}")
+    weights = torch.as_tensor(weights, device=device)
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    if weights.shape != (group_size,):
+        raise ValueError(f"weights must hold {group_size} numbers, one for each expert of a group, got {weights!r}")
+    return Route(torch.tensor([group], device=weights.device), weights)
+
+
+def batch_sum(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sum of the tokens that ``mask`` keeps, and their number. x ``[..., d]`` -> ``[d]``, ``[]``, both in ``dtype``.
+
+    Args:
+        mask: of the leading dimensions of x, 0 for padding; None, or one of another shape, keeps every token.
+    """
+    lead = x.shape[:-1]
+    if mask is None or mask.shape != lead:
+        tokens = torch.full((), lead.numel(), dtype=dtype, device=x.device)
+    else:
+        kept = mask.to(device=x.device, dtype=torch.bool)
+        x, tokens = x.where(kept.unsqueeze(-1), 0), kept.sum().to(dtype)
+    return x.reshape(-1, x.shape[-1]).sum(0, dtype=dtype), tokens
+
+
+def data_aware_centroids(total: Tensor, tokens: Tensor, count: int, noise: float) -> Tensor:
+    """``E_0 = xbar`` and ``E_j = xbar + Uniform(-noise, noise)^d`` for j >= 1.
+
+    In a ``torch.distributed`` job the noise is that of rank 0: it sends the finished centroids, so that all have the
+    same bits. The default group of processes takes part; every one of them must see its first training batch in the
+    same step. Noise comes from torch's generator on the device of ``total``, which it leaves as it was.
+
+    Args:
+        total: ``[d]``, sum over the tokens of all ranks' batches. tokens: ``[]``, their number.
+
+    Returns:
+        ``[count, d]``.
+    """
+    mean = total / tokens.clamp_min(1)
+    offsets = torch.empty(count, len(mean), dtype=mean.dtype, device=mean.device)
+    if torch.compiler.is_compiling():  # a graph has no such context, and repeats no part of itself
+        offsets.uniform_(-noise, noise)
+    else:  # a checkpointed pass draws no centroids when it is repeated: what is drawn after them must not have moved
+        with torch.random.fork_rng([mean.device] if mean.is_cuda else []):
+            offsets.uniform_(-noise, noise)
+    offsets[0] = 0
+    centroids = mean + offsets
+    if number_of_ranks() > 1:
+        dist.broadcast(centroids, src=0)
+    return centroids
 
 
 class CentroidRouter(nn.Module):

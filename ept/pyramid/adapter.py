@@ -22,13 +22,11 @@ from ept_kernels import (
 )
 from ept_kernels.tracing import is_exporting
 
-from .config import EPTConfig
-from .growing import GrowingModule, growing
-from .mixture import TaskMixture
-from .router import fold_routed, route, route_rows, route_stages
-from .task_routed import TaskRoutedAdapter
-from .tasks import ResolvedTasks, TaskIds, TaskNames, TaskSet
-from .token_routing import UNMERGEABLE, fold_tokens, rows_of
+from ..config import EPTConfig
+from ..mixture import TaskMixture
+from ..task_table import GrowingModule, TaskRoutedAdapter, growing
+from ..tasks import ResolvedTasks, TaskIds, TaskNames, TaskSet
+from .router import UNMERGEABLE, fold_routed, fold_tokens, route, route_rows, route_stages, rows_of
 
 #: By how much less the new task wants one new expert than the one before: enough to leave no doubt about their order.
 _STEP_BETWEEN_NEW_EXPERTS = 1e-3

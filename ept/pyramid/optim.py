@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ..task_table import TaskTable
 from .adapter import PyramidAdapter
-from .tasks import TaskTable
 
 #: Learning rate of the kernels over the base rate.
 KERNEL_LR_RATIO = 10.0

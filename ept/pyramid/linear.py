@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .adapted_linear import AdaptedLinear
+from ..adapted_linear import AdaptedLinear
+from ..config import EPTConfig
+from ..task_table import TaskTable
 from .adapter import PyramidAdapter
-from .config import EPTConfig
-from .tasks import TaskTable
 
 if TYPE_CHECKING:
     from typing_extensions import Self

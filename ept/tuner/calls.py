@@ -1,17 +1,86 @@
-"""What the task ids of a model's call stand for: its samples, its tokens, or samples that are packed into its rows."""
+"""What a call of somebody else's model holds: its main input, masks, and what its task ids stand for."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..mixture import TaskMixture
 from ..tasks import TaskIds, flat_ids
+
+if TYPE_CHECKING:
+    pass
+
+
+#: transformers' label of a token that the loss leaves out.
+IGNORED = -100
+
+_BATCHED = (
+    "input_ids",
+    "inputs_embeds",
+    "pixel_values",
+    "pixel_values_videos",
+    "input_values",
+    "input_features",
+    "past_values",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+)
+
+
+def main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor of a call whose first dimension is the batch, or None where no usual input is found."""
+    candidates = [kwargs.get(name) for name in _BATCHED] + list(args)
+    return next((value for value in candidates if isinstance(value, Tensor) and value.dim() > 1), None)
+
+
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Samples in a call's inputs, or None where no usual input is found."""
+    x = main_input(args, kwargs)
+    return None if x is None else x.shape[0]
+
+
+def has_sequence(x: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether the main input of a call holds more than one vector or token for each sample."""
+    if x is None or x.dim() > 2:
+        return True
+    return x.shape[1] > 1 and (not x.is_floating_point() or x is kwargs.get("input_values"))
+
+
+def decoder_of(model: Any) -> nn.Module | None:
+    """The decoder of an encoder-decoder of transformers; None for any other model."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_decoder"):
+        return model.get_decoder()
+    return None
+
+
+def decoder_mask(kwargs: dict[str, Any]) -> Tensor | None:
+    """1 for the tokens of a call's decoder and 0 for its padding, ``[batch, sequence]``, or None where nothing says.
+
+    Where only ``labels`` are given, the model makes the decoder's tokens from them: one that is ignored is padding.
+    """
+    mask, labels = kwargs.get("decoder_attention_mask"), kwargs.get("labels")
+    if mask is None and isinstance(labels, Tensor) and labels.dim() == 2:
+        return labels != IGNORED
+    return mask
+
+
+@lru_cache(maxsize=64)
+def _arguments(model_class: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the wrapped model's forward names ``argument``: task ids, for example, to choose a head."""
+    kind: Any = type(model)
+    return argument in _arguments(kind)
 
 
 @dataclass(frozen=True)
