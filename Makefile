@@ -5,7 +5,8 @@
 # make scaleout  training on 1, 2 and 4 processes (DDP, FSDP2, checkpointing): a table of how far apart the results are
 # make faults kill -9 a training run at 50 random moments; make faults KILLS=200 for more, SEED=1 for others
 # make fuzz   bad input by the thousand (FUZZ=20 times CI's examples); make soak   2,000 training steps hold memory flat
-# make lint   style checks and types   make clean   remove .venv and build products
+# make lint   style checks, types and the site   make docs   build the site of docs/ into build/docs (warnings are errors)
+# make clean  remove .venv and build products
 # make compat the same tests with the oldest and newest versions that are supported, each in an environment of its own
 #             (COMPAT="oldest bare" chooses); make coverage the share of lines that the tests run
 # make lock   record this environment's versions for CI, and the licences of the dependencies; make audit asks for known
@@ -27,7 +28,7 @@ BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test static faults scaleout fuzz soak lint compat coverage lock audit memcheck clean setup
+.PHONY: demo test static faults scaleout fuzz soak lint docs compat coverage lock audit memcheck clean setup
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -65,10 +66,14 @@ fuzz: setup
 soak: setup
 	OMP_NUM_THREADS=1 EPT_SOAK_STEPS=2000 $(BIN)/python -m pytest tests/fuzzing/test_soak.py
 
-lint: setup
+lint: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The variable silences an announcement of the theme's authors; signatures are formatted by the ruff on the path.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --quiet
 
 compat: setup
 	$(BIN)/python tests/compat/matrix.py $(COMPAT)
@@ -116,7 +121,7 @@ endif
 # compile and are left out where there is no GPU to run them.
 $(VENV)/installed: $(VENV)/torch-ready pyproject.toml setup.py $(LOCK) $(wildcard csrc/*.py csrc/*.cpp csrc/c*/*)
 	$(BIN)/python -m pip install -q $(LOCKED) "pybind11>=2.12" ninja
-	EPT_BUILD_CUDA=$${EPT_BUILD_CUDA-$(if $(HAS_GPU),,0)} $(BIN)/python -m pip install -q $(LOCKED) --no-build-isolation -e ".[test]"
+	EPT_BUILD_CUDA=$${EPT_BUILD_CUDA-$(if $(HAS_GPU),,0)} $(BIN)/python -m pip install -q $(LOCKED) --no-build-isolation -e ".[test,docs]"
 	@touch $@
 
 clean:

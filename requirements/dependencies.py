@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 PACKAGE = "ept-kernels"
 #: Who needs a dependency, the strictest first; ``make`` itself installs what builds the native kernels.
-GROUPS = {"": "everyone", "train": "[train]", "triton": "[triton]", "test": "[test]"}
+GROUPS = {"": "everyone", "train": "[train]", "triton": "[triton]", "test": "[test]", "docs": "[docs]"}
 BUILD = ("ninja",)
 #: Chosen by ``make`` for the machine (a build for its CPU or its GPU), so no lock names it.
 OF_THE_MACHINE = "torch"
@@ -32,11 +32,11 @@ def needed(distribution: str, extras: frozenset[str]) -> Iterator[Requirement]:
             yield requirement
 
 
-def closure(extra: str) -> dict[str, metadata.Distribution]:
-    """All that ``ept-kernels[extra]`` needs and that is installed, itself left out, by normalised name."""
+def closure(*groups: str) -> dict[str, metadata.Distribution]:
+    """All that ``ept-kernels`` with these extras needs and that is installed, itself left out, by normalised name."""
     found: dict[str, metadata.Distribution] = {}
-    start = Requirement(f"{PACKAGE}[{extra}]" if extra else PACKAGE)
-    waiting, seen = [start, *(map(Requirement, BUILD) if extra == "test" else ())], set()
+    start = Requirement(f"{PACKAGE}[{','.join(groups)}]")
+    waiting, seen = [start, *(map(Requirement, BUILD) if "test" in groups else ())], set()
     while waiting:
         requirement = waiting.pop()
         name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
@@ -59,7 +59,7 @@ def lock() -> str:
         f"# Versions that CI installs with Python {python}; written by `make lock`, used by `make` with -c.",
         "# Neither torch, which make chooses for the machine, nor hashes: pip takes none for an editable installation.",
     ]
-    lines += [f"{name}=={found.version}" for name, found in closure("test").items() if name != OF_THE_MACHINE]
+    lines += [f"{name}=={found.version}" for name, found in closure("test", "docs").items() if name != OF_THE_MACHINE]
     return "\n".join(lines)
 
 
