@@ -8,7 +8,8 @@
 First each method's learning rate is chosen from a small grid around its default, on a tenth of the training rows that
 is held out and scored instead of the validation split; where the grid's largest rate is the best, twice that is tried,
 too. Then it trains on all training rows with that rate, once a seed,
-and is scored on the validation split. ``--ablations`` adds EPT's variants at EPT's rate. A run is one line of
+and is scored on the validation split; with ``--curve-steps`` along the way, too. ``--ablations`` adds EPT's variants at
+EPT's rate. A run is one line of
 ``runs.jsonl`` in ``--output``, written when it is done; what is there already is not run again, so a killed benchmark
 goes on where it was.
 """
@@ -37,11 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", help="names, separated by commas (default: the suite's)")
     parser.add_argument("--model", help="default: the suite's")
     parser.add_argument("--methods", default=",".join(METHODS), help="default: all")
-    parser.add_argument("--ablations", action="store_true", help="the paper's ablations of EPT, too")
+    text = "the paper's ablations of EPT, too: names, separated by commas, or no word for all"
+    parser.add_argument("--ablations", nargs="?", const=",".join(ABLATIONS), help=text)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--selection-steps", type=int, help="of the runs that choose a rate (default: --steps)")
     parser.add_argument("--rate", type=float, help="learning rate of every run; none is chosen")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--curve-steps", type=int, help="score final runs after every so many steps, too")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16, all methods alike")
@@ -61,7 +64,11 @@ def bench_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Be
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
         parser.error(f"argument --methods: unknown {', '.join(unknown)}; allowed: {', '.join(METHODS)}")
-    for name in ("steps", "selection_steps", "seeds", "batch_size", "max_length", "eval_limit"):
+    ablations = tuple(options.ablations.split(",")) if options.ablations else ()
+    unknown = [name for name in ablations if name not in ABLATIONS]
+    if unknown:
+        parser.error(f"argument --ablations: unknown {', '.join(unknown)}; allowed: {', '.join(ABLATIONS)}")
+    for name in ("steps", "selection_steps", "seeds", "batch_size", "max_length", "eval_limit", "curve_steps"):
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"argument --{name.replace('_', '-')}: must be at least 1, got {value}")
@@ -74,7 +81,7 @@ def bench_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Be
         tasks=tuple(options.tasks.split(",")) if options.tasks else suite.tasks,
         model=options.model or suite.model,
         methods=methods,
-        ablations=options.ablations,
+        ablations=ablations,
         steps=6 if quick else options.steps,
         selection_steps=3 if quick else options.selection_steps or options.steps,
         seeds=1 if quick else options.seeds,
@@ -85,6 +92,7 @@ def bench_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Be
         bf16=options.bf16,
         eval_limit=32 if quick else options.eval_limit,
         rate=options.rate,
+        curve_steps=options.curve_steps,
     )
 
 
@@ -93,7 +101,7 @@ def run_all(bench: Bench, tasks: list[TaskData], log: RunLog, console: Console) 
     held_out = [hold_out(task) for task in tasks]
     choosing = 0 if bench.rate is not None else len(bench.rates) + bench.widen
     planned = len(bench.methods) * (choosing + bench.seeds)
-    planned += len(ABLATIONS) * bench.seeds if bench.ablations and "ept" in bench.methods else 0
+    planned += len(bench.ablations) * bench.seeds if "ept" in bench.methods else 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("runs", total=planned)

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ept.training.ablations import ABLATIONS as ALL_ABLATIONS
-from ept.training.systems import SYSTEMS
+from ept.training.systems import SYSTEMS, System
 
 if TYPE_CHECKING:
     from quality_run import RunLog
 
+#: N LoRAs, each in a model that sees its own task alone: of rank 8, and of the rank at which all of them have at most
+#: EPT's parameters. What users have today who fine-tune for many tasks.
+SEPARATE = ("lora-per-task", "lora-per-task-small")
+
 #: Every method, in the order of the report.
-METHODS = tuple(name for name in ("lora", "moelora", "more", "mixlora", "dcft", "tucka", "ept") if name in SYSTEMS)
+METHODS = ("lora", *SEPARATE, "moelora", "more", "mixlora", "dcft", "tucka", "ept")
 
 #: The paper's ablations but "mixed", which is the method itself and runs anyway.
 ABLATIONS = tuple(name for name in ALL_ABLATIONS if name != "mixed")
@@ -41,6 +45,7 @@ class Bench:
 
     ``rates``: the grid, as multiples of a method's default learning rate; ``widen``: where its largest rate is the
     best, twice that rate is tried, too. ``rate``: the learning rate of every run instead, none is chosen.
+    ``curve_steps``: score a final run after every so many of its steps, too; None: at its end.
     """
 
     suite: str
@@ -48,7 +53,7 @@ class Bench:
     tasks: tuple[str, ...] | None
     model: str
     methods: tuple[str, ...]
-    ablations: bool
+    ablations: tuple[str, ...]
     steps: int
     selection_steps: int
     seeds: int
@@ -59,6 +64,7 @@ class Bench:
     bf16: bool
     eval_limit: int | None
     rate: float | None = None
+    curve_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,13 @@ def best_rate(bench: Bench, method: str, log: RunLog) -> float:
     return bench.rate if bench.rate is not None else _best(candidates(bench, method, log), log).lr
 
 
+def system_of(method: str) -> System:
+    """What trains a method: separate LoRAs are LoRA."""
+    return SYSTEMS["lora" if method in SEPARATE else method]
+
+
 def _candidate(bench: Bench, method: str, factor: float) -> Run:
-    return Run("select", method, factor * SYSTEMS[method].learning_rate, 0, bench.selection_steps)
+    return Run("select", method, factor * system_of(method).learning_rate, 0, bench.selection_steps)
 
 
 def _best(runs: list[Run], log: RunLog) -> Run:
@@ -104,6 +115,6 @@ def _best(runs: list[Run], log: RunLog) -> Run:
 def finals(bench: Bench, rates: Mapping[str, float], seed: int) -> list[Run]:
     """The runs that are reported, of one seed: every method, and EPT's ablations where they are asked for."""
     runs = [Run("final", method, rates[method], seed, bench.steps) for method in bench.methods]
-    if bench.ablations and "ept" in rates:
-        runs += [Run("final", "ept", rates["ept"], seed, bench.steps, ablation) for ablation in ABLATIONS]
+    if "ept" in rates:
+        runs += [Run("final", "ept", rates["ept"], seed, bench.steps, ablation) for ablation in bench.ablations]
     return runs

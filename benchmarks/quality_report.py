@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from harness import mean_and_error
 from matplotlib.figure import Figure
-from quality_plan import ABLATIONS, Bench, Run, best_rate, candidates
+from quality_plan import Bench, Run, best_rate, candidates, system_of
 from quality_run import Record, RunLog
 
 from ept.training.plots import heat_map
-from ept.training.systems import SYSTEMS
 
 #: Names in print, the order of the table's rows.
 TITLES = {
     "lora": "LoRA",
+    "lora-per-task": "one LoRA a task, rank 8",
+    "lora-per-task-small": "one LoRA a task, EPT's parameters",
     "moelora": "MOELoRA",
     "more": "MoRE",
     "mixlora": "MixLoRA",
@@ -69,15 +70,15 @@ class Results:
         self.finals = {method: self._final(method) for method in chosen}
         self.finals = {method: records for method, records in self.finals.items() if records}
         self.ablations: dict[str, list[Record]] = {}
-        if bench.ablations and "ept" in self.finals:
-            found = {name: self._final("ept", name) for name in ABLATIONS}
+        if "ept" in self.finals:
+            found = {name: self._final("ept", name) for name in bench.ablations}
             self.ablations = {name: records for name, records in found.items() if records}
 
     def _final(self, method: str, ablation: str | None = None) -> list[Record]:
         bench, rate = self.bench, self.rates[method]
         runs = [Run("final", method, rate, seed, bench.steps, ablation) for seed in range(bench.seeds)]
         # Seed by seed, so that records of two methods at one place in their lists are of one seed.
-        return [self._log[run] for run in takewhile(self._log.__contains__, runs)]
+        return [{**self._log[run], "steps": run.steps} for run in takewhile(self._log.__contains__, runs)]
 
     def selection(self, method: str) -> dict[float, float]:
         """Mean score on the held-out rows by learning rate."""
@@ -129,7 +130,7 @@ def rate_table(results: Results) -> str:
     """What each method's learning rate was chosen by."""
     found = {method: results.selection(method) for method in results.finals}
     longest = max(found, key=lambda method: len(found[method]))
-    factors = [rate / SYSTEMS[longest].learning_rate for rate in found[longest]]
+    factors = [rate / system_of(longest).learning_rate for rate in found[longest]]
     rows = []
     for method, scores in found.items():
         cells = [f"{rate:g}: {score:.3f}" for rate, score in scores.items()]
@@ -145,6 +146,84 @@ def _differences(records: Sequence[Record], others: Sequence[Record]) -> list[fl
 def _signed(differences: Sequence[float]) -> str:
     mean, error = mean_and_error(differences)
     return f"{mean:+.3f} (" + ("one seed)" if math.isnan(error) else f"± {error:.3f} over {len(differences)} seeds)")
+
+
+def _resampled(records: Sequence[Record], others: Sequence[Record], draws: int = 200) -> float:
+    """Standard error of the difference of two methods' means that comes from the validation rows (bootstrap).
+
+    Both answer the same drawn rows of a task, and so do all seeds. NaN where a run kept no answers.
+    """
+    pairs = list(zip(records, others, strict=False))
+    if not all(record.get("answers") for pair in pairs for record in pair):
+        return math.nan
+    random = np.random.default_rng(0)
+    names = list(pairs[0][0]["scores"])
+    answers = [[{t: np.array(v) for t, v in record["answers"].items()} for record in pair] for pair in pairs]
+    found = []
+    for _ in range(draws):
+        drawn = {t: random.integers(len(v[0]), size=len(v[0])) for t, v in answers[0][0].items()}
+        means = [
+            [np.mean([score(own[t][:, drawn[t]], record["metrics"][t]) for t in names]) for own in pair]
+            for pair, (record, _) in zip(answers, pairs, strict=True)
+        ]
+        found.append(np.mean([mine - theirs for mine, theirs in means]))
+    return float(np.std(found, ddof=1))
+
+
+def score(answers: np.ndarray, metric: str) -> float:
+    """A headline metric of ``[predictions, labels] [2, N]``, as ``ept.metrics`` defines it, without its checks."""
+    predictions, labels = answers
+    if metric == "accuracy":
+        return float(np.mean(predictions == labels))
+    if metric in ("pearson", "matthews"):  # Matthews' coefficient of two classes is their correlation
+        constant = np.ptp(predictions) == 0 or np.ptp(labels) == 0
+        return 0.0 if constant else float(np.corrcoef(predictions, labels)[0, 1])
+    raise ValueError(f"no resampling of the metric {metric!r}; known: accuracy, pearson, matthews")
+
+
+def power(results: Results, method: str) -> str:
+    """The difference from EPT that these runs would have shown: two standard errors, of seeds and of rows."""
+    own, records = results.finals["ept"], results.finals[method]
+    _, seeds = mean_and_error(_differences(own, records))
+    rows = _resampled(own, records)
+    total = math.hypot(*(error for error in (seeds, rows) if not math.isnan(error)))
+    parts = f"seeds {seeds:.3f}, validation rows " + ("not kept" if math.isnan(rows) else f"{rows:.3f}")
+    return f"- {TITLES[method]}: standard errors of the difference: {parts}; seen from {2 * total:.3f} on."
+
+
+def curve_table(results: Results) -> str:
+    """Mean score over tasks and seeds after every so many steps."""
+    groups = {TITLES[method]: records for method, records in results.finals.items()}
+    groups |= {f"EPT, {name}": records for name, records in results.ablations.items()}
+    curves = {name: _curve(records) for name, records in groups.items()}
+    steps = sorted({step for curve in curves.values() for step in curve})
+    rows = [[name, *(_cell(curve[step]) if step in curve else "" for step in steps)] for name, curve in curves.items()]
+    return _table(["method", *(f"{step:,}" for step in steps)], rows)
+
+
+def _curve(records: Sequence[Record]) -> dict[int, list[float]]:
+    """Means over the tasks, one a seed, by step; the end of a run is its last point."""
+    curve: dict[int, list[float]] = {}
+    for record in records:
+        points = {int(step): statistics.mean(scores.values()) for step, scores in record.get("curve", {}).items()}
+        for step, mean in {**points, record["steps"]: record["mean"]}.items():
+            curve.setdefault(step, []).append(mean)
+    return curve
+
+
+def _plot_curves(results: Results, path: Path) -> Path:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method, records in results.finals.items():
+        curve = sorted(_curve(records).items())
+        means = [statistics.mean(values) for _, values in curve]
+        style = {"color": "tab:red", "linewidth": 2.2, "zorder": 3} if method == "ept" else {"linewidth": 1.2}
+        axes.plot([step for step, _ in curve], means, marker="o", markersize=3, label=TITLES[method], **style)
+    axes.set(xlabel="steps", ylabel="mean score over tasks")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def verdicts(results: Results) -> list[str]:
@@ -224,8 +303,15 @@ def write_report(folder: Path, bench: Bench, log: RunLog, command: str) -> list[
         sections.append(beside_the_constant(results))
     if "ept" in results.finals:
         sections += ["## EPT beside the others", "\n".join(verdicts(results))]
+        if bench.seeds > 1:
+            others = [method for method in results.finals if method != "ept"]
+            lines = [power(results, method) for method in others]
+            sections += ["### What these runs could have seen", "\n".join(lines)]
         written.append(_plot_experts(results.finals["ept"][0]["expert_use"], folder / "experts.png"))
         sections += ["## Which scales each task uses (EPT, seed 0)", "![Expert use by task](experts.png)"]
+    if bench.curve_steps is not None:
+        written.append(_plot_curves(results, folder / "curves.png"))
+        sections += ["## Score over steps", "![Score over steps](curves.png)", curve_table(results)]
     if results.ablations:
         sections += ["## Ablations", ablation_table(results)]
     if bench.rate is None:

@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from quality_plan import Bench, Run
+from quality_plan import SEPARATE, Bench, Run, system_of
 from training_run import arguments, where
+from transformers import EvalPrediction, TrainerCallback
 
 import ept
 from ept.data import TaskData
 from ept.training import EPTTrainer
-from ept.training.evaluate import baselines, evaluate_tasks, mean_headline
+from ept.training.evaluate import baselines, evaluate_tasks
 from ept.training.inspection import trained_parameters
 from ept.training.options import RunSettings
 from ept.training.plots import gate_shares
 from ept.training.run import make_adapted
+from ept.training.systems import SYSTEMS
 
 Record = dict[str, Any]
 
@@ -40,45 +42,157 @@ def hold_out(task: TaskData) -> TaskData:
     return dataclasses.replace(task, train=parts["train"], validation=parts["test"], test=None)
 
 
+class _ScoredTrainer(EPTTrainer):
+    """Keeps what the newest evaluation predicted, and scores the model on the way."""
+
+    def __init__(self, *args: Any, curve_steps: int | None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.answers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.curve: dict[int, dict[str, float]] = {}
+        if curve_steps is not None:
+            self.add_callback(_Curve(self, curve_steps))
+
+    def headlines(self) -> dict[str, float]:
+        """Every task's headline metric now."""
+        found = self.evaluate_by_task()
+        return {name: found[name][spec.metrics[0]] for name, spec in self._specs.items()}
+
+    def _task_metrics(self, results: EvalPrediction) -> dict[str, float]:
+        found: Any = results.predictions
+        self.answers[self._evaluated.name] = (found if self._generates else found[0], results.label_ids)
+        return super()._task_metrics(results)
+
+
+class _Curve(TrainerCallback):
+    """Scores after every so many steps; the random numbers of training stay what they are without it."""
+
+    def __init__(self, trainer: _ScoredTrainer, steps: int) -> None:
+        self._trainer, self._steps = trainer, steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self._steps == 0 and state.global_step < state.max_steps:
+            with torch.random.fork_rng(devices=[]):
+                self._trainer.curve[state.global_step] = self._trainer.headlines()
+
+
+@dataclasses.dataclass
+class _Trained:
+    """One trained model, or the sum of several that learned a task each."""
+
+    scores: dict[str, float]
+    test: dict[str, float]
+    curve: dict[int, dict[str, float]]
+    answers: dict[str, tuple[np.ndarray, np.ndarray]]
+    parameters: dict[str, int]
+    device: torch.device
+    expert_use: dict[str, dict[str, float]] | None = None
+
+
 def execute(run: Run, bench: Bench, tasks: list[TaskData]) -> Record:
     """Train and score."""
-    specs = [task.spec for task in tasks]
     started = time.perf_counter()
+    if run.method in SEPARATE:
+        rank = _small_rank(run, bench, tasks) if run.method == "lora-per-task-small" else None
+        trained = _joined([_train(run, bench, [task], share=len(tasks), rank=rank) for task in tasks], len(tasks))
+    else:
+        trained = _train(run, bench, tasks)
+    specs = [task.spec for task in tasks]
+    constant = baselines(tasks, bench.eval_limit)
+    return {
+        "scores": trained.scores,
+        "metrics": {spec.name: spec.metrics[0] for spec in specs},
+        "test": trained.test,
+        "baseline": {spec.name: constant[spec.name][spec.metrics[0]] for spec in specs},
+        "mean": float(np.mean(list(trained.scores.values()))),
+        "curve": {str(step): scores for step, scores in trained.curve.items()},
+        "answers": {name: _packed(*found) for name, found in trained.answers.items()} if run.phase == "final" else {},
+        "rows": {task.spec.name: [len(task.train), len(task.validation)] for task in tasks},
+        "parameters": trained.parameters,
+        "expert_use": trained.expert_use,
+        "seconds": round(time.perf_counter() - started, 1),
+        **where(trained.device),
+    }
+
+
+def _settings(run: Run, bench: Bench, folder: str, *, share: int = 1, rank: int | None = None) -> RunSettings:
+    return RunSettings(
+        output=folder,
+        model=bench.model,
+        method=system_of(run.method).name,
+        ablation=run.ablation,
+        lr=run.lr,
+        seed=run.seed,
+        max_steps=max(1, run.steps // share),
+        batch_size=bench.batch_size,
+        max_length=bench.max_length,
+        save_steps=0,
+        eval_limit=bench.eval_limit,
+        quiet=True,
+        **({} if rank is None else {"r": rank, "alpha": 4.0 * rank}),
+    )
+
+
+def _train(run: Run, bench: Bench, tasks: Sequence[TaskData], *, share: int = 1, rank: int | None = None) -> _Trained:
+    """One model on ``tasks``, for the part of the run's steps that is one of ``share`` equal parts."""
+    specs = [task.spec for task in tasks]
+    curve = bench.curve_steps if run.phase == "final" else None
     with tempfile.TemporaryDirectory() as folder:
-        settings = RunSettings(
-            output=folder,
-            model=bench.model,
-            method=run.method,
-            ablation=run.ablation,
-            lr=run.lr,
-            seed=run.seed,
-            max_steps=run.steps,
-            batch_size=bench.batch_size,
-            max_length=bench.max_length,
-            save_steps=0,
-            eval_limit=bench.eval_limit,
-            quiet=True,
-        )
+        settings = _settings(run, bench, folder, share=share, rank=rank)
         model, tokenizer = make_adapted(settings, tasks)
-        trainer = EPTTrainer(model, arguments(settings, bf16=bench.bf16), tasks=tasks, processing_class=tokenizer)
+        trainer = _ScoredTrainer(
+            model,
+            arguments(settings, bf16=bench.bf16),
+            tasks=tasks,
+            processing_class=tokenizer,
+            curve_steps=None if curve is None else max(1, curve // share),
+        )
         trainer.train()
-        scores = trainer.evaluate_by_task()
+        scores = trainer.headlines()
         tested = [dataclasses.replace(task, validation=task.test) for task in tasks if task.test is not None]
         scored = {"max_length": bench.max_length, "limit": bench.eval_limit}
         tests = evaluate_tasks(model, tokenizer, tested, **scored) if tested else {}
-    constant = baselines(tasks, bench.eval_limit)
-    return {
-        "scores": {spec.name: scores[spec.name][spec.metrics[0]] for spec in specs},
-        "metrics": {spec.name: spec.metrics[0] for spec in specs},
-        "test": {task.spec.name: tests[task.spec.name][task.spec.metrics[0]] for task in tested},
-        "baseline": {spec.name: constant[spec.name][spec.metrics[0]] for spec in specs},
-        "mean": mean_headline(specs, scores),
-        "rows": {task.spec.name: [len(task.train), len(task.validation)] for task in tasks},
-        "parameters": trained_parameters(model),
-        "expert_use": expert_use(model) if run.method == "ept" else None,
-        "seconds": round(time.perf_counter() - started, 1),
-        **where(trainer.args.device),
-    }
+    return _Trained(
+        scores={spec.name: scores[spec.name] for spec in specs},
+        test={task.spec.name: tests[task.spec.name][task.spec.metrics[0]] for task in tested},
+        curve=trainer.curve,
+        answers=trainer.answers,
+        parameters=trained_parameters(model),
+        device=trainer.args.device,
+        expert_use=expert_use(model) if run.method == "ept" else None,
+    )
+
+
+def _joined(parts: Sequence[_Trained], share: int) -> _Trained:
+    """Models that learned a task each, as one result; a step of the curve is that of all of them together."""
+    first, *others = parts
+    for part in others:
+        first.scores.update(part.scores)
+        first.test.update(part.test)
+        first.answers.update(part.answers)
+        for step, scores in part.curve.items():
+            first.curve[step].update(scores)
+        for name, count in part.parameters.items():
+            first.parameters[name] += count
+    first.curve = {step * share: scores for step, scores in first.curve.items()}
+    return first
+
+
+def _small_rank(run: Run, bench: Bench, tasks: Sequence[TaskData]) -> int:
+    """The largest rank at which a LoRA a task has no more parameters than one EPT, at least 1."""
+
+    def size(method: str) -> int:
+        settings = _settings(dataclasses.replace(run, method=method), bench, "unused")
+        model, _ = make_adapted(settings, tasks)
+        return sum(count for name, count in trained_parameters(model).items() if name != "other")
+
+    rank: Any = SYSTEMS["lora"].default("r")
+    return max(1, size("ept") * rank // (len(tasks) * size("lora")))
+
+
+def _packed(predictions: np.ndarray, labels: np.ndarray) -> list[list[float]]:
+    """``[predictions, labels]`` in few characters: classes as integers, numbers to three places; NaN as -1."""
+    filled = np.nan_to_num(predictions.astype(np.float64), nan=-1.0)
+    return [[int(v) if v == int(v) else round(v, 3) for v in values.tolist()] for values in (filled, labels)]
 
 
 @torch.no_grad()
@@ -154,7 +268,18 @@ def _alike(found: Record, wanted: Record) -> bool:
 def _shared(bench: Bench) -> Record:
     """What decides a run's result, beside the run and its data: not where that lies, nor which runs there are."""
     kept = dataclasses.asdict(bench)
-    for name in ("data", "methods", "ablations", "steps", "selection_steps", "seeds", "rates", "widen", "rate"):
+    for name in (
+        "data",
+        "methods",
+        "ablations",
+        "steps",
+        "selection_steps",
+        "seeds",
+        "rates",
+        "widen",
+        "rate",
+        "curve_steps",
+    ):
         del kept[name]
     return json.loads(json.dumps(kept))
 

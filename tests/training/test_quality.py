@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import quality
 from harness import mean_and_error
-from quality_plan import ABLATIONS, METHODS, Bench, Run, best_rate, candidates, finals
-from quality_report import FULL, PUBLISHED, Results, beside_the_constant, verdicts, write_report
+from quality_plan import ABLATIONS, METHODS, SEPARATE, Bench, Run, best_rate, candidates, finals
+from quality_report import (
+    FULL,
+    PUBLISHED,
+    Results,
+    adapter_parameters,
+    beside_the_constant,
+    power,
+    score,
+    verdicts,
+    write_report,
+)
 from quality_run import RunLog, digest, hold_out
 from rich.console import Console
 
@@ -25,7 +37,7 @@ BENCH = Bench(
     tasks=None,
     model="tiny",
     methods=("lora", "ept"),
-    ablations=False,
+    ablations=(),
     steps=2,
     selection_steps=1,
     seeds=2,
@@ -68,7 +80,7 @@ def finished(tmp_path: Path, bench: Bench = BENCH) -> RunLog:
 
 
 def test_every_system_is_in_the_comparison() -> None:
-    assert set(METHODS) == set(SYSTEMS)
+    assert set(METHODS) == {*SYSTEMS, *SEPARATE}
 
 
 def test_the_plan_selects_a_rate_and_then_runs_every_seed(tmp_path: Path) -> None:
@@ -76,7 +88,7 @@ def test_the_plan_selects_a_rate_and_then_runs_every_seed(tmp_path: Path) -> Non
     default = SYSTEMS["ept"].learning_rate
     assert [run.lr for run in candidates(BENCH, "ept", log)] == [default, 2 * default]
     assert best_rate(BENCH, "ept", log) == 2 * default
-    with_ablations = replace(BENCH, ablations=True)
+    with_ablations = replace(BENCH, ablations=ABLATIONS)
     runs = finals(with_ablations, {"lora": 1.0, "ept": 2.0}, seed=1)
     assert [run.ablation for run in runs] == [None, None, *ABLATIONS]
     assert {run.lr for run in runs if run.method == "ept"} == {2.0}
@@ -157,13 +169,13 @@ def test_the_report_shows_means_errors_and_the_comparison(tmp_path: Path) -> Non
 
 
 def test_the_report_sets_the_ablations_beside_the_papers(tmp_path: Path) -> None:
-    bench = replace(BENCH, ablations=True)
+    bench = replace(BENCH, ablations=ABLATIONS)
     log = finished(tmp_path)
     rate = 2 * SYSTEMS["ept"].learning_rate  # the full method has .60 and .62
     for name, scores in {"all-8": (0.55, 0.61), "no-top-k": (0.63, 0.63), "all-2": (0.5, None)}.items():
-        for seed, score in enumerate(scores):
-            if score is not None:
-                log.add(Run("final", "ept", rate, seed, bench.steps, name), record(score))
+        for seed, mean in enumerate(scores):
+            if mean is not None:
+                log.add(Run("final", "ept", rate, seed, bench.steps, name), record(mean))
     log.add(Run("final", "ept", rate, 1, bench.steps, "zero-init-seed"), record(0.9))  # its seed 0 has not run
     write_report(tmp_path / "out", bench, log, "")
     lines = (tmp_path / "out" / "report.md").read_text().split("## Ablations")[1].splitlines()
@@ -202,17 +214,47 @@ def test_it_trains_scores_and_goes_on_where_it_was(
     model = tmp_path / "model"
     toys.make_base("encoder").save_pretrained(model)
     toys.make_tokenizer("encoder").save_pretrained(model)
-    bench = replace(BENCH, model=str(model), seeds=1, ablations=True)
+    methods = ("lora", *SEPARATE, "ept")
+    bench = replace(BENCH, model=str(model), seeds=1, ablations=ABLATIONS, methods=methods, steps=4, curve_steps=2)
     log = RunLog(tmp_path / "runs.jsonl", bench)
     quality.run_all(bench, tasks[:2], log, Console(quiet=True))
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
-    assert len(lines) == 2 * (2 + 1) + len(ABLATIONS)
+    assert len(lines) == 4 * (2 + 1) + len(ABLATIONS)
     found = json.loads(lines[-1])["record"]
     assert found["rows"] == {"polarity": [60, 20], "topic": [200, 20]}
     assert set(found["scores"]) == {"polarity", "topic"}
+    shared, separate, small, ept = (json.loads(line)["record"] for line in lines[8:12])
+    for part in (shared, separate, small, ept):
+        assert set(part["curve"]) == {"2"}
+        assert set(part["curve"]["2"]) == {"polarity", "topic"}
+        for task, answers in part["answers"].items():
+            assert score(np.array(answers), part["metrics"][task]) == pytest.approx(part["scores"][task], abs=1e-6)
+    sizes = [adapter_parameters(part) for part in (shared, separate, small, ept)]
+    assert sizes[1] == 2 * sizes[0]
+    assert 0 < sizes[2] <= sizes[3]
     monkeypatch.setattr(quality, "execute", lambda *_: pytest.fail("a finished run ran again"))
     quality.run_all(bench, tasks[:2], RunLog(tmp_path / "runs.jsonl", bench), Console(quiet=True))
     assert write_report(tmp_path / "out", bench, log, "")
+    assert "## Score over steps" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_rows_that_both_answer_alike_make_no_error(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "runs.jsonl", BENCH)
+    random = np.random.default_rng(0)
+    labels = random.integers(2, size=400)
+    right = {"lora": labels ^ (random.random(400) < 0.3), "ept": labels ^ (random.random(400) < 0.3)}
+    for method in BENCH.methods:
+        for run in candidates(BENCH, method, log):
+            log.add(run, record(0.1))
+        rate = best_rate(BENCH, method, log)
+        for seed in range(2):
+            answers = {name: [right[method].tolist(), labels.tolist()] for name in "ab"}
+            log.add(Run("final", method, rate, seed, BENCH.steps), record(0.5 + 0.01 * seed) | {"answers": answers})
+    # About the error of a difference of two shares of right answers, .7 each, over 400 rows, halved by the second task.
+    line = power(Results(BENCH, log), "lora")
+    assert "seeds 0.000" in line
+    rows = float(re.search(r"validation rows ([\d.]+)", line)[1])
+    assert 0.3 * (2 * 0.7 * 0.3 / 400) ** 0.5 < rows < 1.5 * (2 * 0.7 * 0.3 / 400) ** 0.5
 
 
 def test_a_rate_that_is_given_is_not_chosen(tmp_path: Path) -> None:
@@ -256,6 +298,8 @@ def test_who_does_not_beat_the_constant_answer_is_named(tmp_path: Path) -> None:
     [
         (["--suite", "glue"], "--data is missing: the suite 'glue' has no data of its own"),
         (["--suite", "embedded", "--methods", "ept,magic"], "--methods: unknown magic; allowed: lora"),
+        (["--suite", "embedded", "--ablations", "no-magic"], "--ablations: unknown no-magic; allowed: zero-init-seed"),
+        (["--suite", "embedded", "--curve-steps", "0"], "--curve-steps: must be at least 1, got 0"),
         (["--suite", "embedded", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
         (["--suite", "embedded", "--rate", "-1"], "--rate: must be a positive number, got -1.0"),
     ],
