@@ -109,3 +109,69 @@ def test_the_recipe() -> None:
     difference = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(ours, lora, strict=True)]
     stated = [cell.replace("+", "").replace("-0.000", "0.000") for cell in row("difference")]
     assert stated == [cell.replace("-0.000", "0.000") for cell in _cells(difference)]
+
+
+# ---- tasks and serving
+
+
+def _recorded(name: str) -> dict:
+    return json.loads((RECORDED / f"{name}.json").read_text())
+
+
+def test_samples_without_a_task_id() -> None:
+    page, found = ROOT / "docs" / "tasks.md", _recorded("auto_tasks")
+    text = page.read_text()
+
+    def cells(title: str) -> list[str]:
+        (line,) = re.findall(rf"^\| \**{re.escape(title)}\** \|.*\|$", text, flags=re.MULTILINE)
+        return [cell.strip().strip("*") for cell in line.split("|")[2:-1]]
+
+    ways = {
+        "prototypes, centred and scaled (shipped)": "prototypes, standardised (shipped)",
+        "prototypes, centred": "prototypes, centred",
+        "prototypes as they are": "prototypes",
+        "task embeddings": "task embeddings",
+        "task embeddings, centred": "task embeddings, centred",
+    }
+    for title, key in ways.items():
+        way = found["telling"][key]
+        assert cells(title) == [f"{way['right']:.3f}", f"{way['weight of the true task']:.2f}"], title
+    for title, key in {"true id": "true id", '`"auto"`': "auto", "random id": "random id"}.items():
+        assert cells(title) == [f"{scores[key]:.3f}" for scores in found["scores"].values()], title
+    left_out = {
+        "nothing: the frozen base": "none",
+        "random id of the others": "random id of the others",
+        '`"auto"` over the others': "auto over the others",
+        "its own id, by an adapter of all four": "trained",
+    }
+    for title, key in left_out.items():
+        scores = [task[key] for task in found["leave_one_out"].values()]
+        assert cells(title) == [f"{score:.3f}" for score in (*scores, statistics.mean(scores))], title
+
+
+def test_an_added_task() -> None:
+    found, text = _recorded("add_task"), (ROOT / "docs" / "tasks.md").read_text()
+    added = found["added"]
+    titles = {
+        "a new head": "head only",
+        "embedding and head": "embedding and head",
+        "embedding, head and two experts of size 8 a layer": "new kernels",
+        "nothing more: trained with the others from the start (200 steps of all four)": "together",
+    }
+    for title, key in titles.items():
+        number = added["trained parameters"].get(key)
+        count = f" {number:,}" if number else ""
+        assert f"| {title} | {added['scores'][key]:.2f} |{count} |" in text, title
+    assert found["old tasks"]["bit-equal"] is True
+
+
+def test_mixed_batches() -> None:
+    page = ROOT / "docs" / "serving.md"
+    titles = {"model": "MiniLM, 64 x 16 tokens", "layer": "768 x 768 layer", "small": "384 x 384 layer"}
+    for case, title in titles.items():
+        candidates = _recorded("serving")["cases"][case]["candidates"]
+        columns = [candidates.get(name) for name in ("2 tasks", "8 tasks", "64 tasks", "merged", "frozen")]
+        ratios = ["" if column is None else f"{column['over_one_task']:.2f}" for column in columns]
+        assert _row(page, "A batch of many tasks", title)[1:] == ratios, title
+    model = _recorded("serving")["cases"]["model"]["candidates"]
+    assert f"takes {model['token']['over_one_task']:.2f} times" in page.read_text()
