@@ -9,9 +9,10 @@ import re
 import shlex
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from peft import PeftConfig
+import transformers
 
 import ept
 from ept.export.cli import build_parser as export_parser
@@ -78,6 +79,59 @@ def test_the_data_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     namespace: dict = {}
     exec(compile(block, "data.md", "exec"), namespace)
     assert namespace["task"].train[0]["text"] == "a joy"
+
+
+def _run(name: str, namespace: dict) -> dict:
+    """All Python blocks of a page, one after the other."""
+    for block in blocks(ROOT / "docs" / name, "python"):
+        exec(compile(block, name, "exec"), namespace)
+    return namespace
+
+
+def _adapted(names: list[str]) -> peft.PeftModel:
+    return peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained("tiny"), _config(names))
+
+
+def _config(names: list[str]) -> ept.EPTConfig:
+    return ept.EPTConfig(task_names=names, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def test_tasks(tiny_models: None) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained("tiny")
+    batches = [_batch(task_ids=["tweets", "movies"]) for _ in range(2)]
+    found = _run("tasks.md", {"base": base, "batch": _batch(), "batches": batches, "torch": torch})
+    assert found["weights"].shape == (2, 2)
+    assert found["task"] == 2
+
+
+def test_serving(tiny_models: None) -> None:
+    model = _adapted(["mnli", "cola", "sst2"])
+    ids = torch.randint(3, VOCABULARY, (3, 6))
+    base = transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+        )
+    )
+    given = {"model": model, "base": base, "ids": ids, "mask": torch.ones_like(ids)}
+    found = _run("serving.md", {**given, "torch": torch, "ept": ept, "get_peft_model": peft.get_peft_model})
+    with pytest.raises(ValueError, match="merge"):
+        found["model"].merge_adapter()
+
+
+def test_rows(tiny_models: None) -> None:
+    model = _adapted(["a", "b"]).eval()
+    rows = [{"input_ids": torch.randint(3, VOCABULARY, (length,)).tolist()} for length in (3, 5)]
+    ids_of_tokens = torch.tensor([[0] * 3 + [1] * 5])
+    given = {"model": model, "rows": rows, "task_ids": [0, 1], "ids_of_tokens": ids_of_tokens}
+    found = _run("rows.md", {**given, "ept": ept, "index": torch.tensor([1, 0]), "ends": torch.tensor([0, 3, 8])})
+    assert found["batch"]["input_ids"].shape == (1, 8)
+
+
+def test_pyramids(tiny_models: None) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained("tiny")
+    given = {"base": base, "batches": [_batch(task_ids=[0, 0]) for _ in range(4)], "targets": ["q_proj", "v_proj"]}
+    found = _run("pyramids.md", {**given, "ept": ept})
+    assert isinstance(found["config"], ept.EPTConfig)
 
 
 @page
@@ -158,6 +212,6 @@ def test_the_options_are_those_of_the_config() -> None:
     stated = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", table, flags=re.MULTILINE))
     config = ept.EPTConfig()
     assert {name: str(getattr(config, name)) for name in stated} == stated
-    inherited = {field.name for field in dataclasses.fields(PeftConfig)}
+    inherited = {field.name for field in dataclasses.fields(peft.PeftConfig)}
     fields = {field.name for field in dataclasses.fields(config)} - inherited
     assert fields - set(stated) <= {"target_parameters", "layer_replication"}

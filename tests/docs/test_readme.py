@@ -55,6 +55,13 @@ def test_training_inspecting_exporting_and_predicting(tmp_path: Path, monkeypatc
     exec(compile(blocks(README, "python")[2], str(README), "exec"), namespace)
     assert namespace["logits"].shape == (2, 2)
 
+    (without,) = blocks(ROOT / "docs" / "export.md", "python")
+    alone = {"folder": "runs/movies"}
+    exec(compile(without, "export.md", "exec"), alone)
+    with torch.no_grad():
+        logits = alone["logits_of"](**namespace["batch"])
+    torch.testing.assert_close(logits[0], namespace["logits"][0], rtol=1e-4, atol=1e-4)
+
 
 def test_what_installs_is_declared() -> None:
     """Tests cannot install: what the first block names must exist."""
