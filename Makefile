@@ -117,10 +117,10 @@ else
 endif
 	@touch $@
 
-# Without build isolation the build sees the torch installed above, which the CUDA kernels need; those take minutes to
-# compile and are left out where there is no GPU to run them.
-$(VENV)/installed: $(VENV)/torch-ready pyproject.toml setup.py $(LOCK) $(wildcard csrc/*.py csrc/*.cpp csrc/c*/*)
-	$(BIN)/python -m pip install -q $(LOCKED) "pybind11>=2.12" ninja
+# Without build isolation the versions are those of the lock. The CUDA kernels take minutes to compile and are left out
+# where there is no GPU to run them.
+$(VENV)/installed: $(VENV)/torch-ready pyproject.toml setup.py $(LOCK) CMakeLists.txt $(wildcard csrc/*.cpp csrc/c*/*)
+	$(BIN)/python -m pip install -q $(LOCKED) "pybind11>=2.12" "cmake>=3.22" ninja
 	EPT_BUILD_CUDA=$${EPT_BUILD_CUDA-$(if $(HAS_GPU),,0)} $(BIN)/python -m pip install -q $(LOCKED) --no-build-isolation -e ".[test,docs]"
 	@touch $@
 

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 PACKAGE = "ept-kernels"
 #: Who needs a dependency, the strictest first; ``make`` itself installs what builds the native kernels.
 GROUPS = {"": "everyone", "train": "[train]", "triton": "[triton]", "test": "[test]", "docs": "[docs]"}
-BUILD = ("ninja",)
+BUILD = ("cmake", "ninja")
 #: Chosen by ``make`` for the machine (a build for its CPU or its GPU), so no lock names it.
 OF_THE_MACHINE = "torch"
 

@@ -132,10 +132,8 @@ def prepare(environment: Environment, base: Path, sdist: Path, folder: Path) -> 
     numpy = [pin for pin in environment.pins if pin.startswith("numpy")]
     install_torch(python, environment.torch, numpy)
     variables = dict(os.environ)
-    if environment.bare:  # neither compiler nor nvcc: nothing on the path but this environment
-        variables["PATH"] = str(python.parent)
-        variables.pop("CUDA_HOME", None)
-        variables.pop("CXX", None)
+    if environment.bare:  # neither compiler nor nvcc; CMake also looks where a path does not lead
+        variables |= {"PATH": str(python.parent), "CXX": "/nowhere/c++", "CUDACXX": "/nowhere/nvcc"}
     install = [python, "-m", "pip", "install", "-v", f"{sdist}[train]", *environment.pins, *TOOLS]
     said = run(install, env=variables)
     for line in (said.stdout + said.stderr).splitlines():
