@@ -48,7 +48,7 @@ memcheck: setup
 	done
 
 static: setup
-	$(BIN)/python benchmarks/static_report.py --output runs/static.csv $(STATIC)
+	$(BIN)/python tests/triton_static/report.py --output runs/static.csv $(STATIC)
 
 KILLS ?= 50
 SEED ?= 0

@@ -8,18 +8,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from static_compile import compiled
-from static_record import Call, record
-from static_rules import EXPECTATIONS, Expectation, violations
-from static_targets import TARGETS
+from compiling import compiled
+from record import Call, record
+from rules import EXPECTATIONS, Expectation, violations
+from targets import TARGETS
 
 from ept_kernels.triton.launch import Config, launch
 

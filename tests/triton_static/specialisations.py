@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from static_record import Call, record
-from static_targets import TARGETS
+from record import Call, record
+from targets import TARGETS
 
 from ept_kernels import PyramidGeometry
 from ept_kernels.triton import backend

@@ -20,7 +20,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("compiling kernels needs the package triton (pip install triton)", allow_module_level=True)
 
 REPOSITORY = Path(__file__).parents[2]
-REPORT = REPOSITORY / "benchmarks" / "static_report.py"
+REPORT = Path(__file__).with_name("report.py")
 #: What torch 2.10 and 2.11 bring, beside the installed Triton, which is newer.
 SECOND = "3.6.0"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ept-kernels" / f"triton-{SECOND}"

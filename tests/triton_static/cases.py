@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from static_record import Call
+from record import Call
 
 from ept_kernels import PyramidGeometry
 from ept_kernels.triton import backend

@@ -1,12 +1,12 @@
 """Static check of the Triton kernels: compile what is shipped for every target, without a GPU, and judge the code.
 
-    python benchmarks/static_report.py                               everything that the installed Triton would compile
-    python benchmarks/static_report.py --target sm_90 --dtype bf16 --kernel fused_kernel
-    python benchmarks/static_report.py --case default --each          one launch of each kernel, tiles and variant
-    python benchmarks/static_report.py --output static.csv           one row for each compiled kernel
+    python tests/triton_static/report.py                        everything that the installed Triton would compile
+    python tests/triton_static/report.py --target sm_90 --dtype bf16 --kernel fused_kernel
+    python tests/triton_static/report.py --case default --each  one launch of each kernel, tiles and variant
+    python tests/triton_static/report.py --output static.csv    one row for each compiled kernel
 
-Calls on meta tensors (``static_cases.py``) say which kernels are launched with which specialisation; each distinct one
-is compiled with each of its candidate tiles. Exits with 1 if one breaks a rule (``static_rules.py``). Another Triton
+Calls on meta tensors (``cases.py``) say which kernels are launched with which specialisation; each distinct one
+is compiled with each of its candidate tiles. Exits with 1 if one breaks a rule (``rules.py``). Another Triton
 than the installed one is checked with its folder first on PYTHONPATH.
 """
 
@@ -22,11 +22,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import triton
-from static_cases import DTYPES, calls
-from static_compile import Compiled, compiled
-from static_record import Launch, record
-from static_rules import EXPECTATIONS, violations
-from static_targets import TARGETS
+from cases import DTYPES, calls
+from compiling import Compiled, compiled
+from record import Launch, record
+from rules import EXPECTATIONS, violations
+from targets import TARGETS
 
 COLUMNS = ("kernel", "registers", "shared", "matrix", "asynchronous", "wide", "loads", "local", "occupancy", "wrong")
 

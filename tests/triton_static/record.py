@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from static_targets import TARGETS, Target
+from targets import TARGETS, Target
 from triton import knobs
 from triton.runtime.driver import driver
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from static_compile import Compiled
-from static_targets import TARGETS
+from compiling import Compiled
+from targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def violations(result: Compiled) -> list[str]:
         wrong.append(f"a program of {warps} warps with {code.registers} registers a thread cannot be resident")
     expected = EXPECTATIONS.get(launch.kernel)
     if expected is None:
-        return [*wrong, "the kernel is missing from EXPECTATIONS in benchmarks/static_rules.py"]
+        return [*wrong, "the kernel is missing from EXPECTATIONS in tests/triton_static/rules.py"]
     if (expected.product or code.dots) and not code.matrix:
         wrong.append("no matrix instruction")
     rows = dict(launch.config.tiles).get("BLOCK_T", 0)

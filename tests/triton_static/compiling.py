@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from static_record import Launch
-from static_targets import TARGETS
+from record import Launch
+from targets import TARGETS
 from triton import knobs
 
 
