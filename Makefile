@@ -71,9 +71,9 @@ lint: docs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The variable silences an announcement of the theme's authors; signatures are formatted by the ruff on the path.
+# The variable silences an announcement of the theme's authors.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 compat: setup
 	$(BIN)/python tests/compat/matrix.py $(COMPAT)
