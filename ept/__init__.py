@@ -33,7 +33,7 @@ from .recompute import remember_tasks as _remember_tasks
 from .suggest import SuggestedPyramid, suggest_pyramid
 from .task_table import TaskTable
 from .tuner import EPTModel
-from .tuner.register import register as _register
+from .tuner.model import register as _register
 from .version import __version__
 
 __all__ = [

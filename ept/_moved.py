@@ -34,6 +34,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "ept.tuner.checkpoint": ("ept.tuner.loading",),
     "ept.tuner.dense": ("ept.tuner.quantised",),
     "ept.tuner.forward": ("ept.tuner.calls", "ept.tuner.passes"),
+    "ept.tuner.register": ("ept.tuner.model",),
     "ept.tuner.packing": ("ept.tuner.calls",),
     "ept.widths": ("ept.task_table",),
 }

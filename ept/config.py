@@ -24,7 +24,18 @@ if TYPE_CHECKING:
 
 
 class TaskRoutedPeftType(str):
-    """A PEFT type whose models take ``task_ids`` in forward and generate."""
+    """A PEFT type whose models take ``task_ids`` in forward and generate.
+
+    ``peft.PeftType`` is an enum, and an enum with members cannot be extended; ``register_peft_method`` refuses other
+    names. Every table that PEFT keys by it (config, tuner and prefix mappings) is however a plain dict, and
+    ``PeftType`` members are strings: a string key serves as well, and needs no change to PEFT's files or classes.
+
+    One more door is closed: the forward methods of ``PeftModelForCausalLM`` and its five siblings take ``task_ids``
+    from any caller, but hand them to the tuner only where ``peft_type == PeftType.POLY``, PEFT's own method that routes
+    by task. The methods here route by task too, so their type answers yes to that comparison. It is the only place
+    where PEFT compares with POLY; the hash stays that of the string, so no table is affected. The alternative was to
+    replace those six methods for every PEFT user.
+    """
 
     @property
     def value(self) -> str:
