@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ept.data import TaskData
 from ept.training import add_task
-from ept.training.inspection import ids_of_tasks
+from ept.training.multitask import ids_of_tasks
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from ept.data import TaskData
 from ept.prototypes import input_representation
 from ept.training.evaluate import task_metrics
-from ept.training.inspection import base_model, device_of
+from ept.training.multitask import base_model, device_of
 
 Ways = dict[str, dict[str, float]]
 

@@ -19,12 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from ept.data import DataError, TaskData, load_tasks
 from ept.files import write_json
 from ept.training import EPTTrainer
-from ept.training.collator import make_collator
-from ept.training.console import quieten_libraries
+from ept.training.collator import evaluation_rows, make_collator
 from ept.training.evaluate import task_metrics
-from ept.training.inspection import base_model, device_of, ids_of_tasks
+from ept.training.multitask import base_model, device_of, ids_of_tasks
 from ept.training.options import RunSettings
-from ept.training.rows import evaluation_rows
+from ept.training.report import quieten_libraries
 from ept.training.run import make_adapted
 
 #: ``task_ids`` of a batch, from its true ids ``[N]``.

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ept.data import DataError, TaskData, load_tasks
-from ept.training.console import quieten_libraries
+from ept.training.report import quieten_libraries
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ept.training.ablations import ABLATIONS as ALL_ABLATIONS
-from ept.training.systems import SYSTEMS, System
+from ept.training.options import ABLATIONS as ALL_ABLATIONS
+from ept.training.options import SYSTEMS, System
 
 if TYPE_CHECKING:
     from quality_run import RunLog

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from quality_plan import Bench, Run, best_rate, candidates, system_of
 from quality_run import Record, RunLog
 
-from ept.training.plots import heat_map
+from ept.plots import heat_map
 
 #: Names in print, the order of the table's rows.
 TITLES = {
@@ -171,7 +171,7 @@ def _resampled(records: Sequence[Record], others: Sequence[Record], draws: int =
 
 
 def score(answers: np.ndarray, metric: str) -> float:
-    """A headline metric of ``[predictions, labels] [2, N]``, as ``ept.metrics`` defines it, without its checks."""
+    """A headline metric of ``[predictions, labels] [2, N]``, as ``ept.data.metrics`` defines it, without its checks."""
     predictions, labels = answers
     if metric == "accuracy":
         return float(np.mean(predictions == labels))

@@ -21,13 +21,12 @@ from transformers import EvalPrediction, TrainerCallback
 
 import ept
 from ept.data import TaskData
+from ept.plots import gate_shares
 from ept.training import EPTTrainer
 from ept.training.evaluate import baselines, evaluate_tasks
-from ept.training.inspection import trained_parameters
-from ept.training.options import RunSettings
-from ept.training.plots import gate_shares
+from ept.training.multitask import trained_parameters
+from ept.training.options import SYSTEMS, RunSettings
 from ept.training.run import make_adapted
-from ept.training.systems import SYSTEMS
 
 Record = dict[str, Any]
 

@@ -32,10 +32,10 @@ import ept
 from ept import models
 from ept.data import load_tasks
 from ept.training import EPTTrainer, EPTTrainingArguments, load_base, mean_headline
-from ept.training.console import quieten_libraries
 from ept.training.evaluate import evaluate_tasks
-from ept.training.inspection import base_model
-from ept.training.systems import SYSTEMS
+from ept.training.multitask import base_model
+from ept.training.options import SYSTEMS
+from ept.training.report import quieten_libraries
 
 RESULTS = Path(__file__).parent / "results" / "recipe.jsonl"
 

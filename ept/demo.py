@@ -18,21 +18,19 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from ept.extras import train_extra
+from .extras import train_extra
 
 with train_extra("ept.demo"):
     from rich.console import Console
 
-    from ept import train
-    from ept.data import TaskData, load_tasks
-    from ept.files import read_json
-    from ept.training.collator import make_collator
-    from ept.training.console import quieten_libraries
-    from ept.training.evaluate import evaluate_tasks
-    from ept.training.report import RESULT_STAGES
-    from ept.training.rows import evaluation_rows
-    from ept.training.run import METRICS_FILE, PICTURE_FOLDER
-    from ept.training.saving import load_trained
+    from . import train
+    from .data import TaskData, load_tasks
+    from .files import read_json
+    from .training.collator import evaluation_rows, make_collator
+    from .training.evaluate import evaluate_tasks
+    from .training.report import RESULT_STAGES, quieten_libraries
+    from .training.run import METRICS_FILE, PICTURE_FOLDER
+    from .training.saving import load_trained
 
 # Sized for two CPU cores: a few minutes in all.
 STEPS, BATCH_SIZE, MAX_LENGTH, EVAL_ROWS = 150, 16, 32, 200

@@ -9,21 +9,18 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ept.extras import train_extra
+from .extras import train_extra
 
 with train_extra("ept-train"):
     from rich.console import Console
 
-    from ept.data import DataError, load_tasks
-    from ept.files import WriteError, read_json
-    from ept.models import ModelError
-    from ept.training.checkpoints import newest_checkpoint
-    from ept.training.console import quieten_libraries
-    from ept.training.options import RunSettings, build_parser, option_of, parse
-    from ept.training.run import CHECKPOINT_FOLDER, METRICS_FILE, SETTINGS_FILE, make_adapted, train
-
-# What may change between a run and its resumption; all else decides the result.
-_FREE = {"output", "save_steps", "nan_policy", "resume", "overwrite", "quiet"}
+    from .data import DataError, load_tasks
+    from .files import WriteError, read_json
+    from .models import ModelError
+    from .training.checkpointing import newest_checkpoint
+    from .training.options import OPTIONS, RunSettings, build_parser, option_of, parse
+    from .training.report import quieten_libraries
+    from .training.run import CHECKPOINT_FOLDER, METRICS_FILE, SETTINGS_FILE, make_adapted, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +79,7 @@ def _check_resumable(parser: argparse.ArgumentParser, settings: RunSettings, out
     absent = asdict(RunSettings(output=""))  # a run from before an option existed was as the option's default is
     for name, value in asdict(settings).items():
         value, before = (list(v) if isinstance(v, tuple) else v for v in (value, earlier.get(name, absent[name])))
-        if name not in _FREE and before != value:
+        if OPTIONS[name].decides and before != value:
             parser.error(f"argument {option_of(name)}: {value!r} differs from {before!r} of the run to resume")
 
 

@@ -33,12 +33,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from ept.data.rows import make_split
-from ept.data.selection import select
-from ept.data.spec import DataError, TaskData, TaskSpec
-from ept.files import read_json
-
 from ..config import is_number
+from ..files import read_json
+from .spec import DataError, TaskData, TaskSpec, make_split, select
 
 _METRICS = {"matthews_corrcoef": "matthews", **{name: name for name in ("accuracy", "f1", "pearson", "spearman")}}
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ept.data.spec import TaskSpec
+from .spec import TaskSpec
 
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
 _LEAD = re.compile(r"^(?:answer\s*:)?[\s\"'(\[]*")

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import datasets
 
-from ept.data.rows import make_split
-from ept.data.selection import select
-from ept.data.spec import DataError, TaskData, TaskSpec
+from .spec import DataError, TaskData, TaskSpec, make_split, select
 
 PREFIX = "hub:"
 _GLUE_IDS = ("glue", "nyu-mll/glue")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ept.data.folder import load_folder
-from ept.data.hub import PREFIX, load_hub
-from ept.data.sentiment import load_sentiment
-from ept.data.spec import DataError, TaskData
+from .folder import load_folder
+from .hub import PREFIX, load_hub
+from .sentiment import load_sentiment
+from .spec import DataError, TaskData
 
 _SOURCES = "'sentiment' (the default), a folder with an index.json, or 'hub:<dataset id>'"
 

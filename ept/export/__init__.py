@@ -1,7 +1,6 @@
 """Trained adapters for servers that know nothing of this package: merged checkpoints, small deltas, LoRA."""
 
-from .apply import TaskDeltas, apply_delta, load_deltas
-from .deltas import export_deltas
+from .deltas import TaskDeltas, apply_delta, export_deltas, load_deltas
 from .lora import LoraLayer, LoraReport, export_lora
 from .merged import export_merged
 

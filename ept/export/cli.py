@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ..introspection import task_names
-from .apply import load_deltas
-from .deltas import export_deltas
+from .deltas import export_deltas, load_deltas
 from .load import load_adapter
 from .lora import export_lora
 from .merged import export_merged

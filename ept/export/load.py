@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ..files import ADAPTER_FOLDER, TASKS_FILE
-from ..inspecting.folder import read_adapter
+from ..saved import read_adapter
 
 _AUTO_CLASS: dict[str | None, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,

@@ -1,9 +1,19 @@
-"""``export_lora``: one task as a LoRA adapter in PEFT's format, which PEFT and LoRA servers load without ``ept``."""
+"""``export_lora``: one task as a LoRA adapter in PEFT's format, which PEFT and LoRA servers load without ``ept``.
+
+One task's update of one layer is two factors, ``W = lora_B @ lora_A``. EPT: with ``Kbar_k`` the task's folded kernel of
+scale k (spec identity 2),
+
+    (B_k A_k) kron Kbar_k = (B_k kron Kbar_k) (A_k kron I_k),
+
+a product of ``[out, r k]`` and ``[r k, in]`` after the crop. Scales stand side by side: the rank is r times the sum of
+the active k.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import singledispatch
 from math import hypot
 from pathlib import Path
 
@@ -16,13 +26,111 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ept_kernels import PyramidGeometry, fold_kernels
+
+from ..baselines.dcft import DCFTAdapter
+from ..baselines.low_rank import DiagonalAdapter
 from ..config import AdapterConfig, is_int
+from ..layer_adapter import LayerAdapter
+from ..pyramid.adapter import PyramidAdapter
 from ..tuner.model import ept_model
-from .factors import lora_factors
-from .parts import Parts, check_all_in_layers, choose_adapter, resolve_task, saved_modules, take_parts, write_head
-from .shadow import shadow
-from .target import check_target, write_folder
-from .truncate import truncate
+from .parts import (
+    Parts,
+    check_all_in_layers,
+    check_target,
+    choose_adapter,
+    resolve_task,
+    saved_modules,
+    shadow,
+    take_parts,
+    write_folder,
+    write_head,
+)
+
+
+@singledispatch
+def lora_factors(adapter: LayerAdapter, task: int) -> tuple[Tensor, Tensor]:
+    """``(lora_A [R, in], lora_B [out, R])`` of one resolved task, with all scaling in them, in the adapter's dtype.
+
+    R is 0 where the task has no update here.
+
+    Raises:
+        ValueError: a method that has no such factors.
+    """
+    raise ValueError(f"{type(adapter).__name__} has no exact LoRA factors; EPT, DCFT, MoRE and MOELoRA have")
+
+
+@lora_factors.register
+def _(adapter: PyramidAdapter, task: int) -> tuple[Tensor, Tensor]:
+    folded, _, active = adapter.fold(task)
+    return pyramid_factors(adapter.A, adapter.B, folded[0], active.reshape(-1).tolist(), adapter.geometry)
+
+
+@lora_factors.register
+def _(adapter: DCFTAdapter, task: int) -> tuple[Tensor, Tensor]:
+    return pyramid_factors(adapter.A, adapter.B, dcft_folded(adapter), [True], adapter.geometry)
+
+
+@lora_factors.register
+def _(adapter: DiagonalAdapter, task: int) -> tuple[Tensor, Tensor]:
+    core = adapter.core(task)[0].to(adapter.A.dtype)
+    used = core != 0
+    return adapter.A[used], adapter.scaling * adapter.B[:, used] * core[used]
+
+
+def dcft_folded(adapter: DCFTAdapter) -> Tensor:
+    """DCFT's kernel as EPT folds its own: ``[k * k]``."""
+    return fold_kernels([adapter.c], adapter.c.new_ones(1, 1), adapter.scaling, adapter.geometry)[0]
+
+
+def pyramid_factors(
+    A: Tensor, B: Tensor, folded: Tensor, active: list[bool], geometry: PyramidGeometry
+) -> tuple[Tensor, Tensor]:
+    """Factors of a pyramid of scales; a scale that is not active, or whose kernel is zero, takes no rank.
+
+    Args:
+        A ``[r, w]``, B ``[h, r]``: the seed. folded: ``[folded_size]``. active: one for each of ``geometry.scales``.
+    """
+    rows, columns = [A.new_empty(0, geometry.in_features)], [B.new_empty(geometry.out_features, 0)]
+    sizes = zip(geometry.scales, geometry.widths, geometry.heights, geometry.offsets, active, strict=True)
+    for k, width, height, offset, is_active in sizes:
+        kernel = folded[offset : offset + k * k].view(k, k).to(A.dtype)
+        if is_active and kernel.any():
+            unit = torch.eye(k, dtype=A.dtype, device=A.device)
+            rows.append(torch.kron(A[:, :width], unit)[:, : geometry.in_features])
+            columns.append(torch.kron(B[:height], kernel)[: geometry.out_features])
+    return torch.cat(rows), torch.cat(columns, dim=1)
+
+
+def singular_parts(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(U [out, m], S [m], V [m, in])`` in float64 with ``lora_B @ lora_A = U diag(S) V``, m at most their rank R.
+
+    ``lora_B = Qb Rb`` and ``lora_A^T = Qa Ra`` leave a singular value problem of size R, not of size ``out x in``.
+    """
+    left, left_core = torch.linalg.qr(lora_B.double())
+    right, right_core = torch.linalg.qr(lora_A.double().T)
+    U, S, V = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    return left @ U, S, V @ right.T
+
+
+def truncate(lora_A: Tensor, lora_B: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float, float]:
+    """Factors of at most ``rank``, the norm of the exact product and the norm of what they lack of it (Frobenius).
+
+    Factors that have that rank already, and all with ``rank=None``, are returned as they are. Singular values are
+    shared evenly between the two.
+
+    Args:
+        lora_A ``[R, in]``, lora_B ``[out, R]``.
+    """
+    exact = min(lora_A.shape[0], *lora_A.shape[1:], lora_B.shape[0])
+    if rank is None or exact == 0 or rank >= lora_A.shape[0]:
+        norm = torch.linalg.norm(torch.linalg.qr(lora_B.double())[1] @ lora_A.double()) if exact else torch.zeros(())
+        return lora_A, lora_B, norm.item(), 0.0
+    U, S, V = singular_parts(lora_A, lora_B)
+    kept = min(rank, len(S))
+    root = S[:kept].sqrt()
+    A, B = root[:, None] * V[:kept], U[:, :kept] * root
+    return A.to(lora_A.dtype), B.to(lora_B.dtype), torch.linalg.norm(S).item(), torch.linalg.norm(S[kept:]).item()
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tuner.model import EPTModel, ept_model
 from ..tuner.quantised import is_quantised
-from .parts import choose_adapter, resolve_task, saved_modules, take_parts, write_head
-from .shadow import dequantise as dequantise_shadow
-from .shadow import shadow
-from .target import check_target, write_folder
+from .parts import (
+    check_target,
+    choose_adapter,
+    resolve_task,
+    saved_modules,
+    shadow,
+    take_parts,
+    write_folder,
+    write_head,
+)
+from .parts import dequantise as dequantise_weights
 
 
 def export_merged(
@@ -66,7 +73,7 @@ def export_merged(
     tuner.check_mergeable(name)
     twin = shadow(tuner, name)
     if dequantise:
-        dequantise_shadow(twin)
+        dequantise_weights(twin)
     saved = saved_modules(twin, name)
     plain = twin.merge_and_unload(adapter_names=[name], task=resolved)
     parts = take_parts(plain, saved, resolved)

@@ -1,7 +1,9 @@
-"""What of an adapted model leaves it: a model that others can load, its trained modules, and a task's own head."""
+"""What every export shares: where it goes, a second model to merge in, and what of a model leaves it."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,71 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import AdapterConfig
-from ..files import write_json
+from ..files import write_atomically, write_json
 from ..tuner.model import EPTModel
+from ..tuner.quantised import dequantised, is_quantised
+
+
+def check_target(path: str | Path, overwrite: bool) -> Path:
+    """Refuse a place that holds something, before any work.
+
+    Raises:
+        FileExistsError: a file, or a folder with content and no ``overwrite``.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"path {str(path)!r} is a file; a folder is needed")
+    if path.is_symlink():
+        raise FileExistsError(f"path {str(path)!r} is a link; name the folder itself")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise FileExistsError(f"path {str(path)!r} is not empty; overwrite=True replaces the whole folder")
+    return path
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill an empty folder beside ``path``, then put it there in one step."""
+
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        write(folder)
+
+    return write_atomically(path.absolute(), fill)
+
+
+def shadow(tuner: EPTModel, adapter_name: str) -> EPTModel:
+    """A copy of the tuner and its model with parameters of its own over the *same* storage; nothing is merged in it.
+
+    Merging replaces a parameter's storage and never writes into it, so it takes memory for the merged weights alone
+    and the original model does not notice.
+
+    Args:
+        adapter_name: made the active adapter, so that unloading leaves the modules trained with it.
+    """
+    memo: dict[int, object] = {id(tuner._trained): None}  # the last pass: may hold a graph, which cannot be copied
+    for tensor in (*tuner.parameters(), *tuner.buffers()):
+        plain = type(tensor) is nn.Parameter  # a quantised one is shared as it is: nobody replaces its storage
+        memo[id(tensor)] = nn.Parameter(tensor.data, requires_grad=False) if plain else tensor
+    quantizer = getattr(tuner.model, "hf_quantizer", None)
+    memo[id(quantizer)] = quantizer
+    twin = copy.deepcopy(tuner, memo)
+    if twin.merged_task is not None:
+        twin.unmerge_adapter()
+    twin.set_adapter(adapter_name, inference_mode=True)
+    return twin
+
+
+def dequantise(twin: EPTModel) -> None:
+    """Give every quantised module of a shadow an ordinary weight, in the dtype of the model's other parameters."""
+    model = twin.model
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and type(p) is nn.Parameter)
+    for path, module in list(model.named_modules()):
+        if is_quantised(module):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, dequantised(module, dtype))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+
 
 HEAD_WEIGHTS, HEAD_DESCRIPTION = "head.safetensors", "head.json"
 

@@ -7,18 +7,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ept.extras import train_extra
+from ..extras import train_extra
 
 with train_extra("ept-inspect"):
     from rich.console import Console
 
-    from ept.files import write_json
-    from ept.inspecting.console import print_inspection
-    from ept.inspecting.folder import AdapterError, read_adapter
-    from ept.inspecting.page import write_page
-    from ept.inspecting.pictures import draw_inspection
-    from ept.inspecting.prune import prune_experts
-    from ept.inspecting.summary import inspect_adapter, select
+    from ..files import write_json
+    from ..saved import AdapterError, read_adapter
+    from .console import print_inspection
+    from .page import draw_inspection, write_page
+    from .prune import prune_experts
+    from .summary import inspect_adapter, select
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ept.inspecting.summary import Inspection, Layer
+from .summary import Inspection, Layer
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Experts of a saved adapter: which task uses which, with what weight, and what rank each can add."""
+"""Layers and experts of a saved adapter: which task uses which expert, with what weight, and what ranks they add."""
 
 from __future__ import annotations
 
@@ -8,17 +8,139 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ept.baselines.moelora import MOELoRAConfig
-from ept.baselines.more import MoREConfig
-from ept.config import EPTConfig
-from ept.inspecting.folder import AdapterError, SavedAdapter
-from ept.inspecting.pyramid import SavedPyramid
-from ept.inspecting.ranks import ranks_of, tolerance
-from ept.layer_adapter import LayerAdapter
-from ept.methods import method_of
+from ept_kernels import PyramidGeometry, fold_kernels
 
-from ..config import AdapterConfig
+from ..baselines.moelora import MOELoRAConfig
+from ..baselines.more import MoREConfig
+from ..config import AdapterConfig, EPTConfig
+from ..export.lora import pyramid_factors
+from ..layer_adapter import LayerAdapter
+from ..methods import method_of
 from ..pyramid.router import route, route_stages
+from ..saved import AdapterError, SavedAdapter
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Of a matrix with the singular values s, largest first.
+
+    Attributes:
+        rank: values above ``tolerance * s[0]``.
+        stable: ``sum s^2 / s[0]^2``, from 1 to the rank; 0 for a zero matrix.
+        entropy: ``exp(-sum p log p)`` with ``p = s / sum s``, from 1 to the rank (Roy and Vetterli's effective rank); 0
+            for a zero matrix.
+        norm: Frobenius norm.
+    """
+
+    rank: int
+    stable: float
+    entropy: float
+    norm: float
+
+
+def tolerance(rows: int, columns: int, dtype: torch.dtype) -> float:
+    """Share of the largest singular value below which one counts as zero: ``max(rows, columns) * eps`` of ``dtype``."""
+    return max(rows, columns) * torch.finfo(dtype).eps
+
+
+def ranks_of(matrix: Tensor, relative_tolerance: float) -> Ranks:
+    """The ranks of ``matrix [m, n]``, computed in float64.
+
+    Args:
+        relative_tolerance: see ``tolerance``; that of the dtype in which the matrix was trained and stored.
+    """
+    values = torch.linalg.svdvals(matrix.double())
+    largest = values.max().item() if values.numel() else 0.0
+    if largest == 0.0:
+        return Ranks(0, 0.0, 0.0, 0.0)
+    shares = values / values.sum()
+    entropy = -torch.special.xlogy(shares, shares).sum()
+    return Ranks(
+        rank=int((values > relative_tolerance * largest).sum()),
+        stable=(values.square().sum() / largest**2).item(),
+        entropy=entropy.exp().item(),
+        norm=values.square().sum().sqrt().item(),
+    )
+
+
+def update_core(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeometry) -> Tensor:
+    """A small matrix with the singular values of one task's update ``sum_k (B_k A_k) kron Kbar_k``.
+
+    The update is a product of two thin factors (``pyramid_factors``), so that its singular values are those of the
+    product of their triangular factors: no ``[out, in]`` matrix is made.
+
+    Args:
+        A: ``[r, seed_width]``. B: ``[seed_height, r]``. folded: ``[folded_size]``, as ``ept_kernels.fold_kernels``.
+
+    Returns:
+        ``[n, n]`` in float64 with n at most ``r * sum`` of the scales in use; ``[1, 1]`` zeros where none is.
+    """
+    lora_A, lora_B = pyramid_factors(A.double(), B.double(), folded.double(), [True] * len(geometry.scales), geometry)
+    if len(lora_A) == 0:
+        return torch.zeros(1, 1, dtype=torch.float64)
+    first = torch.linalg.qr(lora_B, mode="r").R
+    second = torch.linalg.qr(lora_A.T, mode="r").R
+    return first @ second.T
+
+
+@dataclass(frozen=True)
+class SavedPyramid:
+    """Tensors of a layer as in ``ept.pyramid.adapter.PyramidAdapter``.
+
+    ``geometry`` has the largest sizes that fit the tensors: they hold ``ceil(size / k_min)``, not the size.
+    """
+
+    geometry: PyramidGeometry
+    scaling: float
+    A: Tensor
+    B: Tensor
+    gate: Tensor
+    kernels: tuple[Tensor, ...]
+
+    def update_ranks(self, weights: Sequence[float]) -> Ranks:
+        """Ranks of a task's update, from its weight for every expert ``[E]``."""
+        gates = torch.tensor([weights], dtype=torch.float64)
+        kernels = [kernel.double() for kernel in self.kernels]
+        folded = fold_kernels(kernels, gates, self.scaling, self.geometry)[0]
+        core = update_core(self.A, self.B, folded, self.geometry)
+        larger = max(self.geometry.in_features, self.geometry.out_features)
+        return ranks_of(core, tolerance(larger, 1, self.A.dtype))
+
+
+def saved_pyramid(saved: SavedAdapter, name: str) -> SavedPyramid:
+    """The layer ``name`` of an EPT adapter.
+
+    Raises:
+        AdapterError: its tensors are not those that the config calls for.
+    """
+    tensors = saved.layers[name]
+    config = saved.config.for_layer(name)
+    assert isinstance(config, EPTConfig)
+    sizes = config.all_kernel_sizes
+    smallest = min(sizes)
+    where = f"{str(saved.folder)!r}, layer {name!r}"
+    expected = {"A", "B", "gate", *(f"kernels.{place}" for place in range(len(sizes)))}
+    if set(tensors) != expected:
+        difference = ", ".join(sorted(set(tensors) ^ expected))
+        raise AdapterError(f"{where}: the pyramid {sizes} of the config does not fit the tensors; look at {difference}")
+    A, B, gate = (tensors[part] for part in ("A", "B", "gate"))
+    kernels = tuple(tensors[f"kernels.{place}"] for place in range(len(sizes)))
+    found = {"A": A.shape[:1], "B": B.shape[1:], "gate": gate.shape[:1]}
+    for place, kernel in enumerate(kernels):
+        found[f"kernels.{place}"] = kernel.shape
+    wanted = {"A": [config.r], "B": [config.r], "gate": [len(sizes)]}
+    wanted |= {f"kernels.{place}": [k, k] for place, k in enumerate(sizes)}
+    for part, shape in found.items():
+        if list(shape) != wanted[part] or tensors[part].dim() != 2:
+            raise AdapterError(f"{where}: {part} is {list(tensors[part].shape)}, which does not fit the config")
+    try:
+        geometry = PyramidGeometry(
+            A.shape[1] * smallest, B.shape[0] * smallest, config.r, sizes, alp_scaling=config.alp_scaling
+        )
+    except ValueError as error:
+        raise AdapterError(f"{where}: {error}") from None
+    return SavedPyramid(geometry, config.lora_alpha / config.r, A, B, gate, kernels)
+
 
 Gates = tuple[tuple[float, ...], ...]
 

@@ -11,20 +11,18 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ept.config import EPTConfig
-from ept.files import read_json, write_atomically, write_json
-from ept.inspecting.experts import task_gates
-from ept.inspecting.folder import (
+from ept_kernels import PyramidGeometry
+
+from ..config import EPTConfig, shared_and_pattern
+from ..files import read_json, write_atomically, write_json
+from ..saved import (
     LAYER_MARK,
     MODEL_PREFIX,
     AdapterError,
     SavedAdapter,
     read_adapter,
 )
-from ept.inspecting.pyramid import SavedPyramid, saved_pyramid
-from ept_kernels import PyramidGeometry
-
-from ..config import shared_and_pattern
+from .experts import SavedPyramid, saved_pyramid, task_gates
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,18 @@ from typing import Any
 import torch.nn.functional as F
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-from ept.config import EPTConfig
-from ept.inspecting.experts import Expert, expert_kind, expert_labels, expert_views, task_gates
-from ept.inspecting.folder import AdapterError, SavedAdapter
-from ept.inspecting.pyramid import SavedPyramid, saved_pyramid
-from ept.inspecting.ranks import Ranks
+from ..config import EPTConfig
+from ..saved import AdapterError, SavedAdapter
+from .experts import (
+    Expert,
+    Ranks,
+    SavedPyramid,
+    expert_kind,
+    expert_labels,
+    expert_views,
+    saved_pyramid,
+    task_gates,
+)
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,25 @@
 """Multi-task training, evaluation and reports."""
 
-from ept.extras import train_extra
+from ..extras import train_extra
 
 with train_extra("ept.training"):
-    from ept.training.adding import add_task
-    from ept.training.arguments import EPTTrainingArguments
-    from ept.training.checkpoints import newest_checkpoint
-    from ept.training.collator import (
+    from .arguments import EPTTrainingArguments
+    from .checkpointing import newest_checkpoint
+    from .collator import (
         CausalCollator,
         EncoderCollator,
         Seq2SeqCollator,
+        TaskBalancedSampler,
         TaskIdsCollator,
+        TaskRows,
+        evaluation_rows,
         make_collator,
+        training_rows,
     )
-    from ept.training.evaluate import baselines, evaluate_tasks, mean_headline
-    from ept.training.multitask import MultiTaskEncoder
-    from ept.training.rows import TaskRows, evaluation_rows, training_rows
-    from ept.training.sampler import TaskBalancedSampler
-    from ept.training.saving import load_base, load_trained, save_trained
-    from ept.training.trainer import EPTTrainer
+    from .evaluate import baselines, evaluate_tasks, mean_headline
+    from .multitask import MultiTaskEncoder, add_task
+    from .saving import load_base, load_trained, save_trained
+    from .trainer import EPTTrainer
 
 __all__ = [
     "CausalCollator",

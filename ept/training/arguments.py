@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from ept.training.finite import NAN_POLICIES
-from ept.training.sampler import TASK_BATCHING
-
 from ..pyramid.optim import GATE_LR_RATIO, KERNEL_LR_RATIO
+from .collator import TASK_BATCHING
+from .finite import NAN_POLICIES
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""From rows of ``ept.data`` to padded batches, for the three kinds of model.
+"""From the rows of tasks to padded batches: datasets, the balanced order, and a collator for each kind of model.
 
 Every collator takes a list of rows (``text``, ``text_pair``, ``label``, ``choices`` for multiple choice, ``task_id``)
 and returns int64 tensors ``input_ids`` and ``attention_mask [batch, length]``, ``task_ids [batch]`` and ``labels``,
@@ -10,15 +10,17 @@ prompts only.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset as Table
 from torch import Tensor
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from ept.data import TaskSpec, prompt, target
-
+from ..data import TaskData, TaskSpec, prompt, target
 from ..tuner.calls import IGNORED
 
 Row = dict[str, Any]
@@ -194,3 +196,126 @@ def _ids_and_labels(rows: Sequence[Row]) -> Batch:
         "task_ids": torch.tensor([row["task_id"] for row in rows]),
         "labels": torch.tensor([row["label"] for row in rows], dtype=torch.float32),
     }
+
+
+class TaskRows(Dataset):
+    """Concatenation of tables in the common columns of ``ept.data``; items are dicts with an added int ``task_id``.
+
+    Args:
+        tables: one per task; rows of ``tables[i]`` get the id ``task_ids[i]``.
+        task_ids: as many ids.
+    """
+
+    def __init__(self, tables: Sequence[Table], task_ids: Sequence[int]) -> None:
+        self.sizes = tuple(len(table) for table in tables)
+        self._tables = tuple(tables)
+        self._task_ids = tuple(task_ids)
+        self._ends = np.cumsum(self.sizes)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        row = self._tables[place][int(index - self._ends[place] + self.sizes[place])]
+        return {**row, "task_id": self._task_ids[place]}
+
+
+def training_rows(tasks: Sequence[TaskData], task_ids: Sequence[int]) -> TaskRows:
+    """The train splits of all tasks, under one id each."""
+    return TaskRows([task.train for task in tasks], task_ids)
+
+
+def evaluation_rows(task: TaskData, task_id: int, limit: int | None = None) -> TaskRows:
+    """A task's validation split: all rows, or ``limit`` of them drawn once and for all, ordered by length.
+
+    The draw depends on nothing but the split's size, so every evaluation scores the same rows. Neighbours of similar
+    length keep padding, and with it the cost, low.
+    """
+    table = task.validation
+    chosen = np.arange(len(table))
+    if limit is not None and limit < len(table):
+        chosen = np.random.default_rng(0).permutation(len(table))[:limit]
+    lengths = np.array(
+        [len(text) + len(pair or "") for text, pair in zip(table["text"], table["text_pair"], strict=True)]
+    )
+    chosen = chosen[np.argsort(lengths[chosen], kind="stable")]
+    return TaskRows([table.select(chosen)], [task_id])
+
+
+TASK_BATCHING = ("mixed", "single")
+
+
+class TaskBalancedSampler(Sampler[int]):
+    """Row indices into the concatenation of T tasks, each task drawn with probability 1/T.
+
+    ``mixed`` draws the task of every sample, ``single`` that of every global batch, the same for all processes. Within
+    a task, rows come without replacement in a fresh random order; a task drawn more often than it has rows starts over
+    in another order.
+
+    The order is a pure function of (seed, epoch): every process of a distributed run builds the same global order, of
+    which the data loader hands it every world_size-th batch, and skipping the batches that a resumed run has already
+    seen lands where the run stopped.
+
+    An **epoch** is as many draws as the tasks have rows in total, rounded up to full global batches of
+    ``batch_size * world_size``. Small tasks are thus seen several times and large ones in part.
+
+    Args:
+        sizes: rows of each task, T positive numbers.
+        batch_size: samples of one batch of one process.
+        world_size: number of processes that share the order.
+        seed: non-negative.
+        task_batching: one of ``TASK_BATCHING``.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        batch_size: int,
+        *,
+        world_size: int = 1,
+        seed: int = 0,
+        task_batching: str = "mixed",
+    ) -> None:
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"sizes is {list(sizes)}; every task needs at least one row")
+        if batch_size < 1 or world_size < 1 or seed < 0:
+            raise ValueError(
+                f"batch_size {batch_size} and world_size {world_size} must be at least 1, seed {seed} at least 0"
+            )
+        if task_batching not in TASK_BATCHING:
+            raise ValueError(f"task_batching is {task_batching!r}; allowed: {', '.join(TASK_BATCHING)}")
+        self.sizes = tuple(sizes)
+        self.seed = seed
+        self.task_batching = task_batching
+        self.epoch = 0
+        self.global_batch = batch_size * world_size
+        self._length = -(-sum(sizes) // self.global_batch) * self.global_batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (from 0) whose order the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order().tolist())
+
+    def order(self) -> np.ndarray:
+        """The current epoch's row indices, int64 ``[len(self)]``."""
+        random = np.random.default_rng([self.seed, self.epoch])
+        repeats = self.global_batch if self.task_batching == "single" else 1
+        tasks = random.integers(len(self.sizes), size=self._length // repeats).repeat(repeats)
+        order = np.empty(self._length, dtype=np.int64)
+        start = 0
+        for task, size in enumerate(self.sizes):
+            drawn = tasks == task
+            count = int(drawn.sum())
+            passes = [random.permutation(size) for _ in range(-(-count // size))]
+            order[drawn] = start + np.concatenate([*passes, np.empty(0, np.int64)])[:count]
+            start += size
+        return order

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from ept import metrics
-from ept.data import TaskData, TaskSpec, parse_target
-from ept.training.collator import make_collator
-from ept.training.inspection import base_model, device_of, ids_of_tasks, model_kind, takes_task_ids
-from ept.training.rows import evaluation_rows
+from ..data import TaskData, TaskSpec, metrics, parse_target
+from .collator import evaluation_rows, make_collator
+from .multitask import base_model, device_of, ids_of_tasks, model_kind, takes_task_ids
 
 UNPARSEABLE = "unparseable"
 

@@ -16,11 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ept.baselines.tucka.router import CentroidRouter
-from ept.inspecting.folder import SHARED_MARK
+from ..baselines.tucka.router import CentroidRouter
+from ..saved import SHARED_MARK
 
 if TYPE_CHECKING:
-    from ept.training.trainer import EPTTrainer
+    from .trainer import EPTTrainer
 
 NAN_POLICIES = ("stop", "skip")
 

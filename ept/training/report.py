@@ -1,20 +1,25 @@
-"""What a run found: a table to read and a JSON file to keep."""
+"""What a run shows: a progress bar, a table to read and a JSON file to keep."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich import box
 from rich.table import Table
+from torch.utils.data import DataLoader
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
-from ept.data import TaskSpec
-from ept.files import write_json
-from ept.training.evaluate import UNPARSEABLE, mean_headline
+from ..data import TaskSpec
+from ..files import write_json
+from .evaluate import UNPARSEABLE, mean_headline
 
 METRICS_FORMAT = 1
 RESULT_STAGES = ("baseline", "before", "after")
@@ -106,3 +111,50 @@ def write_metrics(
         "history": [dict(entry) for entry in history],
     }
     return write_json(path, content)
+
+
+_SHOWN = ("loss", "learning_rate", "eval_mean")
+
+
+class LossProgress(ProgressCallback):
+    """transformers' bar, with the newest losses as its postfix, and one bar for the evaluation of all tasks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loader: DataLoader | None = None
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
+        is_new = eval_dataloader is not self._loader
+        if self.prediction_bar is not None and eval_dataloader is not None and is_new:
+            self.prediction_bar.total += len(eval_dataloader)
+        self._loader = eval_dataloader
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        shown = {
+            name: f"{value:.4g}"
+            for name, value in (logs or {}).items()
+            if name in _SHOWN or (name.endswith("_loss") and not name.startswith("eval"))
+        }
+        if shown and state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.set_postfix(shown)
+
+
+def quieten_libraries() -> None:
+    """Leave out what only a developer of the libraries wants to see: their loading bars and a deprecation in PEFT."""
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    transformers.utils.logging.disable_progress_bar()

@@ -12,20 +12,19 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, set_seed
 
 import ept
-from ept import models
-from ept.data import TaskData
-from ept.files import clear_leftovers, write_atomically, write_json
-from ept.training import plots
-from ept.training.arguments import EPTTrainingArguments
-from ept.training.checkpoints import clear_unfinished, newest_checkpoint, remove_checkpoint
-from ept.training.evaluate import baselines
-from ept.training.inspection import adapter_config, trained_parameters
-from ept.training.options import RunSettings
-from ept.training.report import device_name, results_table, versions, write_metrics
-from ept.training.saving import load_base, save_trained
-from ept.training.trainer import EPTTrainer
 
+from .. import models, plots
 from ..config import ContrastiveConfig
+from ..data import TaskData
+from ..files import clear_leftovers, write_atomically, write_json
+from .arguments import EPTTrainingArguments
+from .checkpointing import clear_unfinished, newest_checkpoint, remove_checkpoint
+from .evaluate import baselines
+from .multitask import adapter_config, trained_parameters
+from .options import RunSettings
+from .report import device_name, results_table, versions, write_metrics
+from .saving import load_base, save_trained
+from .trainer import EPTTrainer
 
 SETTINGS_FILE = "settings.json"
 METRICS_FILE = "metrics.json"
@@ -72,24 +71,8 @@ def training_arguments(settings: RunSettings) -> EPTTrainingArguments:
     """The trainer's arguments for these settings."""
     return EPTTrainingArguments(
         output_dir=str(Path(settings.output) / CHECKPOINT_FOLDER),
-        learning_rate=settings.lr or settings.system.learning_rate,
-        kernel_lr_ratio=settings.kernel_lr_ratio,
-        gate_lr_ratio=settings.gate_lr_ratio,
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        task_batching=settings.task_batching,
-        seed=settings.seed,
-        full_determinism=settings.deterministic,
-        eval_limit=settings.eval_limit,
-        nan_policy=settings.nan_policy,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
+        **settings.arguments(),
         save_total_limit=2,
-        disable_tqdm=settings.quiet,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 

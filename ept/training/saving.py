@@ -11,12 +11,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ept import models
-from ept.data import TaskSpec
-from ept.files import ADAPTER_FOLDER, TASKS_FILE, read_json, write_atomically, write_json
-from ept.inspecting.folder import read_adapter
-from ept.training.finite import refuse_nonfinite
-from ept.training.multitask import MultiTaskEncoder
+from .. import models
+from ..data import TaskSpec
+from ..files import ADAPTER_FOLDER, TASKS_FILE, read_json, write_atomically, write_json
+from ..saved import read_adapter
+from .finite import refuse_nonfinite
+from .multitask import MultiTaskEncoder
 
 _FORMAT = 1
 

@@ -8,25 +8,46 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 import ept
-from ept.data import TaskData
-from ept.methods import method_of
-from ept.training.arguments import EPTTrainingArguments
-from ept.training.checkpointing import CheckpointingTrainer
-from ept.training.collator import make_collator
-from ept.training.evaluate import mean_headline, predict_batch, task_metrics
-from ept.training.finite import FiniteSteps
-from ept.training.inspection import adapter_config, ids_of_tasks, model_kind, takes_task_ids
-from ept.training.progress import LossProgress, SamplerEpoch
-from ept.training.rows import TaskRows, evaluation_rows, training_rows
-from ept.training.sampler import TaskBalancedSampler
-from ept.tuner.model import ept_model
 
+from ..data import TaskData
+from ..methods import method_of
 from ..tuner.calls import IGNORED
+from ..tuner.model import ept_model
+from .arguments import EPTTrainingArguments
+from .checkpointing import CheckpointingTrainer
+from .collator import TaskBalancedSampler, TaskRows, evaluation_rows, make_collator, training_rows
+from .evaluate import mean_headline, predict_batch, task_metrics
+from .finite import FiniteSteps
+from .multitask import adapter_config, ids_of_tasks, model_kind, takes_task_ids
+from .report import LossProgress
+
+
+class SamplerEpoch(TrainerCallback):
+    """Tells the sampler its epoch.
+
+    accelerate does so only where it finds the sampler under its own wrappers, which it does not after skipping
+    batches in a distributed run.
+    """
+
+    def __init__(self) -> None:
+        self.sampler: TaskBalancedSampler | None = None
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class EPTTrainer(CheckpointingTrainer):

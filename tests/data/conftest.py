@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ept.data import load_tasks
-from ept.data.archive import ARCHIVE, default_cache_dir
+from ept.data.sentiment import ARCHIVE, default_cache_dir
 from ept.data.spec import DataError, TaskData
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ept import metrics
-from ept.data import TaskSpec
+from ept.data import TaskSpec, metrics
 
 
 def _spec(kind="classification", classes=2, scores=("accuracy", "f1", "matthews")):

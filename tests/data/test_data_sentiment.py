@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ept import metrics
-from ept.data import archive, load_tasks, sentiment
+from ept.data import load_tasks, metrics, sentiment
 
 
 def test_four_tasks(sentiment_cache):
@@ -69,11 +68,11 @@ def test_odd_archive_members_are_refused(raises, kind):
 
 
 def test_no_network_names_the_alternatives_and_leaves_nothing(tmp_path, monkeypatch, raises):
-    monkeypatch.setattr(archive, "_run", lambda command: "ERROR: no matching distribution")
+    monkeypatch.setattr(sentiment, "_run", lambda command: "ERROR: no matching distribution")
     raises(
         lambda: load_tasks(cache_dir=tmp_path / "new"),
         "no matching distribution",
-        archive.ARCHIVE,
+        sentiment.ARCHIVE,
         str(tmp_path / "new"),
         "--data FOLDER",
         "--data hub:ID",
@@ -87,18 +86,18 @@ def test_second_attempt_brings_its_own_setuptools(tmp_path, monkeypatch):
     def run(command):
         commands.append(command)
         if "--no-build-isolation" not in command:
-            (Path(command[command.index("-d") + 1]) / archive.ARCHIVE).write_bytes(b"content")
+            (Path(command[command.index("-d") + 1]) / sentiment.ARCHIVE).write_bytes(b"content")
         return "ERROR: setuptools"
 
-    monkeypatch.setattr(archive, "_run", run)
-    monkeypatch.setattr(archive.importlib.util, "find_spec", lambda name: object())
-    archive._fetch(tmp_path / archive.ARCHIVE)
+    monkeypatch.setattr(sentiment, "_run", run)
+    monkeypatch.setattr(sentiment.importlib.util, "find_spec", lambda name: object())
+    sentiment._fetch(tmp_path / sentiment.ARCHIVE)
     assert ["--no-build-isolation" in command for command in commands] == [True, False]
-    assert [path.name for path in tmp_path.iterdir()] == [archive.ARCHIVE]
+    assert [path.name for path in tmp_path.iterdir()] == [sentiment.ARCHIVE]
 
 
 def test_without_pip(tmp_path, monkeypatch, raises):
-    monkeypatch.setattr(archive.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sentiment.importlib.util, "find_spec", lambda name: None)
     raises(lambda: load_tasks(cache_dir=tmp_path), "has no pip", "ensurepip")
 
 
@@ -106,14 +105,14 @@ def test_pip_that_hangs(monkeypatch):
     def hang(command, **_):
         raise subprocess.TimeoutExpired(command, 1)
 
-    monkeypatch.setattr(archive.subprocess, "run", hang)
-    assert "did not finish" in archive._run(["pip"])
+    monkeypatch.setattr(sentiment.subprocess, "run", hang)
+    assert "did not finish" in sentiment._run(["pip"])
 
 
 def test_damaged_archive(tmp_path, raises):
-    (tmp_path / archive.ARCHIVE).write_bytes(b"half")
+    (tmp_path / sentiment.ARCHIVE).write_bytes(b"half")
     raises(lambda: load_tasks(cache_dir=tmp_path), "sha256", "delete it")
-    assert (tmp_path / archive.ARCHIVE).read_bytes() == b"half"
+    assert (tmp_path / sentiment.ARCHIVE).read_bytes() == b"half"
 
 
 def test_unusable_cache_folder(tmp_path, raises):
@@ -123,7 +122,7 @@ def test_unusable_cache_folder(tmp_path, raises):
 
 def test_cache_folder_of_each_platform(monkeypatch):
     monkeypatch.setenv("EPT_CACHE", "/somewhere")
-    assert archive.default_cache_dir() == Path("/somewhere")
+    assert sentiment.default_cache_dir() == Path("/somewhere")
     monkeypatch.delenv("EPT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     monkeypatch.setenv("LOCALAPPDATA", "/local")
@@ -132,5 +131,5 @@ def test_cache_folder_of_each_platform(monkeypatch):
         ("darwin", Path.home() / "Library/Caches/ept"),
         ("win32", Path("/local/ept")),
     ):
-        monkeypatch.setattr(archive.sys, "platform", platform)
-        assert archive.default_cache_dir() == expected
+        monkeypatch.setattr(sentiment.sys, "platform", platform)
+        assert sentiment.default_cache_dir() == expected

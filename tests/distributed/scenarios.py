@@ -32,8 +32,8 @@ from training.conftest import DEGREE, POLARITY, TOPIC, VOCABULARY, make_model, m
 import ept
 from ept import models, train
 from ept.training import EPTTrainer, EPTTrainingArguments
+from ept.training.options import SYSTEMS
 from ept.training.run import TASK_TYPES
-from ept.training.systems import SYSTEMS
 
 GLOBAL_BATCH = 8  # with four processes two samples of three tasks each: there are always tasks that a process lacks
 TASKS = [make_task(POLARITY, 10, 7), make_task(TOPIC, 20, 9), make_task(DEGREE, 12, 5)]

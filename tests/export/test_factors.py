@@ -10,8 +10,7 @@ from hypothesis import given
 from pyramid_testing import assert_matches, examples, from_seed, shake
 
 import ept
-from ept.export.factors import lora_factors
-from ept.export.truncate import truncate
+from ept.export.lora import lora_factors, truncate
 
 SIZES = [(24, 24), (13, 29), (31, 11), (8, 8)]
 

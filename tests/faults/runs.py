@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-UNFINISHED = "_unfinished"  # of ept.training.checkpoints, which only the runs import
+UNFINISHED = "_unfinished"  # of ept.training.checkpointing, which only the runs import
 
 #: Imported once, in a process that every run is forked from.
 _PRELOADED = [

@@ -11,9 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import BertTokenizer
 
 from ept.data import load_tasks
-from ept.training.collator import make_collator
-from ept.training.rows import training_rows
-from ept.training.sampler import TaskBalancedSampler
+from ept.training.collator import TaskBalancedSampler, make_collator, training_rows
 
 from .training_run import _WORDS, make_data
 

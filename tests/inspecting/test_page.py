@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from browser_testing import CHROMIUM, Browser
 
-from ept.inspecting.folder import read_adapter
 from ept.inspecting.page import page, write_page
 from ept.inspecting.summary import Inspection, inspect_adapter
+from ept.saved import read_adapter
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 import ept
 from ept.inspecting.cli import main
-from ept.inspecting.folder import AdapterError, read_adapter
 from ept.inspecting.prune import prune_experts
 from ept.inspecting.summary import inspect_adapter
+from ept.saved import AdapterError, read_adapter
 
 from .conftest import base_model
 

@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 import ept
 from ept.inspecting.cli import main
 from ept.inspecting.console import print_inspection
-from ept.inspecting.folder import AdapterError, read_adapter
-from ept.inspecting.page import write_page
-from ept.inspecting.pictures import draw_inspection
-from ept.inspecting.ranks import ranks_of
+from ept.inspecting.experts import ranks_of
+from ept.inspecting.page import draw_inspection, write_page
 from ept.inspecting.summary import inspect_adapter, select
+from ept.saved import AdapterError, read_adapter
 from ept_kernels import reference
 
 

@@ -11,9 +11,9 @@ import torch
 
 import ept
 from ept.inspecting.cli import main as inspect_cli
-from ept.inspecting.folder import AdapterError, read_adapter
 from ept.inspecting.prune import prune_experts
 from ept.inspecting.summary import inspect_adapter
+from ept.saved import AdapterError, read_adapter
 from ept_kernels import fold_kernels
 
 from .conftest import CASES, TASKS, Case, adapted

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
 import ept
-from ept.training.systems import SYSTEMS
+from ept.training.options import SYSTEMS
 
 from .conftest import CASES
 

@@ -18,8 +18,8 @@ from ept import models, train
 from ept.data import TaskData
 from ept.files import WriteError, clear_leftovers, write_atomically
 from ept.training import EPTTrainer, newest_checkpoint
-from ept.training.checkpoints import MANIFEST, UNFINISHED, finish_checkpoint, remove_checkpoint, rotate_checkpoints
-from ept.training.systems import SYSTEMS
+from ept.training.checkpointing import MANIFEST, UNFINISHED, finish_checkpoint, remove_checkpoint, rotate_checkpoints
+from ept.training.options import SYSTEMS
 
 METHODS = ["ept", "tucka"]
 

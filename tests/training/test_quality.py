@@ -29,7 +29,7 @@ from quality_run import RunLog, digest, hold_out
 from rich.console import Console
 
 from ept.data import TaskData
-from ept.training.systems import SYSTEMS
+from ept.training.options import SYSTEMS
 
 BENCH = Bench(
     suite="embedded",

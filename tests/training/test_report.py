@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from ept import plots
 from ept.data import TaskData
 from ept.files import WriteError, read_json, write_atomically, write_json
-from ept.training import plots
 from ept.training.report import results_table, write_metrics
 
 HISTORY = [

@@ -17,10 +17,8 @@ from ept import models, train
 from ept.data import TaskData, load_tasks
 from ept.files import read_json
 from ept.training import EPTTrainer, evaluate_tasks, load_trained
-from ept.training.ablations import ABLATIONS
-from ept.training.options import RunSettings, build_parser, parse
+from ept.training.options import ABLATIONS, SYSTEMS, RunSettings, build_parser, parse
 from ept.training.run import TASK_TYPES
-from ept.training.systems import SYSTEMS
 
 #: Losses of their own.
 OWN_LOSSES = {

@@ -15,8 +15,8 @@ import ept
 from ept import models
 from ept.data import TaskData
 from ept.training import EPTTrainer, EPTTrainingArguments, baselines, evaluate_tasks
-from ept.training.progress import SamplerEpoch
 from ept.training.run import TASK_TYPES
+from ept.training.trainer import SamplerEpoch
 
 KINDS = ["encoder", "seq2seq", "causal"]
 

@@ -17,9 +17,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ept.files import ADAPTER_FOLDER
-
-from ..config import AdapterConfig
+from .config import AdapterConfig
+from .files import ADAPTER_FOLDER
 
 #: What PEFT puts before the name of a module of the base model.
 MODEL_PREFIX = "base_model.model."

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from ept.files import write_atomically
+from .files import write_atomically
 
 COLOURS = "viridis"
 _DPI = 200

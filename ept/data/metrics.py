@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from ept.data.spec import TaskSpec
+from .spec import TaskSpec
 
 
 def compute(spec: TaskSpec, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
