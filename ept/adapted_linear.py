@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from transformers.pytorch_utils import Conv1D
 
 from ept_kernels.tracing import is_eager
 
@@ -120,9 +121,12 @@ def check_merged_task(tasks: ResolvedTasks, merged_task: int) -> None:
 
 
 class WeightStash(nn.Module):
-    """The original weight beside a merged one: moves with its module, is never saved.
+    """The original of a frozen weight while updates are merged into it: moves with its layer, is never saved.
 
-    Merging swaps the parameter's storage instead of adding into it, so taking the update out restores the same bits.
+    Merging swaps the parameter's storage instead of adding into it, so unmerging restores the same bits.
+
+    Attributes:
+        original: the weight without updates; None while nothing is merged.
     """
 
     original: Tensor | None
@@ -131,15 +135,25 @@ class WeightStash(nn.Module):
         super().__init__()
         self.register_buffer("original", None, persistent=False)
 
-    def swap_in(self, parameter: nn.Parameter, merged: Tensor) -> None:
-        """Put ``merged`` in place of the original, or of what was merged before."""
-        if self.original is None:
-            self.original = parameter.data
-        parameter.data = merged
+    def merge(self, layer: Any, adapters: list[LayerAdapter], task: int, names: Sequence[str] = ()) -> None:
+        """Put the sum of ``original`` and the adapters' updates for a resolved task into ``layer.weight``.
 
-    def swap_out(self, parameter: nn.Parameter) -> None:
-        assert self.original is not None, "nothing was swapped in"
-        parameter.data, self.original = self.original, None
+        Args:
+            layer: with a dense weight ``[out, in]``, or GPT-2's ``Conv1D``.
+            names: of the adapters, for the error.
+
+        Raises:
+            ValueError: the result is not finite; nothing has been changed then.
+        """
+        weight = layer.weight
+        original = weight if self.original is None else self.original
+        merged = merged_weight(original, adapters, task, transposed=isinstance(layer, Conv1D), names=names)
+        self.original, weight.data = original.data, merged
+
+    def unmerge(self, layer: Any) -> None:
+        """Restore ``layer.weight``, bit-identical, where something is merged."""
+        if self.original is not None:
+            layer.weight.data, self.original = self.original, None
 
 
 def keep_calling(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -160,6 +174,12 @@ def watch_registrations() -> None:
     register_module_module_registration_hook(_announce)
 
 
+def check_tasks(argument: str, shared: TaskSet, config: AdapterConfig) -> None:
+    """Raise ValueError if ``shared``, which ``argument`` gave, has another number of tasks than ``config``."""
+    if shared.num_tasks != config.num_tasks:
+        raise ValueError(f"{argument} has {shared.num_tasks} tasks, but config.num_tasks is {config.num_tasks}")
+
+
 class AdaptedLinear(LayerAdapter):
     """A ``LayerAdapter`` with the map it adapts; a method's layer is ``class XLinear(AdaptedLinear, XAdapter)``.
 
@@ -174,10 +194,6 @@ class AdaptedLinear(LayerAdapter):
     Raises:
         ValueError: sizes that do not fit the config, ``shared`` of another number of tasks.
     """
-
-    #: Name of the submodule that holds what the layer would otherwise share, and of the argument that gives it.
-    own_name: ClassVar[str] = "own_shared"
-    shared_argument: ClassVar[str] = "shared"
 
     def __init__(
         self,
@@ -196,13 +212,11 @@ class AdaptedLinear(LayerAdapter):
         if shared is None:
             self.check_features(config, in_features, out_features)
             shared = owned = self.make_shared(config, {"": (in_features, out_features)}, **factory)
-        elif shared.num_tasks != config.num_tasks:
-            raise ValueError(
-                f"{self.shared_argument} has {shared.num_tasks} tasks, but config.num_tasks is {config.num_tasks}"
-            )
+        else:
+            check_tasks("shared", shared, config)
         # A method's class, next in the order, takes a device and a dtype as well.
         super().__init__(in_features, out_features, config, shared, **factory)
-        setattr(self, self.own_name, owned)
+        self.keep_own(owned)
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, device=device, dtype=weight_dtype), requires_grad=False
         )
@@ -223,6 +237,11 @@ class AdaptedLinear(LayerAdapter):
             TypeError: not an ``nn.Linear``.
             ValueError: its weight or bias is computed at every call, so there is no parameter to share.
         """
+        return cls._from_linear(linear, config, shared=shared)
+
+    @classmethod
+    def _from_linear(cls, linear: nn.Linear, config: Any, **shared: Any) -> Self:
+        """``from_linear``, with what layers share by the name that the class gives this argument."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         if not {"weight", "bias"} <= linear._parameters.keys():
@@ -231,20 +250,23 @@ class AdaptedLinear(LayerAdapter):
                 "weight_norm, spectral_norm); make them ordinary parameters first, or adapt its model by get_peft_model"
             )
         with torch.device("meta"):  # sizes are checked before anything is allocated or changed
-            own: dict[str, Any] = {cls.shared_argument: shared}
             layer = cls(
                 linear.in_features,
                 linear.out_features,
                 linear.bias is not None,
                 config=config,
                 dtype=linear.weight.dtype,
-                **own,
+                **shared,
             )
         frozen = {name: getattr(linear, name) for name in ("weight", "bias") if getattr(linear, name) is not None}
         for name, parameter in frozen.items():
             setattr(layer, name, parameter.requires_grad_(False))
         layer._materialize_adapter(linear.weight.device)
         return layer.train(linear.training)
+
+    def keep_own(self, shared: TaskSet | None) -> None:
+        """Register what the layer shares with no other; None where it does. Its name is in the layer's state dict."""
+        self.own_shared = shared
 
     def became_part(self, parent: nn.Module, name: str) -> None:
         """Refuse a place where the layer would not be called.
@@ -270,9 +292,9 @@ class AdaptedLinear(LayerAdapter):
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None and buffer.is_meta:
                     module._buffers[name] = torch.empty_like(buffer, device=device)
-        owned = getattr(self, self.own_name)
-        if owned is not None:
-            owned.reset_parameters()
+        for part in self.children():
+            if isinstance(part, TaskSet):  # its own
+                part.reset_parameters()
         self.reset_adapter_parameters()
 
     def _reset_base_parameters(self) -> None:
@@ -331,14 +353,13 @@ class AdaptedLinear(LayerAdapter):
         resolved = self.shared.resolve(task)
         if not isinstance(resolved, int):
             raise TypeError(f"task must be one id or name, got {task!r}")
-        self.stash.swap_in(self.weight, merged_weight(self.weight, [self], resolved))
+        self.stash.merge(self, [self], resolved)
         self.merged_task = resolved
 
     def unmerge(self) -> None:
-        """Restore the original ``weight`` bit for bit; does nothing where nothing is merged."""
-        if self.merged:
-            self.stash.swap_out(self.weight)
-            self.merged_task = None
+        """Restore the original ``weight``, bit-identical; does nothing where nothing is merged."""
+        self.stash.unmerge(self)
+        self.merged_task = None
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A merged layer saves its original weight: the update is in the adapter's parameters already."""

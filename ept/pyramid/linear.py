@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..adapted_linear import AdaptedLinear
+from ..adapted_linear import AdaptedLinear, check_tasks
 from ..config import EPTConfig
 from ..task_table import TaskTable
+from ..tasks import TaskSet
 from .adapter import PyramidAdapter
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ class EPTLinear(AdaptedLinear, PyramidAdapter):
         ValueError: sizes that do not fit (a scale larger than the layer, a task table of another number of tasks).
     """
 
-    own_name, shared_argument = "task_embeddings", "task_table"
-
     def __init__(
         self,
         in_features: int,
@@ -46,7 +45,12 @@ class EPTLinear(AdaptedLinear, PyramidAdapter):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if task_table is not None:
+            check_tasks("task_table", task_table, config)
         super().__init__(in_features, out_features, bias, config=config, shared=task_table, device=device, dtype=dtype)
+
+    def keep_own(self, shared: TaskSet | None) -> None:
+        self.task_embeddings = shared
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: EPTConfig, task_table: TaskTable | None = None) -> Self:
@@ -56,7 +60,7 @@ class EPTLinear(AdaptedLinear, PyramidAdapter):
             TypeError: not an ``nn.Linear``.
             ValueError: its weight or bias is computed at every call, so there is no parameter to share.
         """
-        return super().from_linear(linear, config, task_table)
+        return cls._from_linear(linear, config, task_table=task_table)
 
     def extra_repr(self) -> str:
         return (

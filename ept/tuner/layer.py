@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ept_kernels.tracing import is_eager
 
-from ..adapted_linear import WeightStash, check_stored_weight, check_transforms, keep_calling, merged_weight
+from ..adapted_linear import WeightStash, check_stored_weight, check_transforms, keep_calling
 from ..config import AdapterConfig
 from ..context import current
 from ..layer_adapter import LayerAdapter
@@ -189,10 +189,7 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
             )
         self.check_own_weight(first.layer_name)
         every = [*self.merged_adapters, *names]
-        original = base.weight if self.ept_stash.original is None else self.ept_stash.original
-        adapters = [self.ept_adapters[name] for name in every]
-        merged = merged_weight(original, adapters, resolved, transposed=isinstance(base, Conv1D), names=every)
-        self.ept_stash.swap_in(base.weight, merged)
+        self.ept_stash.merge(base, [self.ept_adapters[name] for name in every], resolved, every)
         self.merged_adapters, self.merged_task = every, resolved
 
     def check_own_weight(self, name: str) -> None:
@@ -207,12 +204,11 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
             )
 
     def unmerge(self) -> None:
-        """Restore the base weight bit for bit; warns, as PEFT's layers do, where nothing is merged."""
+        """Restore the base weight, bit-identical; warns, as PEFT's layers do, where nothing is merged."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base: Any = self.get_base_layer()
-        self.ept_stash.swap_out(base.weight)
+        self.ept_stash.unmerge(self.get_base_layer())
         self.merged_adapters, self.merged_task = [], None
 
     def get_delta_weight(self, adapter_name: str, task: int | str | None = None) -> Tensor:

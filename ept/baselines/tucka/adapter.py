@@ -18,7 +18,7 @@ from ...adapted_linear import AdaptedLinear
 from ...config import AdapterConfig, TaskRoutedPeftType, check, check_size, is_number
 from ...context import current
 from ...layer_adapter import LayerAdapter
-from ...tasks import TaskIds, TaskNames
+from ...tasks import TaskIds, TaskNames, TaskSet
 from .router import CentroidRouter, Route, fixed_route
 
 TUCKA = TaskRoutedPeftType("TUCKA")
@@ -353,4 +353,5 @@ class TuckALinear(AdaptedLinear, TuckerAdapter):
     ``routing``) and are called inside one ``ept.use_tasks`` block route once, by the input of the first called.
     """
 
-    own_name = "routing"
+    def keep_own(self, shared: TaskSet | None) -> None:
+        self.routing = shared
