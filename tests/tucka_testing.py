@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import tucka_reference as reference
 from pyramid_testing import Case, random_geometry
 from torch import Tensor
 
-from ept.baselines.tucka import reference
 from ept.baselines.tucka.adapter import TuckAConfig, TuckerAdapter
 from ept.context import TaskContext, activate
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import tucka_reference as reference
 from hypothesis import given
 from pyramid_testing import (
     HOST_READS,
@@ -22,7 +23,6 @@ from pyramid_testing import (
 )
 from tucka_testing import TuckAProblem, random_problem, tucker_adapter
 
-from ept.baselines.tucka import reference
 from ept.baselines.tucka.adapter import TuckAConfig
 from ept.baselines.tucka.router import Route, fixed_route
 from ept_kernels import PyramidGeometry, native

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import tucka_reference as reference
 from pyramid_testing import assert_matches, assert_same_bits
 from torch import nn
 
 import ept
 from ept import TuckAConfig, TuckALinear
-from ept.baselines.tucka import reference
 
 CONFIG = TuckAConfig(r=4, num_groups=3, lora_alpha=20.0)
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import tucka_reference as reference
 from pyramid_testing import HOST_READS, Recorder, assert_matches, assert_same_bits
 from torch import nn
 
 from ept import TuckAConfig, TuckALinear
-from ept.baselines.tucka import reference
 from ept.baselines.tucka.router import CentroidRouter, data_aware_centroids
 
 D, K, T = 24, 3, 2

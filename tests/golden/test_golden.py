@@ -19,6 +19,9 @@ from . import cases
 #: Two backends or processors sum in another order: a few units in the last place of fp32, on outputs of this size.
 TOLERANCE = 2e-5
 
+#: Modules that served tests alone and are with these now.
+GONE = {"ept.baselines.tucka.reference"}
+
 PUBLIC = json.loads((cases.HERE / "public_names.json").read_text())
 
 
@@ -73,7 +76,7 @@ def test_a_layer_loads_its_state_and_computes_what_it_did(name: str) -> None:
     assert_same_tensors(layer.state_dict(), state)
 
 
-@pytest.mark.parametrize("module", PUBLIC)
+@pytest.mark.parametrize("module", sorted(PUBLIC.keys() - GONE))
 def test_a_public_name_is_still_imported_from_where_it_was(module: str) -> None:
     if module.startswith("ept_kernels.triton") and importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton, which is not installed")
