@@ -215,3 +215,11 @@ def test_the_options_are_those_of_the_config() -> None:
     inherited = {field.name for field in dataclasses.fields(peft.PeftConfig)}
     fields = {field.name for field in dataclasses.fields(config)} - inherited
     assert fields - set(stated) <= {"target_parameters", "layer_replication"}
+
+
+# ---- the reference
+
+
+def test_the_reference_holds_every_public_name() -> None:
+    listed = re.findall(r"^::: ept\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    assert sorted([*listed, "__version__"]) == sorted([*ept.__all__, "data", "training"])
