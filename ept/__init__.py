@@ -26,6 +26,7 @@ from .introspection import (
 )
 from .losses import auxiliary_loss, auxiliary_losses, contrastive_loss
 from .mixture import TaskMixture
+from .predict import Predictor, load
 from .pyramid.linear import EPTLinear
 from .pyramid.optim import parameter_groups
 from .recompute import checkpoint
@@ -48,6 +49,7 @@ __all__ = [
     "MixLoRALinear",
     "MoREConfig",
     "MoRELinear",
+    "Predictor",
     "SuggestedPyramid",
     "TaskMixture",
     "TaskTable",
@@ -67,6 +69,7 @@ __all__ = [
     "fix_route",
     "free_route",
     "group_load",
+    "load",
     "load_deltas",
     "parameter_breakdown",
     "parameter_groups",
