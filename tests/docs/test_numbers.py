@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import statistics
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from .conftest import ROOT
 
@@ -71,6 +73,13 @@ def test_the_systems(method: str) -> None:
     _, rate, *rest, seeds = _row(ROOT / "docs" / "results.md", "Seven systems on six GLUE tasks", title)
     assert rest == [trained, score, _difference(method)]
     assert (float(rate), int(seeds)) == (found["lr"], found["seeds"])
+
+
+def test_the_picture_is_drawn_from_the_records() -> None:
+    """``python docs/images/results.py`` draws it again."""
+    summary = hashlib.sha256((RECORDED / "quality" / "summary.json").read_bytes()).hexdigest()
+    with Image.open(ROOT / "docs" / "images" / "results.png") as picture:
+        assert picture.info["Source"] == summary
 
 
 @pytest.mark.parametrize("name", SUMMARY["ablations"])
