@@ -12,11 +12,17 @@ import torch
 from ept import train
 from ept.export.cli import main as export_main
 from ept.inspecting.cli import main as inspect_main
+from ept.predict import main as predict_main
 
 from .conftest import ROOT, VOCABULARY, blocks
 
 README = ROOT / "README.md"
-COMMANDS = {"ept-train": train.main, "ept-inspect": inspect_main, "ept-export": export_main}
+COMMANDS = {
+    "ept-train": train.main,
+    "ept-predict": predict_main,
+    "ept-inspect": inspect_main,
+    "ept-export": export_main,
+}
 
 
 def _lines(block: str) -> list[list[str]]:
@@ -51,17 +57,21 @@ def test_training_inspecting_exporting_and_predicting(tmp_path: Path, monkeypatc
     assert "movies" in (tmp_path / "runs/mine/page.html").read_text()
     assert (tmp_path / "runs/movies/model.safetensors").is_file()
     assert (tmp_path / "runs/movies-lora/adapter_model.safetensors").is_file()
-    namespace: dict = {"torch": torch}
+    namespace: dict = {}
     exec(compile(blocks(README, "python")[2], str(README), "exec"), namespace)
-    assert namespace["logits"].shape == (2, 2)
-    assert namespace["answers"][0] in (0, 1)
+    loaded, (movie, tweet) = namespace["loaded"], namespace["answers"]
+    assert set(movie) == {"task", "label", "score", "scores"}
+    assert set(tweet) == {"task", "value"}
+    (found,) = namespace["pipe"]("a joy from start to finish")
+    assert found["label"] == movie["label"]
 
     (without,) = blocks(ROOT / "docs" / "export.md", "python")
     alone = {"folder": "runs/movies"}
     exec(compile(without, "export.md", "exec"), alone)
     with torch.no_grad():
-        logits = alone["logits_of"](**namespace["batch"])
-    torch.testing.assert_close(logits[0], namespace["logits"][0], rtol=1e-4, atol=1e-4)
+        logits = alone["logits_of"](**loaded.tokenizer("a joy from start to finish", return_tensors="pt"))
+    shares = torch.tensor(list(movie["scores"].values()))
+    torch.testing.assert_close(logits[0].softmax(0), shares, rtol=1e-4, atol=1e-4)
 
 
 def test_what_installs_is_declared() -> None:
