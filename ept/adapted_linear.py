@@ -1,4 +1,4 @@
-"""``AdaptedLinear``: a frozen linear map and its adapter in one module, for every method."""
+"""``AdaptedLinear``: a frozen linear map and its adapter in one module; and what merging is, here and in the tuner."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def check_transforms(layer: str) -> None:
-    """Refuse what the ops of an adapter that is not merged do not serve.
+    """Refuse transforms that an adapter's ops do not support while it is not merged.
 
     ``vmap`` over samples of one task works, and so does ``torch.export``.
 
@@ -91,7 +91,7 @@ def check_stored_weight(module: nn.Module, name: str) -> None:
     weight = module._parameters.get("weight")
     if weight is None:
         raise ValueError(
-            f"{name} ({type(module).__name__}) computes its weight anew at every call (a parametrisation, weight_norm, "
+            f"{name} ({type(module).__name__}) computes its weight at every call (a parametrisation, weight_norm, "
             "spectral_norm, pruning), so nothing can be merged into it; make the weight an ordinary parameter first, "
             "as torch.nn.utils.parametrize.remove_parametrizations does"
         )
@@ -159,7 +159,7 @@ class WeightStash(nn.Module):
 def keep_calling(module: nn.Module, args: tuple[Any, ...]) -> None:
     """A forward pre-hook that does nothing, but tells PyTorch that the layer must be called.
 
-    ``nn.TransformerEncoderLayer`` in evaluation otherwise reads ``weight`` itself and passes the adapter by.
+    ``nn.TransformerEncoderLayer`` in evaluation otherwise reads ``weight`` itself, and the adapter has no effect.
     """
 
 
@@ -186,7 +186,7 @@ class AdaptedLinear(LayerAdapter):
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``. With a half dtype the adapter stays fp32.
         config: the adapter's hyperparameters.
-        shared: what layers share, made by ``make_shared``; whoever made it saves it. None: the layer has its own.
+        shared: what layers share, made by ``make_shared`` and saved by the caller. None: the layer has its own.
 
     Attributes:
         weight ``[out, in]``, bias ``[out]`` or None: frozen.
@@ -214,7 +214,7 @@ class AdaptedLinear(LayerAdapter):
             shared = owned = self.make_shared(config, {"": (in_features, out_features)}, **factory)
         else:
             check_tasks("shared", shared, config)
-        # A method's class, next in the order, takes a device and a dtype as well.
+        # The next class in the order is the method's, which takes a device and a dtype too.
         super().__init__(in_features, out_features, config, shared, **factory)
         self.keep_own(owned)
         self.weight = nn.Parameter(

@@ -55,7 +55,7 @@ class TaskContext:
         layout: how rows run in the part of the model under way (``ept.row_layout``); None says nothing.
         tracker: follows tokens that a part of the model selects, while one does.
         outer_layouts: what ``layout`` was outside the parts of such a block that are under way.
-        uniform: whether all ids are the same; None as long as nobody has read them.
+        uniform: whether all ids are the same; None until they are read.
         fitted: tasks for inputs of layers that were asked for before, see ``rows.fit``.
         targets: the tasks of ``pooled``, one tensor each; None: those of ``task_ids``.
     """
@@ -94,9 +94,9 @@ class TaskContext:
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """``make()`` at the first call of this pass with ``key``, and the same result at every later one.
 
-        For what the first adapted layer of a forward pass decides for all (TuckA's router); ``attention_mask`` is at
-        hand. The passes of a generation share results with the first of them, so one prompt has one decision. Under
-        gradient checkpointing a block recomputes what it computed itself and finds what it found.
+        For what the first adapted layer of a forward pass decides for all (TuckA's router). The passes of a generation
+        share results with the first of them, so one prompt has one decision. Under gradient checkpointing a block
+        recomputes what it computed itself and finds the rest.
         """
         if key not in self.shared:
             self.shared[key] = make()
@@ -125,7 +125,7 @@ class TaskContext:
                 self.task_ids,
                 self.attention_mask,
                 self.decoder_mask,
-                terms=None if terms is None else [],  # the same operations, whose results nobody needs again
+                terms=None if terms is None else [],  # the same operations; their results are not used
                 shared=dict(shared),
                 tables=self.tables,
                 recomputes=True,
@@ -248,8 +248,8 @@ def current() -> TaskContext | None:
     context = _current.get()
     if context is not None and context.graph_task != torch._C._current_graph_task_id():
         raise ValueError(
-            "task_ids are unknown here: a backward pass runs layers anew, and not by torch.utils.checkpoint, which "
-            "remembers the tasks; use that, or open an ept.use_tasks block inside what is run anew"
+            "task_ids are unknown here: a backward pass runs layers again, and not by torch.utils.checkpoint, which "
+            "remembers the tasks; use that, or open an ept.use_tasks block inside what is run again"
         )
     return context
 
@@ -275,7 +275,7 @@ def pop(context: TaskContext) -> None:
 
 
 def restore(context: TaskContext | None) -> None:
-    """Make ``context`` current, whatever has been pushed since it was."""
+    """Make ``context`` current and forget what has been pushed since."""
     _current.set(context)
 
 

@@ -1,4 +1,4 @@
-"""``LayerAdapter``: what a method adds to one linear map, and all that layers, tuner and trainer ask of it."""
+"""``LayerAdapter``: what a method adds to one linear map. Layers, tuner and trainer know methods only by this."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ WeightedLosses = dict[str, tuple[float, Tensor]]
 class LayerAdapter(nn.Module):
     """The trainable part of one adapted linear map, without the map.
 
-    A subclass sets every parameter and buffer it has in ``reset_adapter_parameters``, and gives ``delta`` (an update
-    that is added to the map's output) or ``around`` (any other), ``delta_weight`` if it merges, and ``linear`` where
-    one op can serve map and update together.
+    A subclass initialises all its parameters and buffers in ``reset_adapter_parameters``. It defines ``delta`` (an
+    update that is added to the map's output) or ``around`` (any other), ``delta_weight`` if it merges, and ``linear``
+    where one op computes map and update together.
 
     Args:
         in_features, out_features: sizes of the map.
@@ -167,7 +167,7 @@ class LayerAdapter(nn.Module):
         fitted = fit(tasks, count, x, context, place, self.layer_name)
         learns = not (place.known or torch.compiler.is_compiling())
         if learns and fitted is tasks and x.dim() > 2 and x.shape[0] == count != x.shape[1]:
-            self.row_place = replace(place, known=True)  # a layer with another dimension first would have been refused
+            self.row_place = replace(place, known=True)  # another layout would have been refused
         return fitted
 
     def _explicit_tasks(self, x: Tensor, task_ids: TaskIds) -> ResolvedTasks:
@@ -182,7 +182,7 @@ class LayerAdapter(nn.Module):
         return tasks
 
     def collect(self, context: TaskContext, x: Tensor) -> None:
-        """Leave in ``context`` what the method's loss needs to know of an input."""
+        """Leave in ``context`` what the method's loss needs of an input."""
 
     @classmethod
     def collects(cls, config: AdapterConfig) -> tuple[bool, bool]:

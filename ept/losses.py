@@ -15,7 +15,7 @@ from .tuner.model import ept_model
 def auxiliary_losses(model: nn.Module) -> WeightedLosses:
     """The method's own losses of the last training forward pass: ``{name: (weight in the total, value)}``.
 
-    In a distributed run every process must call it: MixLoRA counts over all of them.
+    In a distributed run every process must call it: MixLoRA sums over all of them.
 
     Args:
         model: a model from ``peft.get_peft_model`` with a config of this package.

@@ -9,10 +9,10 @@ from ept_kernels import without_autocast
 
 
 class TaskMixture:
-    """Every sample's weights over the tasks; takes the place of ``task_ids`` wherever these are taken.
+    """Every sample's weights over the tasks; may be given as ``task_ids``.
 
-    A layer folds each task's kernels once and mixes the folded kernels, which the update is linear in: the op runs as
-    for hard ids, with one row of kernels a sample. Rows that are one-hot give what the ids give.
+    A layer folds each task's kernels once and mixes the folded kernels, in which the update is linear. The op then runs
+    as for ids, with one row of kernels a sample. One-hot rows give the same as ids.
 
     Args:
         weights: ``[N, T]``, any floating dtype, rows of non-negative numbers that sum to 1 (not checked: that would

@@ -1,10 +1,10 @@
 """Which task an unlabelled sample looks like: prototypes of the tasks among the model's token embeddings.
 
-The decision must fall before the first adapted layer runs, so it cannot use what the task embeddings are placed among
-(the inputs of the adapted layers). What exists by then is the embedding layer's output: its mean over a sample's tokens
-is the representation z, frozen with the base model. A task's prototype is the mean of its training samples' z, in
-coordinates that are centred on the mean of the tasks and divided by each coordinate's deviation: pooled token
-embeddings share a large common part, and a few wide coordinates would otherwise decide (measured in ``docs/tasks.md``).
+The decision is due before the first adapted layer runs, so it cannot use the inputs of the adapted layers, among which
+the task embeddings are placed. The embedding layer's output exists by then. Its mean over a sample's tokens is the
+representation z, frozen with the base model. A task's prototype is the mean z of its training samples, centred on the
+mean of the tasks and divided by each coordinate's deviation: pooled token embeddings share a large common part, and a
+few wide coordinates would otherwise decide (measured in ``docs/tasks.md``).
 """
 
 from __future__ import annotations

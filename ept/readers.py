@@ -1,9 +1,9 @@
-"""Which modules read a child's ``weight`` themselves, so that an adapter around the child is passed by without a word.
+"""Which modules read a child's ``weight`` themselves, so that an adapter around the child would silently do nothing.
 
 Fused kernels take the weights of several linears at once (Mamba's ``out_proj``, ``nn.MultiheadAttention``, a loss that
-takes the head's weight). That is told from the source of what ``forward`` may run: the module's methods, and functions
-that it hands itself or a child to. ``self.fc.weight.dtype`` and the like read no values and do not count, nor does a
-branch that the module's settings rule out.
+takes the head's weight). The source of ``forward`` tells: the module's methods that it calls, and functions that get
+the module or a child. ``self.fc.weight.dtype`` and the like read no values and do not count, nor does a branch that the
+module's settings rule out.
 """
 
 from __future__ import annotations

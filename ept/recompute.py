@@ -1,8 +1,8 @@
 """Gradient checkpointing: layers that run again during backward get back the tasks of the pass they belong to.
 
-A model's own checkpointing (timm, OpenCLIP, code beside a checkpoint) imports the function by name and calls it from
-wherever it likes, so there is nothing of the model's to wrap: what torch keeps for the recomputation is wrapped.
-Without tasks at hand, and for every other model, torch's functions do what they did.
+A model's own checkpointing (timm, OpenCLIP, code beside a checkpoint) imports torch's function by name, so there is no
+attribute of the model to wrap. What torch keeps for the recomputation is wrapped instead. Without tasks, and for every
+other model, torch's functions do what they did before.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class _CheckpointWithTasks:
 def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
     """``torch.utils.checkpoint.checkpoint``, recomputing under the tasks of the ``use_tasks`` block it was called in.
 
-    The plain one recomputes during backward, with whatever block surrounds ``backward()``. Models of transformers
-    inside the PEFT tuner need neither.
+    Torch's own recomputes during backward, inside the block that surrounds ``backward()``, if any. Models of
+    transformers inside the PEFT tuner need neither.
     """
     return _CheckpointWithTasks(torch_checkpoint.checkpoint)(function, *args, use_reentrant=use_reentrant, **kwargs)
 

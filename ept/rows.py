@@ -1,8 +1,8 @@
 """Which of a call's task ids every row of a layer's input belongs to.
 
-Ids stand for samples, or for tokens where samples are packed. An adapted layer sees neither, only rows: one for every
-entry of the leading dimensions of its input. How rows and ids belong together is a layout. Where none is known and
-shapes do not say, a row might get the weights of another sample's task, so the call is refused.
+Ids stand for samples, or for tokens where samples are packed. An adapted layer sees only rows: one for every entry of
+the leading dimensions of its input. A layout says which rows belong to which id. Where no layout is known and shapes do
+not tell, a row might get the weights of another sample's task, so the call is refused.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class Place:
     """What the model's structure says about the rows of one layer.
 
     Attributes:
-        layout: how they run, where that is not plainly ``[batch, ...]``; None where it is, or nobody knows.
-        known: whether the code around the layer is known to hold the batch first, or was declared to.
-        listed: whether it stands in a list of modules: a 2-D input there may be tokens that some other part selected.
-        doubt: why even one row for every id proves nothing (several images may belong to a sample), or None.
-        plain: whether one row of a 3-D input for every id shows that these are the samples.
+        layout: how they run; None for plain ``[batch, ...]``, or where it is not known.
+        known: whether the code around the layer is known, or declared, to hold the batch first.
+        listed: whether it is in a list of modules: a 2-D input there may hold tokens that another part selected.
+        doubt: why even one row for each id is no proof (a sample may have several images), or None.
+        plain: whether a 3-D input with one entry for each id is known to hold the samples first.
     """
 
     layout: str | None = None
@@ -71,7 +71,7 @@ class Place:
         object.__setattr__(self, "plain", self.layout is None and self.known and self.doubt is None)
 
 
-#: Of a layer that its user has put where it is: the first dimension of its input is the batch.
+#: Of a layer that the user calls: the first dimension of its input is the batch.
 PLAIN = Place()
 
 
@@ -109,7 +109,7 @@ class Ids:
 def tasks_of_rows(
     tasks: Tensor | TaskMixture, ids: Ids, lead: torch.Size, place: Place, layout: Layout | None
 ) -> ResolvedTasks | None:
-    """Tasks for the rows of an input with the leading dimensions ``lead``; None where nobody knows which are whose."""
+    """Tasks for the rows of an input with the leading dimensions ``lead``; None where that is not known."""
     if not lead:
         return None
     if isinstance(layout, RowIndex):

@@ -26,7 +26,7 @@ def _stored(module: nn.Module, name: str) -> Tensor | None:
 
 
 def growing(name: str) -> property:
-    """What a class has under the name of a parameter that may grow; set and deleted as any parameter."""
+    """The property that a class has for a parameter that may grow; it is set and deleted as any parameter."""
 
     def rows(module: nn.Module) -> Tensor:
         kept, added = _stored(module, name), _stored(module, f"{name}_added")
@@ -46,9 +46,9 @@ def growing(name: str) -> property:
 class GrowingModule(nn.Module):
     """A module with parameters that may grow by rows, declared by ``growing``; a subclass names them in ``grows``.
 
-    Earlier rows stay bit-identical. An optimizer moves a tensor as a whole: weight decay and momentum change even rows
-    without a gradient. So the finished rows and the new ones are two parameters, ``name`` and ``name_added``; whoever
-    reads ``module.name`` gets both in one tensor, and a state dict holds them as one, under ``name``.
+    Earlier rows stay bit-identical. An optimizer moves a whole tensor: weight decay and momentum change even rows
+    without a gradient. So the finished rows and the new ones are two parameters, ``name`` and ``name_added``. Reading
+    ``module.name`` gives both in one tensor, and a state dict holds them as one, under ``name``.
     """
 
     grows: ClassVar[tuple[str, ...]] = ()
@@ -88,7 +88,7 @@ class GrowingModule(nn.Module):
         return self
 
     def freeze_finished_rows(self) -> None:
-        """Rows that others have been added to do not train."""
+        """Freeze rows that others have been added to."""
         for name in self.grows:
             finished, added = self._parameters.get(name), self._parameters.get(f"{name}_added")
             if finished is not None and added is not None:

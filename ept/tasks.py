@@ -59,7 +59,7 @@ def flat_ids(task_ids: Any) -> tuple[Any, tuple[int, int] | None]:
 
 
 class TaskSet(nn.Module):
-    """The tasks of an adapter and, in subclasses, whatever parameters all its layers share.
+    """The tasks of an adapter and, in subclasses, the parameters that all its layers share.
 
     An adapter has one, saved with it; its layers refer to it. A subclass with parameters or buffers sets all of them
     in ``reset_parameters``.
@@ -70,7 +70,7 @@ class TaskSet(nn.Module):
 
     Attributes:
         routes: whether the method treats tasks differently; where False, ``task_ids`` are optional.
-        prototypes: what ``task_ids="auto"`` decides by, or None where nobody has asked for it.
+        prototypes: what ``task_ids="auto"`` decides by, or None without auto routing.
     """
 
     routes = True
@@ -173,7 +173,7 @@ class TaskSet(nn.Module):
 
 
 class TaskNames(TaskSet):
-    """The tasks of a method that treats them all alike: ids are checked where given, and never needed."""
+    """The tasks of a method that treats them all alike: ids are checked where given, and are optional."""
 
     routes = False
     _place: Tensor

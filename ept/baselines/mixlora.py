@@ -141,7 +141,7 @@ class MixLoRAAdapter(LayerAdapter):
         weights = route.weights.movedim(-1, 0)  # [k, ...]
         with without_autocast(x.device):
             copies = x.to(self.A.dtype)
-            # The weights sum to 1; written so that equal copies give their value to the bit, as at the start.
+            # The weights sum to 1. In this form equal copies, as at the start, give a bit-identical value.
             mixed = copies[0] + (weights[1:].unsqueeze(-1) * (copies[1:] - copies[0])).sum(0)
         shares = (chosen * weights.unsqueeze(-1)).unsqueeze(-1)  # [k, ..., E, 1]
         return _add(base(mixed.to(x.dtype)), self._expand((self._shrink(x) * shares).sum(0)))

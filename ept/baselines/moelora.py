@@ -90,8 +90,8 @@ class TaskGate(TaskSet):
 class MOELoRAAdapter(DiagonalAdapter):
     """``y += (alpha / r) sum_i w_i(task) B_i A_i dropout_i(x)``, the experts stacked in one A and one B.
 
-    Every expert drops entries of its own. The gate is a function of the task alone and tiny: each layer evaluates it
-    anew, which also keeps its gradient whole under any kind of checkpointing.
+    Every expert has a dropout mask of its own. The gate depends on the task alone and is tiny, so each layer evaluates
+    it again; that keeps its gradient right under any kind of checkpointing.
 
     Attributes:
         A ``[r, in]``, N(0, 0.01^2); B ``[out, r]``, zeros. Expert i has the rows (columns) from ``i r / N`` on.

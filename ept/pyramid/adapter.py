@@ -1,4 +1,4 @@
-"""The trainable part of one adapted layer: seed, kernels and gate, and what follows from them and a task."""
+"""``PyramidAdapter``: the trainable part of one layer (seed, kernels, gate) and the kernels that a task makes of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..task_table import GrowingModule, TaskRoutedAdapter, growing
 from ..tasks import ResolvedTasks, TaskIds, TaskNames, TaskSet
 from .router import UNMERGEABLE, fold_routed, fold_tokens, route, route_rows, route_stages, rows_of
 
-#: By how much less the new task wants one new expert than the one before: enough to leave no doubt about their order.
+#: By how much the new task's logit falls from one new expert to the next, so that their order is certain.
 _STEP_BETWEEN_NEW_EXPERTS = 1e-3
 
 
@@ -111,7 +111,7 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
             gate.pop()
         for parameter in (self.A, self.B, *gate, *self.kernels[:experts]):
             parameter.requires_grad_(False)
-            parameter.grad = None  # an optimizer that was made before would still apply it
+            parameter.grad = None  # an optimizer that was made before would apply it
 
     def check_scales(self, sizes: Sequence[int]) -> None:
         """Raise ValueError if an expert of one of these sizes could not be added."""
@@ -124,11 +124,11 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
 
     @torch.no_grad()
     def add_experts(self, task: int, sizes: tuple[int, ...]) -> None:
-        """Experts for ``task``, the newest, and tasks to come; whatever there is gets frozen.
+        """Add experts for ``task``, the newest, and tasks to come; freeze all earlier ones.
 
-        Their kernels are zero. Their gate rows are almost that of the expert which the task wants most: the first ones,
-        as many as ``top_k`` leaves room for beside it and at least one, are wanted a little more, the others a little
-        less. So the task begins with these and, if ``top_k`` allows, with the best expert that there was.
+        Their kernels are zero. Their gate rows are close to that of the task's best expert: ``top_k - 1`` of them (at
+        least one) have slightly larger logits, the others slightly smaller ones. So the task begins with these and, if
+        ``top_k`` allows, with its best earlier expert.
 
         Args:
             sizes: kernel sizes.
@@ -165,8 +165,8 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
     def reset_adapter_parameters(self) -> None:
         """Gaussian seed of variance 1/in and 1/out (docs/recipe.md), zero kernels, Kaiming gate.
 
-        With ``init_seed="zero"`` B is zero and the kernels Gaussian, of variance 1/k: the layer is a no-op at first
-        either way, but two zero factors would give each other no gradient for ever.
+        With ``init_seed="zero"`` B is zero and the kernels are Gaussian, of variance 1/k. The layer is a no-op at first
+        either way; if both were zero, neither would ever get a gradient.
         """
         zero_seed = self.init_seed == "zero"
         nn.init.normal_(self.A, std=self.geometry.in_features**-0.5)
@@ -205,7 +205,7 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         return index.view(*x.shape[:-1], self.top_k), gates.view(*x.shape[:-1], self.top_k)
 
     def _kernels(self) -> tuple[Tensor, ...]:
-        own = self.kernels._parameters  # a ParameterList looks every item up by name, which a small layer would notice
+        own = self.kernels._parameters  # a ParameterList looks every item up by name, which is slow for a small layer
         found: Any = own.values() if len(own) == self.geometry.num_experts else self.kernels
         return tuple(found)
 
@@ -249,7 +249,7 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
     def _fold_stages(self, weight: Tensor, tasks: int | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """``fold`` with experts that some tasks do not know: the tasks of every stage for themselves, in one piece.
 
-        Masking the others' logits would be shorter; but a sum over more experts rounds in another way.
+        Masking the others' logits would be shorter, but a sum over more experts is rounded differently.
         """
         stages = self._stages
         if isinstance(tasks, int):
@@ -278,7 +278,7 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         """``fold`` of the tasks of a call with x ``[..., in]``, or with ``routing="token"`` of its rows."""
         if not self.by_token:
             return self.fold(self.tasks_for(x, task_ids))
-        if task_ids is not None:  # they change nothing, but a wrong one is a mistake
+        if task_ids is not None:  # they change nothing, but are checked
             self.tasks_for(x, task_ids)
         return fold_tokens(x, self.gate, self._kernels(), self.top_k, self.scaling, self.geometry)
 
@@ -304,7 +304,8 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
     def _kept_for_inference(self) -> Kept | None:
         """Where an op may keep what follows from parameters; training empties it and the folded kernels.
 
-        Versions do not count a write through ``parameter.data``, as some optimizers do; a training step comes first.
+        A tensor's version does not count writes through ``parameter.data``, which some optimizers make; emptying in
+        training covers these.
         """
         if not self.training:
             return self.kept_factors

@@ -23,8 +23,8 @@ class EPTLinear(AdaptedLinear, PyramidAdapter):
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``. With a half dtype the adapter stays fp32.
         config: the adapter's hyperparameters.
-        task_table: embeddings shared with other layers; whoever made the table saves it. None: the layer has its own,
-            or none with ``routing="token"``.
+        task_table: embeddings shared with other layers, saved by the caller. None: the layer has its own, or none with
+            ``routing="token"``.
 
     Attributes:
         weight ``[out, in]``, bias ``[out]`` or None: frozen.

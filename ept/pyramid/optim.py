@@ -34,7 +34,7 @@ def parameter_groups(
 
     Args:
         model: a PEFT model, or any module that holds ``EPTLinear`` layers.
-        lr: base learning rate: seed, task embeddings, and whatever else is trainable.
+        lr: base learning rate, of the seed, the task embeddings and all other trainable parameters.
 
     Returns:
         Non-empty groups, each with "params", "lr", "weight_decay" and a "name".
@@ -46,7 +46,7 @@ def parameter_groups(
         if not rate > 0:
             raise ValueError(f"{name} must be > 0, got {rate!r}")
     owner: Any
-    for owner in model.modules():  # PEFT makes all of an adapter trainable when it loads or activates one
+    for owner in model.modules():  # PEFT may have made all of an adapter trainable
         if hasattr(owner, "freeze_finished"):
             owner.freeze_finished()
     kernels: dict[int, nn.Parameter] = {}

@@ -25,7 +25,7 @@ def route(gate: Tensor, embeddings: Tensor, top_k: int) -> tuple[Tensor, Tensor]
         ``(index [G, top_k] int64, gates [G, top_k])``, best expert first; gates sum to 1.
     """
     dtype = torch.promote_types(gate.dtype, torch.float32)
-    # Row by row: a matrix product would round in an order that hangs on how many tasks there are.
+    # Row by row: the rounding of a matrix product depends on the number of tasks.
     return _select((embeddings.to(dtype)[:, None] * gate.to(dtype)).sum(-1), top_k)
 
 
@@ -79,7 +79,7 @@ UNMERGEABLE = (
     "merged nor exported; unload() gives the base model back"
 )
 
-#: Rows up to which one native call (on one thread) routes and folds faster than a dozen tensor operations.
+#: Up to so many rows, one native call (on one thread) routes and folds faster than a dozen tensor operations.
 FUSED_ROWS = 512
 
 
@@ -116,7 +116,7 @@ def fold_tokens(
     rows = rows_of(x, geometry.in_features)
     groups = torch.arange(rows.shape[0], device=x.device)
     if not torch.compiler.is_compiling() and gate.is_cpu and 0 < rows.shape[0] <= FUSED_ROWS:
-        # To this call the rows are a table of tasks.
+        # The rows take the place of the table of tasks.
         fused = fold_tasks(gate, rows, None, kernels, top_k, scaling, geometry)
         if fused is not None:
             return fused[0], groups, fused[1]

@@ -1,4 +1,4 @@
-"""What a call of somebody else's model holds: its main input, masks, and what its task ids stand for."""
+"""What a call of a model holds: its main input, its masks, and what its task ids stand for."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class GrowingTasks(TaskPasses):
     def append_task(
         self, name: str | None, like: int | str | None, new_kernels: Sequence[int], adapter_name: str | None = None
     ) -> int:
-        """``add_task`` to the adapter alone, for whoever adds the model's own part."""
+        """``add_task`` to the adapter alone; the caller adds the model's own part."""
         if adapter_name is None and len(self.active_adapters) > 1:
             raise ValueError(f"adapter_name must name one of the active adapters {self.active_adapters}, got None")
         adapter_name = adapter_name or self.active_adapters[0]
@@ -110,11 +110,10 @@ class GrowingTasks(TaskPasses):
         return task
 
     def freeze_finished(self) -> None:
-        """Freeze what finished tasks use, again: PEFT makes all of an adapter trainable when it loads or activates one.
+        """Freeze what finished tasks use, which PEFT makes trainable when it loads or activates an adapter.
 
-        Done wherever that happens, and when training begins (``train()``, ``ept.parameter_groups``).
-
-        A module to save that has parts of its own for every task says so by ``finish(count)``.
+        Called after that, and when training begins (``train()``, ``ept.parameter_groups``). A module to save that has
+        parts for every task has a method ``finish(count)`` that freezes those of the first ``count``.
         """
         counts = {name: getattr(config, "finished_tasks", 0) for name, config in self.peft_config.items()}
         for name, count in counts.items():

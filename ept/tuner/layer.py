@@ -112,7 +112,7 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         """The base weight, as PEFT's layers show it.
 
         Raises:
-            ValueError: a forward pass takes it and passes the adapter by.
+            ValueError: a forward pass takes it, so that the adapter would have no effect.
         """
         if self.read_by is not None and self.enabled_adapters() and current() is not None:
             name = self.enabled_adapters()[0].layer_name
@@ -147,7 +147,7 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
         return call(x)
 
     def _base_is_plain(self) -> bool:
-        """Whether base and adapter may run as one op: a plain dense base that nobody has hooked or patched."""
+        """Whether base and adapter may run as one op: a plain dense base without hooks or a patched forward."""
         base = self.base_layer
         plain = type(base) in (nn.Linear, Conv1D) and "forward" not in base.__dict__
         dense = plain and has_dense_weight(base)  # torchao keeps nn.Linear and puts a quantised tensor into it
@@ -159,8 +159,8 @@ class EPTLinearLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Put the update of one task into the base weight. Always safe: a result that is not finite is refused.
 
-        An adapter that is merged beside others gives what merging all of them at once does: the sum is made anew from
-        the original weight.
+        Merging adapters one after the other equals merging them together: the sum is computed from the original weight
+        every time.
 
         Args:
             adapter_names: default: the active ones. One that is merged already is passed over with a warning.

@@ -18,7 +18,7 @@ def check_adapter_state(
     Args:
         expected: the tensors of the model that are its adapter's, ``modules_to_save`` included, by their key there.
         found: the checkpoint's tensors.
-        partial: some of the tensors may be missing. ignore_sizes: those of another shape are the caller's matter.
+        partial: some of the tensors may be missing. ignore_sizes: those of another shape are not checked.
 
     Raises:
         ValueError: missing tensors, tensors of another shape (another pyramid or rank), integers in place
@@ -43,7 +43,7 @@ def check_adapter_state(
             raise ValueError(
                 f"the checkpoint holds {key} as {found[key].dtype}, not {tensor.dtype}; nothing was loaded"
             )
-        # A module that somebody else wrote may well keep an infinity, in a mask; no one keeps NaN.
+        # Another library's module may keep an infinity, in a mask, but never NaN.
         broken = torch.isnan if ".modules_to_save." in key else lambda values: ~torch.isfinite(values)
         if broken(found[key].float()).any():
             raise ValueError(f"the checkpoint holds values that are not finite in {key}; nothing was loaded")

@@ -40,7 +40,7 @@ class EPTModel(GrowingTasks):
     leaves it to the input (``auto_routing``). With one task, or a method that treats all alike, they may be left out.
     A layer that cannot tell which rows belong to which id refuses a batch of several tasks (``docs/rows.md``).
 
-    ``ept_task_tables`` holds, for every adapter, its tasks and whatever its layers share (a ``TaskSet``).
+    ``ept_task_tables`` holds, for every adapter, its tasks and what its layers share (a ``TaskSet``).
     """
 
     uses_shared_state = True
@@ -68,7 +68,7 @@ class EPTModel(GrowingTasks):
             model.generate = TaskGenerate(model, self)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT: what trains goes on training, the tables of other adapters included, and nothing else does."""
+        """As in PEFT; the tables of other adapters keep their ``requires_grad``."""
         before = [(parameter, parameter.requires_grad) for parameter in self.ept_task_tables.parameters()]
         self._injected = adapter_name  # several adapters may be of one config object
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -86,7 +86,7 @@ class EPTModel(GrowingTasks):
         return config
 
     def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
-        """Last stop before PEFT changes the model: check the targets, make what the adapter's layers share."""
+        """Called before PEFT changes the model: check the targets, make what the adapter's layers share."""
         adapter_name = self._injected
         features = target_features(model, peft_config)
         self._tied = tied_layers(model, features)
@@ -206,7 +206,7 @@ class EPTModel(GrowingTasks):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, task: int | str | None = None
     ) -> None:
-        """Put one task's updates into the base weights; ``unmerge_adapter`` takes them out to the bit.
+        """Put one task's updates into the base weights; ``unmerge_adapter`` restores them, bit-identical.
 
         Adapters may be merged one after the other, for the same task. One that is merged already is passed over with a
         warning.

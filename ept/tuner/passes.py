@@ -171,7 +171,7 @@ class TaskPasses(BaseTuner):
 
     @staticmethod
     def _expected(entries: Entries, x: Tensor | None, outer: TaskContext | None) -> int | None:
-        """How many ids there must be; None where nobody knows, or ``_spread`` looks after it."""
+        """How many ids there must be; None where that is not known, or ``_spread`` checks it."""
         if x is None or entries.places is not None or (outer is not None and outer.expands):
             return None
         return x.shape[0] if entries.shape is None else x.shape[0] * x.shape[1]
@@ -351,8 +351,8 @@ class TaskPasses(BaseTuner):
 class NameResolver:
     """A forward pre-hook of a ``PeftModel``: ids in place of names and lists, before anything that is compiled.
 
-    ``torch.compile`` takes strings and lists for constants and would compile anew for every batch. It leaves the hooks
-    of the module it is given to Python, whose frames it would compile by themselves: this one is left out of that.
+    ``torch.compile`` takes strings and lists for constants and would compile again for every batch. Hooks of the module
+    that it is given stay in Python, but it would compile their frames too: this one is exempt.
     """
 
     def __init__(self, tuner: TaskPasses) -> None:
@@ -387,7 +387,7 @@ class TaskGenerate:
         generate: Any = type(self.model).generate
         outer = current()
         if task_ids is None and outer is not None and wants_auto(outer.task_ids):
-            task_ids = outer.task_ids  # decided here by the prompt, not by every pass anew
+            task_ids = outer.task_ids  # decided here by the prompt, not again by every pass
         if task_ids is None and self.tuner.routes_by_task:  # an outer ept.use_tasks may give them; forward checks
             return generate(self.model, *args, **kwargs)
         inputs = {**kwargs, "input_ids": kwargs.get("input_ids", kwargs.get("inputs"))}

@@ -32,15 +32,15 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def is_repacked(module: nn.Module) -> bool:
-    """Whether bitsandbytes has laid a 4-bit weight out anew for its CPU kernel, as it does at the first inference."""
+    """Whether a 4-bit weight has the layout of bitsandbytes' CPU kernel, which it gets at the first inference."""
     return getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False)
 
 
 def keep_differentiable(module: Any, args: tuple[Any, ...]) -> None:
     """A forward pre-hook for 4-bit layers: undo the CPU kernel's layout where a gradient for the input is wanted.
 
-    That kernel has no backward pass: after one evaluation, training would go on without the gradients of all that lies
-    below such a layer, and nothing but a warning would tell.
+    That kernel has no backward pass. After one evaluation, training would go on without the gradients of all layers
+    below, with a mere warning.
     """
     if torch.is_grad_enabled() and args and args[0].requires_grad and is_repacked(module):
         module.weight.data, module.weight.quant_state = _unpacked(module.weight)
@@ -72,7 +72,7 @@ def dequantised(module: Any, dtype: torch.dtype) -> nn.Module:
         module: a quantised linear layer, or another module with a weight of torchao, which quantises no modules.
 
     Returns:
-        ``nn.Linear`` for whatever has ``in_features``; it shares the bias.
+        ``nn.Linear`` where ``module`` has ``in_features``; it shares the bias.
     """
     if is_repacked(module):
         from bitsandbytes.functional import dequantize_4bit

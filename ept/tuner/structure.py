@@ -16,10 +16,10 @@ from ..rows import BATCH_FIRST, BATCH_SECOND, ROWS, Place, RowIndex, RowTracker,
 
 
 class SampleByFunction:
-    """A method of DeBERTa's attention that projects the embeddings of relative positions, for each sample by itself.
+    """A method of DeBERTa's attention that projects the embeddings of relative positions, run once for each sample.
 
-    These are one for all samples, and a projection that is adapted gives something else for every task. With one task
-    in the batch the method runs as it is.
+    All samples share these embeddings, but an adapted projection of them differs from task to task. With one task in
+    the batch the method runs as it is.
 
     An object, not a closure, so that ``copy.deepcopy`` of the model rebinds it to the copy.
     """

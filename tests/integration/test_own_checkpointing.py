@@ -126,5 +126,5 @@ def test_a_recomputation_that_is_not_torchs_does_not_take_other_tasks() -> None:
     model = _model(Rerun.apply)
     with pytest.raises(ValueError, match="task_ids is missing"):
         alone(model)
-    with pytest.raises(ValueError, match=r"a backward pass runs layers anew, and not by torch\.utils\.checkpoint"):
+    with pytest.raises(ValueError, match=r"a backward pass runs layers again, and not by torch\.utils\.checkpoint"):
         inside_another_block(model)

@@ -32,7 +32,7 @@ class TuckAConfig(AdapterConfig):
 
     Args (beyond those of ``AdapterConfig``, where tasks only name what a model's heads may want):
         r: rank of the basis U and side of every slice of a core.
-        lora_alpha: scale alpha of the update; not divided by r, for the norm of the factors is 1 whatever r.
+        lora_alpha: scale alpha of the update; not divided by r, since the factors are divided by their norms.
         num_groups: K, groups of experts; a batch uses one.
         group_size: t, experts in a group.
         core_rank: p, slices of a group's core that its experts mix.

@@ -100,11 +100,11 @@ class CentroidRouter(nn.Module):
 
     In training the batch is that of all processes of a ``torch.distributed`` job, so that a run decides alike however
     many processes share a batch (**choice**: the released code decides per process); every one of them must run the
-    same training passes. In evaluation each process decides for its own batch and waits for nobody.
+    same training passes. In evaluation each process decides for its own batch alone.
 
     The centroids come from the first batch seen in training (``centroids.data_aware_centroids``). Until then there is
     no route: ``forward`` in evaluation returns None, draws nothing, and the layers are their frozen bases. The flag
-    is saved with the centroids, so a loaded router never draws them anew.
+    is saved with the centroids, so a loaded router never draws them again.
 
     Args:
         dim: width d of the tokens that it sees. num_groups: K. group_size: t, experts in a group.
@@ -195,7 +195,7 @@ class CentroidRouter(nn.Module):
         self._ready = True
 
     def reset_group_load(self) -> None:
-        """Count anew."""
+        """Set all counts to zero."""
         self.group_load = torch.zeros(self.num_groups, dtype=torch.int64)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
