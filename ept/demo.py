@@ -119,7 +119,7 @@ def _check_merge(
     max_length: int,
     console: Console,
 ) -> bool:
-    """Whether merging one task leaves its logits as they are, and unmerging restores them to the bit."""
+    """Whether merging one task leaves its logits as they are, and unmerging restores them bit-identically."""
     rows = evaluation_rows(task, task_id, _MERGED_ROWS)
     collate = make_collator("encoder", tokenizer, {task_id: task.spec}, max_length=max_length)
     batch = collate([rows[i] for i in range(len(rows))])
@@ -137,7 +137,7 @@ def _check_merge(
         console,
         difference <= LOGIT_TOLERANCE and restored,
         f"{task.spec.name}: merged and unmerged logits differ by {difference:.1e} of the largest "
-        f"(tolerance {LOGIT_TOLERANCE:.0e}); unmerging restores them to the bit: {restored}",
+        f"(tolerance {LOGIT_TOLERANCE:.0e}); unmerging restores them bit-identically: {restored}",
     )
 
 

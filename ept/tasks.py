@@ -89,6 +89,12 @@ class TaskSet(nn.Module):
     def reset_parameters(self) -> None:
         """Fresh initial values; nothing to do without parameters."""
 
+    def begin_step(self) -> None:
+        """An optimizer step of a trainer begins, which ``drop_step`` may leave out."""
+
+    def drop_step(self) -> None:
+        """Take back what the passes of the step under way set here themselves; gradients are the trainer's matter."""
+
     def part_sizes(self) -> dict[str, int]:
         """How many trained numbers it holds, by what they are."""
         return {}

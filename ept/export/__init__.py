@@ -1,4 +1,4 @@
-"""Trained adapters for servers that know nothing of this package: merged checkpoints, small deltas, LoRA."""
+"""Trained adapters for servers that know nothing of this package: merged models, small deltas, LoRA."""
 
 from .deltas import TaskDeltas, apply_delta, export_deltas, load_deltas
 from .lora import LoraLayer, LoraReport, export_lora

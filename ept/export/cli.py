@@ -1,4 +1,4 @@
-"""``ept-export``: merged checkpoints, deltas and LoRA from the command line."""
+"""``ept-export``: merged models, deltas and LoRA from the command line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .deltas import export_deltas, load_deltas
 from .load import load_adapter
 from .lora import export_lora
 from .merged import export_merged
+from .parts import check_target
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ept-export", description="Export a trained adapter for other servers.")
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
-        "merged": "a plain transformers checkpoint of one task",
+        "merged": "a plain transformers model of one task",
         "deltas": "all tasks as one seed and a few numbers each",
         "lora": "one task as a LoRA adapter of PEFT",
     }
@@ -45,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     options = parser.parse_args(argv)
+    for option in ("num_labels", "rank"):
+        value = getattr(options, option, None)
+        if value is not None and value < 1:
+            parser.error(f"argument --{option.replace('_', '-')}: must be an integer >= 1, got {value}")
     try:
+        check_target(options.output, options.overwrite, option="--overwrite")
         model, tokenizer = load_adapter(options.adapter, options.base, num_labels=options.num_labels)
         if options.command == "deltas":
             deltas = load_deltas(export_deltas(model, options.output, overwrite=options.overwrite))
@@ -67,11 +73,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _task(names: list[str], text: str | None) -> int | str | None:
-    """A task by its name, else by its id."""
-    if text is None or text in names:
-        return None if text is None else names.index(text)
-    return int(text) if text.isdecimal() else text
+def _task(names: list[str], text: str | None) -> int:
+    """A task by its name, else by its id.
+
+    Raises:
+        ValueError: none of this adapter's, or none given where there are several.
+    """
+    if text is None and len(names) == 1:
+        return 0
+    if text in names:
+        return names.index(text)
+    if text is not None and text.isdecimal() and int(text) < len(names):
+        return int(text)
+    wrong = "must be given" if text is None else f"unknown task {text!r}"
+    raise ValueError(f"argument --task: {wrong}; allowed: {', '.join(names)}, or 0 to {len(names) - 1}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def load_adapter(
     config = read_adapter(folder).config
     source = base or config.base_model_name_or_path
     if not source:
-        raise ValueError(f"adapter {str(adapter)!r} does not say what its base model is; name it")
+        raise ValueError(f"adapter {str(adapter)!r} does not say what its base model is; name it with --base")
     if config.task_type not in _AUTO_CLASS:
         raise ValueError(f"task_type of the adapter is {config.task_type!r}; allowed: {list(_AUTO_CLASS)}")
     revision = config.revision if base is None else None
@@ -74,7 +74,9 @@ def _load_base(source: str, auto_class: Any, num_labels: int | None, revision: s
 
 def _load_trained(folder: Path, base: str | None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     if base is not None:
-        raise ValueError(f"base is {base!r}, but {str(folder)!r} was written by ept-train and names its own")
+        raise ValueError(
+            f"argument --base: {base!r} is not for {str(folder)!r}, which ept-train wrote and which names its own"
+        )
     from ..training.saving import load_trained  # needs the extra [train]
 
     model, tokenizer, _ = load_trained(folder)

@@ -1,4 +1,4 @@
-"""``export_merged``: one task as an ordinary checkpoint of the base's own class."""
+"""``export_merged``: one task as an ordinary model of the base's own class."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def export_merged(
     overwrite: bool = False,
     **save_options: Any,
 ) -> Path:
-    """Write a plain transformers checkpoint of one task; it loads with ``AutoModel...`` where ``ept`` is not installed.
+    """Write one task as a plain transformers model; it loads with ``AutoModel...`` where ``ept`` is not installed.
 
     The base class's own ``save_pretrained`` writes it, with the task's updates in the weights and with the modules
     trained beside the adapter (``modules_to_save``). The model stays as it is; the merged weights of the adapted
@@ -99,6 +99,6 @@ def _check_quantised(tuner: EPTModel, allowed: bool) -> None:
         if is_quantised(module):
             raise ValueError(
                 f"dequantise is False, but {path!r} has a quantised weight ({type(module.weight).__name__}), which a "
-                "merged checkpoint cannot keep without loss: pass dequantise=True for a floating-point checkpoint, or "
+                "merged model cannot keep without loss: pass dequantise=True for a floating-point one, or "
                 "use ept.export_lora, which needs no merging"
             )

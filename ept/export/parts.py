@@ -18,8 +18,11 @@ from ..tuner.model import EPTModel
 from ..tuner.quantised import dequantised, is_quantised
 
 
-def check_target(path: str | Path, overwrite: bool) -> Path:
+def check_target(path: str | Path, overwrite: bool, *, option: str = "overwrite=True") -> Path:
     """Refuse a place that holds something, before any work.
+
+    Args:
+        option: how the caller says ``overwrite``, for the message.
 
     Raises:
         FileExistsError: a file, or a folder with content and no ``overwrite``.
@@ -30,7 +33,7 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
     if path.is_symlink():
         raise FileExistsError(f"path {str(path)!r} is a link; name the folder itself")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise FileExistsError(f"path {str(path)!r} is not empty; overwrite=True replaces the whole folder")
+        raise FileExistsError(f"path {str(path)!r} is not empty; {option} replaces the whole folder")
     return path
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import TrainingArguments
@@ -36,28 +36,22 @@ class EPTTrainingArguments(TrainingArguments):
         ValueError: an option out of its range.
     """
 
-    learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate."})
-    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up steps; below 1: share of all steps."})
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs; see TaskBalancedSampler for their length."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Samples of a training batch."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Samples of an evaluation batch."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two entries of the log."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step as well."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: the collators need all columns."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Not needed: every expert gets a gradient in every step, if only zeros."}
-    )
-    kernel_lr_ratio: float = field(
-        default=KERNEL_LR_RATIO, metadata={"help": "Learning rate of the kernels relative to the rest."}
-    )
-    gate_lr_ratio: float = field(
-        default=GATE_LR_RATIO, metadata={"help": "Learning rate of the gates relative to the rest, times their width."}
-    )
-    task_batching: str = field(default="mixed", metadata={"help": "'mixed' or 'single'."})
-    max_length: int = field(default=128, metadata={"help": "Tokens of a row at most."})
-    max_new_tokens: int = field(default=16, metadata={"help": "Length limit of a generated answer."})
-    eval_limit: int | None = field(default=None, metadata={"help": "Validation rows scored per task; None: all."})
-    nan_policy: str = field(default="stop", metadata={"help": "A step that is not finite: 'stop', or 'skip' it."})
+    learning_rate: float = 1.5e-3
+    warmup_steps: float = 0.06  # below 1: share of all steps
+    num_train_epochs: float = 5.0  # TaskBalancedSampler says how long one is
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 64
+    logging_steps: float = 10
+    logging_first_step: bool = True
+    remove_unused_columns: bool = False  # the collators need all columns
+    ddp_find_unused_parameters: bool | None = False  # every expert gets a gradient in every step, if only zeros
+    kernel_lr_ratio: float = KERNEL_LR_RATIO
+    gate_lr_ratio: float = GATE_LR_RATIO
+    task_batching: str = TASK_BATCHING[0]
+    max_length: int = 128
+    max_new_tokens: int = 16
+    eval_limit: int | None = None
+    nan_policy: str = NAN_POLICIES[0]
 
     def __post_init__(self) -> None:
         if self.task_batching not in TASK_BATCHING:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import Trainer
@@ -21,11 +21,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import WriteError, is_write_failure, read_json, sync_to_disk, write_json
+from .arguments import EPTTrainingArguments
 from .finite import refuse_nonfinite
-
-if TYPE_CHECKING:
-    from .arguments import EPTTrainingArguments
-
 
 #: Where checkpoints are written; of a name that transformers does not upload.
 UNFINISHED = "_unfinished"

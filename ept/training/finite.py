@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import DistributedType, gather_object
@@ -16,11 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..baselines.tucka.router import CentroidRouter
 from ..saved import SHARED_MARK
-
-if TYPE_CHECKING:
-    from .trainer import EPTTrainer
+from ..tasks import TaskSet
 
 NAN_POLICIES = ("stop", "skip")
 
@@ -30,6 +27,25 @@ Batch = dict[str, Any]
 Finding = tuple[set[int], str]  # ids of the tasks concerned, and where the value is
 
 
+class Guarded(Protocol):
+    """What ``FiniteSteps`` asks of a trainer, beside what transformers' has."""
+
+    args: Any
+    model: Any
+    accelerator: Any
+
+    def compute_loss_context_manager(self) -> Any: ...
+
+    def model_inputs(self, inputs: Batch) -> Batch:
+        """A batch as the model takes it."""
+
+    def task_name(self, task_id: int) -> str:
+        """What to call a task."""
+
+    def end_step(self, *, skipped: bool = False) -> None:
+        """A step has been taken, or left out."""
+
+
 class FiniteSteps(TrainerCallback):
     """Stops the training, or leaves a step out, where the step's loss or gradient is not finite.
 
@@ -37,10 +53,10 @@ class FiniteSteps(TrainerCallback):
     the gradient is the scaler's business, which leaves such steps out to find its scale, and the loss counts alone.
     """
 
-    def __init__(self, trainer: EPTTrainer) -> None:
+    def __init__(self, trainer: Guarded) -> None:
         self.trainer = trainer
         self._seen: list[tuple[Batch, Tensor]] = []
-        self._undrawn: list[CentroidRouter] | None = None  # not looked for yet
+        self._shared: list[TaskSet] | None = None  # not looked for yet
 
     def see(self, inputs: Batch, loss: Tensor) -> None:
         """A batch of the step under way, with its ``task_ids``, and its loss."""
@@ -50,8 +66,10 @@ class FiniteSteps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._seen.clear()
-        routers = self.trainer.model.modules() if self._undrawn is None else self._undrawn
-        self._undrawn = [module for module in routers if isinstance(module, CentroidRouter) and not module.ready]
+        if self._shared is None:
+            self._shared = [module for module in self.trainer.model.modules() if isinstance(module, TaskSet)]
+        for shared in self._shared:
+            shared.begin_step()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,8 +85,8 @@ class FiniteSteps(TrainerCallback):
             trainer.end_step()
             return
         trainer.model.zero_grad()
-        for router in self._undrawn or ():  # what TuckA draws from its first batch goes with the step
-            router.reset_parameters()
+        for shared in self._shared or ():
+            shared.drop_step()
         message, hopeless = self._explain(batches, state.global_step + 1)
         if trainer.args.nan_policy == "stop" or hopeless:
             raise FloatingPointError(message)

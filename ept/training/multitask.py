@@ -325,7 +325,7 @@ def add_task(
 ) -> int:
     """Add a task to a trained model: an embedding to its EPT adapter and, to a ``MultiTaskEncoder``, a head.
 
-    Only these train afterwards; every other task's output stays as it is, to the bit. Make trainer and optimizer after
+    Only these train afterwards; every other task's output stays bit-identical. Make trainer and optimizer after
     the call: ``EPTTrainer(model, arguments, tasks=[the new task's data], ...)``.
 
     Args:

@@ -121,11 +121,11 @@ def test_an_adapter_of_peft(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["merged", "{run}", "{out}"], "task_ids is missing"),
+        (["merged", "{run}", "{out}"], "argument --task: must be given"),
         (["lora", "{run}", "{out}", "--task", "absent"], "unknown task 'absent'"),
-        (["lora", "{run}", "{out}", "--task", "topic", "--rank", "0"], "rank must be None or an integer >= 1"),
+        (["lora", "{run}", "{out}", "--task", "topic", "--rank", "0"], "argument --rank: must be an integer >= 1"),
         (["deltas", "{out}", "{out}"], "holds no adapter_config.json"),
-        (["deltas", "{run}", "{run}"], "is not empty; overwrite=True"),
+        (["deltas", "{run}", "{run}"], "is not empty; --overwrite"),
         (["deltas", "{run}", "{out}", "--base", "x"], "names its own"),
     ],
 )

@@ -105,9 +105,17 @@ class SharedRouter(TaskNames):
             width, config.num_groups, config.group_size, config.centroid_noise, device=device, dtype=dtype
         )
         self.fixed: Route | None = None
+        self._was_ready = False  # when the optimizer step under way began
 
     def reset_parameters(self) -> None:
         self.router.reset_parameters()
+
+    def begin_step(self) -> None:
+        self._was_ready = self.router.ready
+
+    def drop_step(self) -> None:
+        if not self._was_ready:  # the centroids were drawn from this step's batch
+            self.router.reset_parameters()
 
     def part_sizes(self) -> dict[str, int]:
         return {"centroids": self.router.centroids.numel()}
