@@ -13,6 +13,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "speed"))
 
 from harness import COMMIT_FILE, commit
 

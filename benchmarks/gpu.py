@@ -32,6 +32,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "speed"))
+
 from gpu_stages import STAGES, Stage
 from gpu_stages.table import PROVENANCE, Row, append_row, read_rows, summary
 

@@ -21,6 +21,8 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "quality"))
+
 from quality_plan import ABLATIONS, METHODS, SUITES, Bench, Run, best_rate, candidates, finals
 from quality_report import write_report
 from quality_run import RunLog, digest, execute, hold_out

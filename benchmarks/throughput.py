@@ -29,6 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "speed"))
+
 from candidates import BUILDERS, KINDS
 from harness import device_name, load, pick_device, provenance
 from measure import OK, Effort, Row, measure_point

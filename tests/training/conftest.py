@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from ept.data import TaskData, TaskSpec
 from ept.training import EPTTrainingArguments, MultiTaskEncoder
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # scripts, importable as they are to each other
+for folder in ("benchmarks", "benchmarks/quality"):  # scripts, importable as they are to each other
+    sys.path.insert(0, str(Path(__file__).parents[2] / folder))
 
 POLARITY = TaskSpec("polarity", "classification", ("sentence",), ("bad", "good"), ("accuracy", "f1"))
 TOPIC = TaskSpec("topic", "classification", ("left", "right"), ("sea", "sky", "land"), ("accuracy",))

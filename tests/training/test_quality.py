@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import quality
-from harness import mean_and_error
 from quality_plan import ABLATIONS, METHODS, SEPARATE, Bench, Run, best_rate, candidates, finals
 from quality_report import (
     FULL,
@@ -27,6 +26,7 @@ from quality_report import (
 )
 from quality_run import RunLog, digest, hold_out
 from rich.console import Console
+from training_run import mean_and_error
 
 from ept.data import TaskData
 from ept.training.options import SYSTEMS

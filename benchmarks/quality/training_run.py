@@ -1,8 +1,10 @@
-"""What the benchmarks that train share: the trainer's arguments on whatever device there is, and a run's device."""
+"""What the benchmarks that train share: the trainer's arguments on any device, a run's device, and standard errors."""
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,3 +25,9 @@ def where(device: torch.device) -> dict[str, Any]:
     """Device and versions of a run, as a record keeps them."""
     found = {name: version for name, version in versions().items() if name != "platform"}
     return {"device": device_name(device), "versions": found}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; NaN where one value has none."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.mean(values), error

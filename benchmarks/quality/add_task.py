@@ -1,7 +1,7 @@
 """A task added later: what it reaches when its embedding and head alone train, and what the others lose (nothing).
 
-    python benchmarks/add_task.py --bf16                         # the embedded data, MiniLM, the last task added
-    python benchmarks/add_task.py --bf16 --data FOLDER --added NAME
+    python benchmarks/quality/add_task.py --bf16                # the embedded data, MiniLM, the last task added
+    python benchmarks/quality/add_task.py --bf16 --data FOLDER --added NAME
 
 ``together`` trains all tasks from the start. The others start from one adapter that was trained on the other tasks,
 with as many steps a task (``--added-steps`` for the new one): ``head only`` keeps the new task's embedding at the mean

@@ -14,7 +14,7 @@ from ept_kernels import cuda_backend
 
 from .bench import Bench
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(bench: Bench) -> None:

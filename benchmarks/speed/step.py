@@ -1,8 +1,8 @@
 """Time of one training step of a whole model: EPT beside PEFT's LoRA, on the same base, in one process.
 
-    python benchmarks/step.py                                   # MiniLM, 16 sentences of 64 tokens
-    python benchmarks/step.py --model smollm2 --batch 4 --length 128
-    python benchmarks/step.py --dtype bf16 --json runs/step.json
+    python benchmarks/speed/step.py                                   # MiniLM, 16 sentences of 64 tokens
+    python benchmarks/speed/step.py --model smollm2 --batch 4 --length 128
+    python benchmarks/speed/step.py --dtype bf16 --json runs/step.json
 
 A step is forward, loss (with EPT's contrastive loss), backward and AdamW. Both adapt every linear layer of the blocks
 at rank 8; a batch mixes all tasks. The methods take turns, in an order drawn anew every round; medians of the rounds,

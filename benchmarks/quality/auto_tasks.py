@@ -1,7 +1,7 @@
 """Unlabelled input: the score of every task with its true id, with ``task_ids="auto"``, and with a random id.
 
-    python benchmarks/auto_tasks.py --bf16                # the embedded data, MiniLM
-    python benchmarks/auto_tasks.py --bf16 --data FOLDER  # tasks of a folder with an index.json
+    python benchmarks/quality/auto_tasks.py --bf16                # the embedded data, MiniLM
+    python benchmarks/quality/auto_tasks.py --bf16 --data FOLDER  # tasks of a folder with an index.json
 
 Head and metric are always the task's own: what differs is how the adapter is routed. ``telling`` compares ways to tell
 the tasks apart: by the trained task embeddings or by prototypes of the pooled token embeddings, and in which

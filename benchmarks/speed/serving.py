@@ -1,7 +1,7 @@
 """Time of inference on a batch that holds 1, 2, 8 or 64 tasks, beside the frozen and the merged model, in one process.
 
-    python benchmarks/serving.py                                 # MiniLM, one 768 x 768 layer, a call of 8 tokens
-    python benchmarks/serving.py --cases layer --length 64 --rounds 41
+    python benchmarks/speed/serving.py                                 # MiniLM, one 768 x 768 layer, a call of 8 tokens
+    python benchmarks/speed/serving.py --cases layer --length 64 --rounds 41
 
 Every adapter has 64 tasks. ``merged`` serves one of them; ``token`` routes every token by itself (routing="token");
 ``anew`` folds the kernels in every call, as training does, where the others keep them while no parameter changes. The

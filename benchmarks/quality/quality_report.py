@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import mean_and_error
 from matplotlib.figure import Figure
 from quality_plan import Bench, Run, best_rate, candidates, system_of
 from quality_run import Record, RunLog
+from training_run import mean_and_error
 
 from ept.plots import heat_map
 

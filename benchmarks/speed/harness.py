@@ -34,7 +34,7 @@ FLUSH_BYTES = 256 * 2**20
 WARM_UP_CALLS = 2
 
 #: Where ``carry.py`` notes the commit, for a machine that gets the files without their history.
-COMMIT_FILE = Path(__file__).parents[1] / "carry" / "COMMIT"
+COMMIT_FILE = Path(__file__).parents[2] / "carry" / "COMMIT"
 PACKAGES = ("torch", "triton", "peft", "ept-kernels")
 
 
@@ -197,12 +197,6 @@ def spread(samples: Sequence[float]) -> Spread:
 def ratio_spread(samples: Sequence[float], baseline: Sequence[float]) -> Spread:
     """Quantiles of the ratio to the baseline round by round: what slows a whole round cancels."""
     return spread([mine / theirs for mine, theirs in zip(samples, baseline, strict=True)])
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; NaN where one value has none."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return statistics.mean(values), error
 
 
 # --- where a number comes from ----------------------------------------------------------------------------------------

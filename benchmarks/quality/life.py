@@ -41,7 +41,7 @@ def build_parser(description: str, output: str) -> argparse.ArgumentParser:
     parser.add_argument("--eval-limit", type=int, default=400, help="score this many validation rows a task at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / output)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / output)
     return parser
 
 

@@ -1,9 +1,9 @@
 """Does EPT learn at its default recipe what others learn at their own, in as many steps? One run, one JSON line.
 
-    python benchmarks/recipe.py --data FOLDER --tasks cola,mrpc,rte,stsb,sst2 --method ept
-    python benchmarks/recipe.py --data FOLDER --tasks cola,mrpc,rte,stsb,sst2 --method lora --lr 5e-4
-    python benchmarks/recipe.py --data FOLDER --tasks mrpc,stsb,sst2 --steps 400 --bf16 --set task_similarity=0.75
-    python benchmarks/recipe.py --show
+    python benchmarks/quality/recipe.py --data FOLDER --tasks cola,mrpc,rte,stsb,sst2 --method ept
+    python benchmarks/quality/recipe.py --data FOLDER --tasks cola,mrpc,rte,stsb,sst2 --method lora --lr 5e-4
+    python benchmarks/quality/recipe.py --data FOLDER --tasks mrpc,stsb,sst2 --steps 400 --set task_similarity=0.75
+    python benchmarks/quality/recipe.py --show
 
 All methods see the same model, targets, data order, heads, steps and schedule. Trainer, sampler, metrics and each
 method's defaults are those of ``ept-train``; LoRA is PEFT's, with the rank and scaling of EPT's defaults.
@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import mean_and_error
 from peft import PeftModel, get_peft_model
-from training_run import where
+from training_run import mean_and_error, where
 from transformers import set_seed
 
 import ept
@@ -37,7 +36,7 @@ from ept.training.multitask import base_model
 from ept.training.options import SYSTEMS
 from ept.training.report import quieten_libraries
 
-RESULTS = Path(__file__).parent / "results" / "recipe.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "recipe.jsonl"
 
 
 class RecordingTrainer(EPTTrainer):

@@ -1,7 +1,7 @@
 """Host time of a small EPT layer beside its frozen linear and PEFT's LoRA, in one process on a CPU.
 
-    python benchmarks/host_time.py                              # a table
-    python benchmarks/host_time.py --json runs/host_time.jsonl  # and a line for each row of it
+    python benchmarks/speed/host_time.py                              # a table
+    python benchmarks/speed/host_time.py --json runs/host_time.jsonl  # and a line for each row of it
 
 A layer of few tokens takes as long as the host needs to start its work: on a GPU in every eager call, on a CPU where
 the products are small. Candidates: EPT on backend ``cpu`` as it is; and ``gpu``, the orchestration of backend
