@@ -25,7 +25,7 @@ def test_hostile_arguments_end_in_a_named_error_or_a_right_answer(backend: str) 
     count = 200 * FACTOR
     paths = [
         str(_HERE),
-        str(_HERE.parent),
+        str(_HERE.parent / "support"),
         str(Path(ept_kernels.__file__).parents[1]),
         os.environ.get("PYTHONPATH", ""),
     ]
