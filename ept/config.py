@@ -103,6 +103,19 @@ def check_positive(name: str, value: Any) -> None:
     check(is_number(value) and value > 0, f"{name} must be a number > 0, got {value!r}")
 
 
+def check_weight(name: str, value: Any) -> None:
+    """Raise a ValueError unless ``value`` is a number >= 0."""
+    check(is_number(value) and value >= 0, f"{name} must be a number >= 0, got {value!r}")
+
+
+def _check_expression(name: str, value: Any) -> None:
+    """Raise a ValueError unless ``value`` is a regular expression."""
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{name} is not a regular expression: {error}") from None
+
+
 def _is_nothing(value: object) -> bool:
     return value is None or (isinstance(value, (list, tuple)) and not value)
 
@@ -136,25 +149,23 @@ class AdapterConfig(PeftConfig):
         ValueError: a value out of its range; the message names the argument, the value and what is allowed.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank of the update's factors."})
-    lora_alpha: float = field(default=32, metadata={"help": "The update is scaled by lora_alpha / r."})
-    num_tasks: int = field(default=8, metadata={"help": "How many tasks there are."})
-    task_names: list[str] | None = field(default=None, metadata={"help": "Names of the tasks, by id."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to adapt."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules never to adapt."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "r of the layers that match."})
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "lora_alpha of such layers."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Rows of the embedding to train."}
-    )
-    bias: str = field(default="none", metadata={"help": "'none', 'all' or 'ept_only': biases to train."})
-    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
-    layer_replication: list[tuple[int, int]] | None = field(default=None, metadata={"help": "Not supported."})
-    row_layout: dict[str, str] | None = field(default=None, metadata={"help": "How the rows of some layers run."})
+    r: int = 8
+    lora_alpha: float = 32
+    num_tasks: int = 8
+    task_names: list[str] | None = None
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    bias: str = "none"
+    target_parameters: list[str] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    row_layout: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -214,10 +225,7 @@ class AdapterConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise ValueError(f"{name}={value!r} is not a regular expression: {error}") from None
+                _check_expression(f"{name}={value!r}", value)
             elif value is not None:
                 setattr(self, name, set(value))
         layers = self.layers_to_transform
@@ -251,10 +259,7 @@ class AdapterConfig(PeftConfig):
             pattern = {} if getattr(self, name) is None else getattr(self, name)
             check(isinstance(pattern, dict), f"{name} must be {{pattern: {argument}}}, got {pattern!r}")
             for key, value in pattern.items():
-                try:
-                    re.compile(key)
-                except (re.error, TypeError) as error:
-                    raise ValueError(f"{name}[{key!r}] is not a regular expression: {error}") from None
+                _check_expression(f"{name}[{key!r}]", key)
                 if argument == "r":
                     check_size(f"{name}[{key!r}]", value)
                 else:
@@ -292,10 +297,7 @@ class AdapterConfig(PeftConfig):
         check(given is None or (isinstance(given, dict) and all(isinstance(key, str) for key in given)), wanted)
         for pattern, layout in (given or {}).items():
             check(isinstance(layout, str) and layout in LAYOUTS, wanted)
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"row_layout[{pattern!r}] is not a regular expression: {error}") from None
+            _check_expression(f"row_layout[{pattern!r}]", pattern)
 
     def _check_tasks(self) -> None:
         if self.task_names is not None:
@@ -333,10 +335,10 @@ class ContrastiveConfig(AdapterConfig):
         contrastive_weight: weight of the contrastive loss in the total; 0 switches it off.
     """
 
-    task_embedding_dim: int | None = field(default=None, metadata={"help": "Width of a task embedding."})
-    task_similarity: float = field(default=0.75, metadata={"help": "Cosine of two task embeddings at the start."})
-    temperature: float = field(default=0.05, metadata={"help": "Temperature of the contrastive loss."})
-    contrastive_weight: float = field(default=0.1, metadata={"help": "Weight of the contrastive loss."})
+    task_embedding_dim: int | None = None
+    task_similarity: float = 0.75
+    temperature: float = 0.05
+    contrastive_weight: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -346,18 +348,12 @@ class ContrastiveConfig(AdapterConfig):
             is_number(self.task_similarity) and 0 <= self.task_similarity < 1,
             f"task_similarity must be a number in [0, 1), got {self.task_similarity!r}",
         )
-        check(
-            is_number(self.temperature) and self.temperature > 0,
-            f"temperature must be a number > 0, got {self.temperature!r}",
-        )
+        check_positive("temperature", self.temperature)
         check(
             self.temperature >= LEAST_TEMPERATURE,
             f"temperature must be at least {LEAST_TEMPERATURE}, got {self.temperature!r}",
         )
-        check(
-            is_number(self.contrastive_weight) and self.contrastive_weight >= 0,
-            f"contrastive_weight must be a number >= 0, got {self.contrastive_weight!r}",
-        )
+        check_weight("contrastive_weight", self.contrastive_weight)
 
 
 @dataclass
@@ -407,21 +403,15 @@ class EPTConfig(ContrastiveConfig):
         ValueError: a value out of its range; the message names the argument, the value and what is allowed.
     """
 
-    kernel_sizes: tuple[int, ...] = field(
-        default=(2, 2, 4, 4, 6, 6, 8, 8), metadata={"help": "Deconvolution kernel size of every expert."}
-    )
-    kernel_pattern: dict[str, tuple[int, ...]] | None = field(
-        default=None, metadata={"help": "Kernel sizes of the layers whose names match a pattern."}
-    )
-    top_k: int = field(default=2, metadata={"help": "Experts mixed for a task."})
-    alp_scaling: bool = field(default=True, metadata={"help": "Dimension-aware scaling of the Adaptive LoRA Pruner."})
-    auto_routing: bool = field(default=False, metadata={"help": "Learn to find out the task of unlabelled samples."})
-    finished_tasks: int = field(default=0, metadata={"help": "Tasks that must stay as they are; add_task sets it."})
-    added_kernels: tuple[tuple[int, tuple[int, ...]], ...] | None = field(
-        default=None, metadata={"help": "Experts of tasks that were added later; add_task sets it."}
-    )
-    init_seed: str = field(default="gaussian", metadata={"help": "'gaussian' or 'zero'."})
-    routing: str = field(default="task", metadata={"help": "'task' or 'token': what selects experts."})
+    kernel_sizes: tuple[int, ...] = (2, 2, 4, 4, 6, 6, 8, 8)
+    kernel_pattern: dict[str, tuple[int, ...]] | None = None
+    top_k: int = 2
+    alp_scaling: bool = True
+    auto_routing: bool = False
+    finished_tasks: int = 0
+    added_kernels: tuple[tuple[int, tuple[int, ...]], ...] | None = None
+    init_seed: str = "gaussian"
+    routing: str = "task"
 
     def __post_init__(self) -> None:
         self.kernel_sizes = check_kernel_sizes(self.kernel_sizes)

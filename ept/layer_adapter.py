@@ -20,6 +20,12 @@ from .tasks import ResolvedTasks, TaskIds, TaskNames, TaskSet, count_samples
 WeightedLosses = dict[str, tuple[float, Tensor]]
 
 
+def add_rounded_once(weight: Tensor, delta: Tensor) -> Tensor:
+    """``weight + delta``, both ``[out, in]``, added in at least fp32; in the dtype of ``weight``."""
+    wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), delta.dtype)
+    return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+
+
 class LayerAdapter(nn.Module):
     """The trainable part of one adapted linear map, without the map.
 
@@ -65,19 +71,18 @@ class LayerAdapter(nn.Module):
         cls,
         config: AdapterConfig,
         features: Mapping[str, tuple[int, int]],
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> TaskSet:
         """The tasks, and what all layers of an adapter share.
 
         Args:
             features: ``(in_features, out_features)`` of every layer that will be adapted, by name.
+            factory: device and dtype of parameters.
 
         Raises:
             ValueError: layers that the method cannot adapt together.
         """
-        return TaskNames(config.num_tasks, config.task_names, device=device)
+        return TaskNames(config.num_tasks, config.task_names, device=factory.get("device"))
 
     @classmethod
     def check_features(cls, config: AdapterConfig, in_features: int, out_features: int) -> None:
@@ -120,9 +125,7 @@ class LayerAdapter(nn.Module):
 
     def merge_into(self, weight: Tensor, task: int) -> Tensor:
         """``weight [out, in]`` with one task's update, added in at least fp32 and rounded once; ``weight`` is kept."""
-        delta = self.delta_weight(task)
-        wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), delta.dtype)
-        return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+        return add_rounded_once(weight, self.delta_weight(task))
 
     @classmethod
     def check_shardable(cls, shared: TaskSet) -> None:

@@ -255,9 +255,7 @@ class TaskRoutedAdapter(LayerAdapter):
         cls,
         config: ContrastiveConfig,
         features: Mapping[str, tuple[int, int]],
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> TaskTable:
         return TaskTable(
             config.num_tasks,
@@ -265,8 +263,7 @@ class TaskRoutedAdapter(LayerAdapter):
             config.task_names,
             similarity=config.task_similarity,
             finished=getattr(config, "finished_tasks", 0),
-            device=device,
-            dtype=dtype,
+            **factory,
         )
 
     def collect(self, context: TaskContext, x: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ept_kernels import PyramidGeometry, fold_kernels, pyramid_delta, pyramid_linear, pyramid_merge, pyramid_weight
 
 from ..adapted_linear import AdaptedLinear
-from ..config import AdapterConfig, TaskRoutedPeftType, check, check_size, is_number
+from ..config import AdapterConfig, TaskRoutedPeftType, check_size, check_weight
 from ..context import TaskContext
 from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..tasks import TaskIds, TaskSet
@@ -32,18 +32,15 @@ class DCFTConfig(AdapterConfig):
             off.
     """
 
-    r: int = field(default=1, metadata={"help": "Rank of the seed."})
-    kernel_size: int = field(default=8, metadata={"help": "Size of the deconvolution's kernel."})
-    orthogonality_weight: float = field(default=0.1, metadata={"help": "Weight of the orthogonality penalty."})
+    r: int = 1
+    kernel_size: int = 8
+    orthogonality_weight: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = DCFT
         check_size("kernel_size", self.kernel_size)
-        check(
-            is_number(self.orthogonality_weight) and self.orthogonality_weight >= 0,
-            f"orthogonality_weight must be a number >= 0, got {self.orthogonality_weight!r}",
-        )
+        check_weight("orthogonality_weight", self.orthogonality_weight)
 
 
 class DCFTAdapter(LayerAdapter):
@@ -61,13 +58,11 @@ class DCFTAdapter(LayerAdapter):
         shared: TaskSet,
         *,
         name: str = "",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
         super().__init__(in_features, out_features, config, shared, name=name)
         self.geometry = self._geometry(config, in_features, out_features)
         self.scaling = config.lora_alpha / config.r
-        factory: Any = {"device": device, "dtype": dtype}
         self.A = nn.Parameter(torch.empty(config.r, self.geometry.seed_width, **factory))
         self.B = nn.Parameter(torch.empty(self.geometry.seed_height, config.r, **factory))
         self.c = nn.Parameter(torch.empty(config.kernel_size, config.kernel_size, **factory))

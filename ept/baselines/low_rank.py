@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +36,13 @@ class DiagonalAdapter(LayerAdapter):
         shared: TaskSet,
         *,
         name: str = "",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
         super().__init__(in_features, out_features, config, shared, name=name)
         self.geometry = PyramidGeometry(in_features, out_features, config.r, (1,))
         self.scaling = config.lora_alpha / config.r
-        self.A = nn.Parameter(torch.empty(config.r, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out_features, config.r, device=device, dtype=dtype))
+        self.A = nn.Parameter(torch.empty(config.r, in_features, **factory))
+        self.B = nn.Parameter(torch.empty(out_features, config.r, **factory))
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:

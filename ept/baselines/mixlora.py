@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ept_kernels import without_autocast
 
 from ..adapted_linear import AdaptedLinear
-from ..config import AdapterConfig, TaskRoutedPeftType, check, check_size, is_int, is_number
+from ..config import AdapterConfig, TaskRoutedPeftType, check, check_size, check_weight, is_int
 from ..context import TaskContext
 from ..layer_adapter import LayerAdapter, WeightedLosses
 from ..tasks import TaskIds
@@ -33,10 +34,10 @@ class MixLoRAConfig(AdapterConfig):
         balance_weight: weight of the load-balance loss in the total; 0 switches it off.
     """
 
-    r: int = field(default=16, metadata={"help": "Rank of every expert."})
-    num_experts: int = field(default=8, metadata={"help": "Experts of a feed-forward network."})
-    top_k: int = field(default=2, metadata={"help": "Experts that a token uses."})
-    balance_weight: float = field(default=0.01, metadata={"help": "Weight of the load-balance loss."})
+    r: int = 16
+    num_experts: int = 8
+    top_k: int = 2
+    balance_weight: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,10 +47,7 @@ class MixLoRAConfig(AdapterConfig):
             is_int(self.top_k) and 1 <= self.top_k <= self.num_experts,
             f"top_k must be an integer from 1 to num_experts={self.num_experts}, got {self.top_k!r}",
         )
-        check(
-            is_number(self.balance_weight) and self.balance_weight >= 0,
-            f"balance_weight must be a number >= 0, got {self.balance_weight!r}",
-        )
+        check_weight("balance_weight", self.balance_weight)
 
 
 class MixLoRAAdapter(LayerAdapter):
@@ -82,15 +80,14 @@ class MixLoRAAdapter(LayerAdapter):
         shared: TokenRouters,
         *,
         name: str = "",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
         super().__init__(in_features, out_features, config, shared, name=name)
         self.place = shared.places.get(name)
         self.scaling = config.lora_alpha / config.r
         experts = 1 if self.place is None else config.num_experts
-        self.A = nn.Parameter(torch.empty(experts, config.r, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(experts, out_features, config.r, device=device, dtype=dtype))
+        self.A = nn.Parameter(torch.empty(experts, config.r, in_features, **factory))
+        self.B = nn.Parameter(torch.empty(experts, out_features, config.r, **factory))
         self.reset_adapter_parameters()
 
     @classmethod
@@ -98,9 +95,7 @@ class MixLoRAAdapter(LayerAdapter):
         cls,
         config: MixLoRAConfig,
         features: Mapping[str, tuple[int, int]],
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> TokenRouters:
         places = ffn_places(features)
         if not places:
@@ -110,7 +105,7 @@ class MixLoRAAdapter(LayerAdapter):
             )
         widths = {p.block: features[name][0] for name, p in places.items() if p.role != EXIT}
         tasks = (config.num_tasks, config.task_names)
-        return TokenRouters(*tasks, places, widths, config.num_experts, config.top_k, device=device, dtype=dtype)
+        return TokenRouters(*tasks, places, widths, config.num_experts, config.top_k, **factory)
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,9 +30,9 @@ class MOELoRAConfig(AdapterConfig):
         task_embedding_dim: width of the gate's task embeddings.
     """
 
-    r: int = field(default=16, metadata={"help": "Rank of all experts together."})
-    num_experts: int = field(default=8, metadata={"help": "Experts; each has rank r / num_experts."})
-    task_embedding_dim: int = field(default=64, metadata={"help": "Width of the gate's task embeddings."})
+    r: int = 16
+    num_experts: int = 8
+    task_embedding_dim: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,12 +110,10 @@ class MOELoRAAdapter(DiagonalAdapter):
         cls,
         config: MOELoRAConfig,
         features: Mapping[str, tuple[int, int]],
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> TaskGate:
         size = (config.num_tasks, config.task_names, config.num_experts, config.task_embedding_dim)
-        return TaskGate(*size, device=device, dtype=dtype)
+        return TaskGate(*size, **factory)
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:

@@ -63,8 +63,7 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         shared: TaskSet,
         *,
         name: str = "",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
         super().__init__(in_features, out_features, config, shared, name=name)
         sizes = config.all_kernel_sizes
@@ -81,7 +80,6 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         if self.by_token and shared.routes:
             raise ValueError("task_table must be left out with routing='token', which has no task embeddings")
         self.unmergeable = UNMERGEABLE if self.by_token else None
-        factory: Any = {"device": device, "dtype": dtype}
         self.A = nn.Parameter(torch.empty(config.r, self.geometry.seed_width, **factory))
         self.B = nn.Parameter(torch.empty(self.geometry.seed_height, config.r, **factory))
         self.kernels = nn.ParameterList(nn.Parameter(torch.empty(k, k, **factory)) for k in sizes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from ept_kernels import PyramidGeometry, pyramid_delta, pyramid_linear, pyramid_
 from ept_kernels.autocast import autocast_dtype
 
 from ...adapted_linear import AdaptedLinear
-from ...config import AdapterConfig, TaskRoutedPeftType, check, check_size, is_number
+from ...config import AdapterConfig, TaskRoutedPeftType, check, check_positive, check_size
 from ...context import current
-from ...layer_adapter import LayerAdapter
+from ...layer_adapter import LayerAdapter, add_rounded_once
 from ...tasks import TaskIds, TaskNames, TaskSet
 from .router import CentroidRouter, Route, fixed_route
 
@@ -44,13 +44,13 @@ class TuckAConfig(AdapterConfig):
             model's order of modules.
     """
 
-    lora_alpha: float = field(default=2.0, metadata={"help": "Scale of the update."})
-    num_groups: int = field(default=2, metadata={"help": "Groups of experts."})
-    group_size: int = field(default=2, metadata={"help": "Experts in a group."})
-    core_rank: int = field(default=2, metadata={"help": "Slices of a group's core."})
-    centroid_noise: float = field(default=10.0, metadata={"help": "Noise between the first centroids."})
-    init: str = field(default="kaiming", metadata={"help": "'kaiming' or 'centred'."})
-    router_module: str | None = field(default=None, metadata={"help": "The adapted module that routes."})
+    lora_alpha: float = 2.0
+    num_groups: int = 2
+    group_size: int = 2
+    core_rank: int = 2
+    centroid_noise: float = 10.0
+    init: str = "kaiming"
+    router_module: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,10 +62,7 @@ class TuckAConfig(AdapterConfig):
             f"group_size must be at least 2 where num_groups is {self.num_groups} (one score divided by its norm is "
             f"the same in every group), got {self.group_size!r}",
         )
-        check(
-            is_number(self.centroid_noise) and self.centroid_noise > 0,
-            f"centroid_noise must be a number > 0, got {self.centroid_noise!r}",
-        )
+        check_positive("centroid_noise", self.centroid_noise)
         check(
             isinstance(self.init, str) and self.init in INITS,
             f"init must be one of {', '.join(INITS)}, got {self.init!r}",
@@ -220,14 +217,12 @@ class TuckerAdapter(LayerAdapter):
         shared: SharedRouter,
         *,
         name: str = "",
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
         super().__init__(in_features, out_features, config, shared, name=name)
         self.geometry = PyramidGeometry(in_features, out_features, config.r, (1,))
         self.input_geometry = PyramidGeometry(in_features, in_features, config.r, (1,))
         self.alpha, self.init = config.lora_alpha, config.init
-        factory: Any = {"device": device, "dtype": dtype}
         self.G = nn.Parameter(torch.empty(config.num_groups, config.core_rank, config.r, config.r, **factory))
         self.U = nn.Parameter(torch.empty(in_features, config.r, **factory))
         self.C = nn.Parameter(torch.empty(config.group_size, config.core_rank, **factory))
@@ -238,12 +233,10 @@ class TuckerAdapter(LayerAdapter):
         cls,
         config: TuckAConfig,
         features: Mapping[str, tuple[int, int]],
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> SharedRouter:
         layer = routing_layer(list(features), config.router_module)
-        return SharedRouter(config, features[layer][0], layer, device=device, dtype=dtype)
+        return SharedRouter(config, features[layer][0], layer, **factory)
 
     @classmethod
     def check_shardable(cls, shared: SharedRouter) -> None:
@@ -346,9 +339,7 @@ class TuckerAdapter(LayerAdapter):
         """
         if self.unmergeable is not None:
             raise ValueError(self.unmergeable)
-        delta = self.weight_update(weight, self.shared.fixed)
-        wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), delta.dtype)
-        return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+        return add_rounded_once(weight, self.weight_update(weight, self.shared.fixed))
 
     def part_sizes(self) -> dict[str, int]:
         return {"cores": self.G.numel(), "bases": self.U.numel(), "expert factors": self.C.numel()}
