@@ -13,10 +13,9 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-import ept
-
 from ..config import AdapterConfig
 from ..data import TaskData, TaskSpec
+from ..introspection import parameter_breakdown
 from ..mixture import TaskMixture
 
 # Regression heads learn labels mapped linearly from the task's label_range onto this interval.
@@ -267,7 +266,7 @@ def adapter_config(model: nn.Module) -> AdapterConfig | None:
 def trained_parameters(model: PeftModel) -> dict[str, int]:
     """Trained numbers by what they are: ``ept.parameter_breakdown``, or those of another adapter and the others."""
     if adapter_config(model) is not None:
-        return ept.parameter_breakdown(model)
+        return parameter_breakdown(model)
     method: Any = model.peft_config[model.active_adapter].peft_type
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[method]
     counts = {"adapter": 0, "other": 0}

@@ -11,9 +11,7 @@ from peft import PeftModel, get_peft_model
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, set_seed
 
-import ept
-
-from .. import models, plots
+from .. import introspection, models, plots
 from ..config import ContrastiveConfig
 from ..data import TaskData
 from ..files import clear_leftovers, write_atomically, write_json
@@ -153,14 +151,14 @@ def draw(folder: Path, model: PeftModel, history: Sequence[Mapping[str, float]])
         plots.loss_curves(history, new / "loss.png")
         if config is None:
             return
-        names, adapters = ept.task_names(model), ept.adapters(model)
+        names, adapters = introspection.task_names(model), introspection.adapters(model)
         adapter = next(iter(adapters.values()))
         if adapter.expert_labels is not None:
             labels = {layer: part.expert_labels or () for layer, part in adapters.items()}
             path = new / "expert_use.png"
-            plots.expert_use(ept.routing(model), labels, names, path, kind=adapter.expert_kind)
+            plots.expert_use(introspection.routing(model), labels, names, path, kind=adapter.expert_kind)
         if len(names) > 1 and isinstance(config, ContrastiveConfig) and adapter.shared.routes:
-            plots.task_map(ept.task_embeddings(model), names, new / "task_embeddings.png")
+            plots.task_map(introspection.task_embeddings(model), names, new / "task_embeddings.png")
 
     return write_atomically(folder, write)
 

@@ -18,10 +18,11 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
-import ept
-
+from ..config import EPTConfig
 from ..data import TaskData
+from ..losses import auxiliary_losses
 from ..methods import method_of
+from ..pyramid.optim import parameter_groups
 from ..tuner.calls import IGNORED
 from ..tuner.model import ept_model
 from .arguments import EPTTrainingArguments
@@ -183,7 +184,7 @@ class EPTTrainer(CheckpointingTrainer):
             loss = loss * (inputs["labels"] != IGNORED).sum() / num_items_in_batch
         self._add_to_log("task_loss", loss if is_share else loss / accumulated)
         if self._adapter_config is not None:
-            for name, (weight, value) in ept.auxiliary_losses(self.model).items():
+            for name, (weight, value) in auxiliary_losses(self.model).items():
                 self._add_to_log(name, value / accumulated)
                 loss = loss + weight * value / (accumulated if is_share else 1)
         self._finite_steps.see(inputs, loss)
@@ -191,10 +192,10 @@ class EPTTrainer(CheckpointingTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of ``args.optim``, over ``ept.parameter_groups`` if the adapter is EPT."""
-        if self.optimizer is None and isinstance(self._adapter_config, ept.EPTConfig):
+        if self.optimizer is None and isinstance(self._adapter_config, EPTConfig):
             trained: Any = self.model if model is None else model
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            groups = ept.parameter_groups(
+            groups = parameter_groups(
                 trained,
                 self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
