@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from .mixture import TaskMixture
 from .prototypes import masked_mean
 from .rows import BATCH_SECOND, LAYOUTS, ROWS, Ids, Layout, Place, RowIndex, RowTracker, refusal, take, tasks_of_rows
 from .tasks import ResolvedTasks, TaskIds, TaskSet, count_samples, flat_ids
+
+if TYPE_CHECKING:
+    from .provenance import SampleTracker
 
 T = TypeVar("T")
 
@@ -54,6 +57,7 @@ class TaskContext:
         sequence: whether the batch has a dimension beside that of its samples.
         layout: how rows run in the part of the model under way (``ept.row_layout``); None says nothing.
         tracker: follows tokens that a part of the model selects, while one does.
+        samples: follows the samples to layers whose place in the model is not known, while it runs.
         outer_layouts: what ``layout`` was outside the parts of such a block that are under way.
         uniform: whether all ids are the same; None until they are read.
         fitted: tasks for inputs of layers that were asked for before, see ``rows.fit``.
@@ -77,6 +81,7 @@ class TaskContext:
     sequence: bool = False
     layout: Layout | None = None
     tracker: RowTracker | None = field(default=None, repr=False)
+    samples: SampleTracker | None = field(default=None, repr=False)
     outer_layouts: list[Layout | None] = field(default_factory=list, repr=False)
     uniform: bool | None = None
     fitted: dict[Any, ResolvedTasks] = field(default_factory=dict, repr=False)
@@ -138,6 +143,10 @@ class TaskContext:
             )
 
         return again
+
+    def shown(self, x: Tensor, dim: int) -> tuple[bool, bool] | None:
+        """``SampleTracker.samples_at``; None where samples are not followed."""
+        return None if self.samples is None else self.samples.samples_at(x, dim)
 
     def one_task(self, tasks: ResolvedTasks) -> ResolvedTasks | None:
         """The task that all of ``task_ids`` name, as resolved for a whole batch; None where they differ.
@@ -269,13 +278,20 @@ def pop(context: TaskContext) -> None:
         _traced.context = context.outer
     else:
         _current.set(context.outer)
-    context.outer = context._last = context._encoded = None
+    if context.samples is not None:
+        context.samples.leave()
+    context.outer = context._last = context._encoded = context.samples = None
     context.fitted = {}
     context.shared = {}  # not cleared: the passes of a generation hold the same one
 
 
 def restore(context: TaskContext | None) -> None:
     """Make ``context`` current and forget what has been pushed since."""
+    left = _current.get()
+    while left is not None and left is not context:
+        if left.samples is not None:
+            left.samples.leave()
+        left = left.outer
     _current.set(context)
 
 
@@ -322,11 +338,13 @@ def fit(tasks: ResolvedTasks, count: int, x: Tensor, context: TaskContext, place
     layout = context.layout if context.layout is not None else place.layout
     lead = x.shape[:-1]
     key = (layout, lead, count, place)
-    remembers = not torch.compiler.is_compiling()
+    if place.guessed and context.layout is not None:
+        place = replace(place, guessed=False)
+    remembers = not torch.compiler.is_compiling() and (place.known or context.samples is None)
     if remembers and key in context.fitted:
         return context.fitted[key]
     ids = Ids(count, context.shape, context.sequence)
-    fitted = tasks_of_rows(tasks, ids, lead, place, layout)
+    fitted = tasks_of_rows(tasks, ids, lead, place, layout, lambda dim: (context.shown(x, dim) or (None,))[0])
     if fitted is None:
         fitted = context.one_task(tasks)
     if fitted is None:

@@ -168,10 +168,18 @@ class LayerAdapter(nn.Module):
         if place.plain and x.dim() > 2 and x.shape[0] == count and context.layout is None and context.shape is None:
             return tasks
         fitted = fit(tasks, count, x, context, place, self.layer_name)
-        learns = not (place.known or torch.compiler.is_compiling())
-        if learns and fitted is tasks and x.dim() > 2 and x.shape[0] == count != x.shape[1]:
-            self.row_place = replace(place, known=True)  # another layout would have been refused
+        if not (place.known or torch.compiler.is_compiling()):
+            self._learn(x, count, context, first=fitted is tasks)
         return fitted
+
+    def _learn(self, x: Tensor, count: int, context: TaskContext, *, first: bool) -> None:
+        """Trust from now on that a dimension is the batch, the first or else that of its layout, if x shows it."""
+        place, dim = self.row_place, 0 if first else 1
+        if x.dim() < 2 or x.shape[dim] != count or context.layout is not None or not (first or place.guessed):
+            return
+        found = context.shown(x, dim)
+        if found[1] if found is not None else x.dim() > 2 and x.shape[0] != x.shape[1]:
+            self.row_place = replace(place, known=True, guessed=False, layout=None if first else place.layout)
 
     def _explicit_tasks(self, x: Tensor, task_ids: TaskIds) -> ResolvedTasks:
         """The tasks of a call that names them: one for all, or one for each sample, which are the first dimension."""

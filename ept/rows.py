@@ -58,6 +58,7 @@ class Place:
         known: whether the code around the layer is known, or declared, to hold the batch first.
         listed: whether it is in a list of modules: a 2-D input there may hold tokens that another part selected.
         doubt: why even one row for each id is no proof (a sample may have several images), or None.
+        guessed: whether ``layout`` is only that of attention beside the layer.
         plain: whether a 3-D input with one entry for each id is known to hold the samples first.
     """
 
@@ -65,6 +66,7 @@ class Place:
     known: bool = True
     listed: bool = False
     doubt: str | None = None
+    guessed: bool = False
     plain: bool = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -106,8 +108,12 @@ class Ids:
     sequence: bool = False
 
 
+#: Whether a dimension of a layer's input holds the samples, as far as what made the input shows it.
+Shown = Callable[[int], bool | None]
+
+
 def tasks_of_rows(
-    tasks: Tensor | TaskMixture, ids: Ids, lead: torch.Size, place: Place, layout: Layout | None
+    tasks: Tensor | TaskMixture, ids: Ids, lead: torch.Size, place: Place, layout: Layout | None, shown: Shown
 ) -> ResolvedTasks | None:
     """Tasks for the rows of an input with the leading dimensions ``lead``; None where that is not known."""
     if not lead:
@@ -119,15 +125,28 @@ def tasks_of_rows(
         return None
     if layout == ROWS:
         return tasks if lead[0] % ids.count == 0 or (ids.shape is not None and lead[:2] == ids.shape) else None
+    if layout == BATCH_SECOND and place.guessed:
+        layout = _settle(lead, ids, shown)
+        if layout is None:
+            return None
     if layout == BATCH_SECOND:
         device = tasks.weights.device if isinstance(tasks, TaskMixture) else tasks.device
         places = places_of(ids.count, lead, ids.shape, second=True, device=device)
         return None if places is None else take(tasks, places.reshape(-1))
     if ids.shape is not None:
-        whole = lead[:2] == ids.shape
+        # Where sequence and batch are equally long, a module that is unknown may hold either first.
+        sure = place.known or layout == BATCH_FIRST or len(set(ids.shape)) == 2
+        whole = lead[:2] == ids.shape and sure
         flat = len(lead) == 1 and lead[0] == ids.count and ids.shape[0] == 1 and not place.listed
         return tasks if whole or flat else None
-    return tasks if lead[0] == ids.count and _is_batch(lead, ids, place, layout) else None
+    return tasks if lead[0] == ids.count and _is_batch(lead, ids, place, layout, shown) else None
+
+
+def _settle(lead: torch.Size, ids: Ids, shown: Shown) -> Layout | None:
+    """Which of two leading dimensions is the batch, beside attention that holds it second; None where it is unknown."""
+    if ids.shape is not None or len(lead) < 2 or (lead[0] == ids.count) != (lead[1] == ids.count):
+        return BATCH_FIRST if ids.shape is None and lead[0] == ids.count else BATCH_SECOND
+    return next((name for dim, name in enumerate((BATCH_FIRST, BATCH_SECOND)) if shown(dim)), None)
 
 
 def places_of(
@@ -154,10 +173,13 @@ def places_of(
     return places.view(*places.shape, *(1 for _ in lead[places.dim() :])).expand(lead)
 
 
-def _is_batch(lead: torch.Size, ids: Ids, place: Place, layout: Layout | None) -> bool:
+def _is_batch(lead: torch.Size, ids: Ids, place: Place, layout: Layout | None, shown: Shown) -> bool:
     """Whether a first dimension as long as the ids is the batch, not a number of something else by accident."""
-    if layout == BATCH_FIRST:
+    if layout == BATCH_FIRST and not place.guessed:
         return True
+    found = None if place.known else shown(0)
+    if found is not None or layout == BATCH_FIRST:
+        return found is not False
     if len(lead) == 1:
         return not (place.listed and ids.sequence)
     # An exported program serves every size; the layout is that of the example, which shows it.

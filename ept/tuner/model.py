@@ -54,6 +54,7 @@ class EPTModel(GrowingTasks):
         self.ept_task_tables = nn.ModuleDict()
         self._trained = None
         self._merged = ()
+        self._unknown = []
         self._hooks: list[RemovableHandle] = []
 
     def _post_injection_hook(self, model: Any, config: AdapterConfig, adapter_name: str) -> None:
@@ -75,6 +76,7 @@ class EPTModel(GrowingTasks):
         for parameter, requires_grad in before:
             parameter.requires_grad = requires_grad
         self._hooks += follow_rows(model, EPTLinearLayer)
+        self._find_unknown()
 
     def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
         by_default = peft_config.target_modules is None
@@ -181,6 +183,7 @@ class EPTModel(GrowingTasks):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         del self.ept_task_tables[adapter_name]
+        self._find_unknown()
         self.train_tables(self._trainable())
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:

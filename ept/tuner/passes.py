@@ -12,18 +12,21 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch._dynamo.decorators import skip_code
 
+from ept_kernels.tracing import is_eager
+
 from ..adapted_linear import check_merged_task
 from ..context import TaskContext, activate, current, pop, push, restore
 from ..layer_adapter import LayerAdapter
 from ..methods import method_of
 from ..mixture import TaskMixture
 from ..prototypes import TaskPrototypes, embedding_layer, input_representation
+from ..provenance import SampleTracker
 from ..recompute import checkpoint_with_tasks
 from ..rows import repeat, take
 from ..tasks import AUTO, ResolvedTasks, TaskIds, TaskSet, count_samples, wants_auto
 from .calls import Entries, batch_size, decoder_mask, decoder_of, entries_of, has_sequence, main_input, takes
 from .layer import EPTLinearLayer
-from .structure import takes_choices
+from .structure import is_followed, takes_choices
 
 
 class TaskPasses(BaseTuner):
@@ -33,6 +36,7 @@ class TaskPasses(BaseTuner):
     peft_config: dict[str, Any]  # of one method's config; PEFT's own class says less
     ept_task_tables: Any  # an nn.ModuleDict of TaskSets
     _merged: tuple[EPTLinearLayer, ...]  # one layer that is merged, if any is: all are merged together
+    _unknown: list[LayerAdapter]  # whose rows may be others than they seem
     _trained: TaskContext | None  # of the last training pass, for the method's losses
 
     def adapters(self, adapter_name: str) -> dict[str, LayerAdapter]:
@@ -153,11 +157,38 @@ class TaskPasses(BaseTuner):
             if entries.shape is None:
                 self._observe(resolved, args, kwargs)
         push(context)
+        self._watch_samples(context, args, kwargs)
         if takes(module, "task_ids"):
             tokens: Any = context.task_ids
             kwargs["task_ids"] = resolved if entries.shape is None else tokens.view(entries.shape)
         self._trained = context if pools or sums else None
         return args, kwargs
+
+    def _find_unknown(self) -> None:
+        """Look for adapters whose place the model's structure does not show; its first mixed batches will."""
+        followed = tuple(f"{path}." for path, part in self.model.named_modules() if is_followed(part))
+        self._unknown = [
+            adapter
+            for path, part in self.model.named_modules()
+            if isinstance(part, EPTLinearLayer) and not path.startswith(followed)
+            for adapter in part.ept_adapters.values()
+            if not adapter.row_place.known and (adapter.row_place.layout is None or adapter.row_place.guessed)
+        ]
+
+    def _watch_samples(self, context: TaskContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Follow the samples of a call to layers whose place in the model is not known, as long as there are some."""
+        if torch.compiler.is_compiling() or not self._unknown or not is_eager(*self._unknown[0].parameters()):
+            return
+        self._unknown = [adapter for adapter in self._unknown if not adapter.row_place.known]
+        if not self._unknown or context.uniform or context.shape is not None or context.count in (None, 1):
+            return
+        layers: dict[nn.Module, bool] = {
+            part: all(adapter.row_place.plain for adapter in part.ept_adapters.values())
+            for part in self.model.modules()
+            if isinstance(part, EPTLinearLayer)
+        }
+        tracker = SampleTracker(context.count, (*args, *kwargs.values()))
+        context.samples = tracker if tracker.begin(layers) else None
 
     @staticmethod
     def _inherited(outer: TaskContext, ids: TaskIds | None, x: Tensor | None, kwargs: Mapping[str, Any]) -> Entries:

@@ -111,12 +111,15 @@ class FollowedForward:
         if context.tracker is not None and (known := context.tracker.places(x)) is not None:
             return known.view(x.shape[:-1])
         layout = context.layout if context.layout is not None else self.place.layout
-        if layout not in (None, BATCH_FIRST, BATCH_SECOND) or (layout is None and self._doubtful(x)):
+        if layout not in (None, BATCH_FIRST, BATCH_SECOND) or (layout is None and self._doubtful(x, context)):
             return None
         return places_of(count, x.shape[:-1], context.shape, second=layout == BATCH_SECOND, device=x.device)
 
-    def _doubtful(self, x: Tensor) -> bool:
+    def _doubtful(self, x: Tensor, context: TaskContext) -> bool:
         """Whether the first dimension of x may be another than the batch."""
+        found = None if self.place.known or self.place.doubt is not None else context.shown(x, 0)
+        if found is not None:
+            return not found[0]
         return self.place.doubt is not None or (not self.place.known and x.dim() > 2 and x.shape[0] == x.shape[1])
 
 
@@ -164,6 +167,7 @@ _LAYOUTS: dict[str, dict[str, str]] = {
         "OneFormerAttention": BATCH_FIRST,
         "OneFormerTransformerDecoder(FFN|QueryTransformerDecoder)Layer|OneFormerTextTransformerLayer": BATCH_SECOND,
     },
+    "mlcd": {"out_proj": BATCH_SECOND},
     "opt": {"OPTDecoderLayer": ROWS},  # flattens for its feed-forward network
     "timesformer": {"TimesformerLayer": ROWS},  # frames or patches beside the samples
     "mobilevit": {"MobileViTTransformer": ROWS},
@@ -242,6 +246,12 @@ def _package(module: nn.Module) -> Iterator[tuple[str, str]]:
             yield (parts[2] if len(parts) > 2 and parts[1] == "models" else "", kind.__name__)
 
 
+def _is_theirs(module: nn.Module) -> bool:
+    """Whether ``module`` runs code of transformers, and not that of a class which somebody derived."""
+    kind = type(module)
+    return any(owner.__module__.split(".")[0] == "transformers" for owner in (kind, kind.forward))
+
+
 def _ancestors(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """``(name, module)`` of the module at ``path`` and of those that hold it, the innermost first, the model last."""
     names, module, chain = path.split(".") if path else [], model, [("", model)]
@@ -267,24 +277,27 @@ def place_of(model: nn.Module, path: str, declared: str | None = None) -> Place:
     if declared is not None:
         return Place(layout=declared)
     layout = doubt = None
-    known = listed = False
-    for name, module in _ancestors(model, path):
+    known: bool | None = None
+    listed = guessed = False
+    for depth, (name, module) in enumerate(_ancestors(model, path)):
         kinds = list(_package(module))
         for package, kind in kinds:
-            layout = layout or _look_up(_LAYOUTS, package, (kind, name))
+            layout = layout or _look_up(_LAYOUTS, package, (kind, name, path.rpartition(".")[2]))
             doubt = doubt or (None if layout else _look_up(_DOUBTS, package, (kind, name)))
         if layout is None and isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             layout = BATCH_FIRST if module.self_attn.batch_first else BATCH_SECOND
         if layout is None and not kinds:
             layout = _layout_of_neighbours(module)
+            guessed = layout is not None
         experts = getattr(module, "experts", None)
         if layout is None and kinds and isinstance(experts, nn.Module) and not _is_list(experts):
             layout = ROWS  # the block flattens its tokens, and its experts are one module for all of them
-        known = known or bool(kinds)
+        if known is None and depth and type(module).__module__.split(".")[0] not in ("torch", "peft"):
+            known = _is_theirs(module)  # the code that calls the layer
         listed = listed or (isinstance(module, (nn.ModuleList, nn.ModuleDict)) and bool(path))
     if doubt is None and layout is None and _has_media(model) and _MEDIA_PARTS.search(path):
         doubt = _MEDIA
-    return Place(layout, known, listed, doubt)
+    return Place(layout, bool(known), listed, doubt, guessed)
 
 
 def _layout_of_neighbours(module: nn.Module) -> str | None:
@@ -328,7 +341,7 @@ def follow_rows(model: nn.Module, adapted: type[nn.Module]) -> list[RemovableHan
         if hasattr(type(block), _LONG_FORM) and _LONG_FORM not in block.__dict__:
             object.__setattr__(block, _LONG_FORM, SelectedSamples(block, _LONG_FORM))
         lists = [part for part in _experts(block) if _is_list(part)]
-        if not lists or isinstance(block.__dict__.get("forward"), FollowedForward):
+        if not lists or is_followed(block):
             continue
         object.__setattr__(block, "forward", FollowedForward(block, place_of(model, path)))
         experts = [part for several in lists for part in several.children()]
@@ -336,6 +349,11 @@ def follow_rows(model: nn.Module, adapted: type[nn.Module]) -> list[RemovableHan
             handles.append(part.register_forward_pre_hook(EnterPart(part in experts), with_kwargs=True))
             handles.append(part.register_forward_hook(leave_part, always_call=True))
     return handles
+
+
+def is_followed(module: nn.Module) -> bool:
+    """Whether ``module`` is a block whose tokens are followed to its parts."""
+    return isinstance(module.__dict__.get("forward"), FollowedForward)
 
 
 def unfollow(model: nn.Module) -> None:

@@ -119,20 +119,23 @@ def test_a_bad_layout_in_a_config_is_named(given: object) -> None:
 
 
 class Square(nn.Module):
-    def __init__(self) -> None:
+    """``mix`` gets its input in a way that nobody can follow, where ``hides``."""
+
+    def __init__(self, hides: bool) -> None:
         super().__init__()
-        self.mix = nn.Linear(6, 6)
+        self.mix, self.hides = nn.Linear(6, 6), hides
 
     def forward(self, inputs_embeds: Tensor) -> Tensor:
-        return self.mix(inputs_embeds)
+        return self.mix(torch.from_numpy(inputs_embeds.numpy()) if self.hides else inputs_embeds)
 
 
 def test_a_square_input_is_refused_until_another_has_shown_which_dimension_is_the_batch() -> None:
     config = EPTConfig(r=2, num_tasks=3, kernel_sizes=(2, 2, 3), target_modules=["mix"])
-    model = get_peft_model(Square(), config)
+    model = get_peft_model(Square(hides=True), config)
     x = torch.randn(3, 3, 6)
     with pytest.raises(ValueError, match="may be another than the batch in a module that is unknown"):
         model(inputs_embeds=x, task_ids=IDS)
     model(inputs_embeds=x, task_ids=0)
     model(inputs_embeds=x[:, :2], task_ids=IDS)
     model(inputs_embeds=x, task_ids=IDS)
+    get_peft_model(Square(hides=False), config)(inputs_embeds=x, task_ids=IDS)  # it is plain to see

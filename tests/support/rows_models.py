@@ -443,6 +443,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mamba_dt_rank=4,
     ),
     "ViT": Architecture("vision", encoder("ViTForImageClassification", "ViTConfig", **_VISION), images(), lengths=(6,)),
+    "MLCD": Architecture("vision", encoder("MLCDVisionModel", "MLCDVisionConfig", **_VISION), images(), lengths=(6,)),
     "BEiT": Architecture(
         "vision", encoder("BeitForImageClassification", "BeitConfig", **_VISION), images(), lengths=(6,)
     ),
