@@ -17,12 +17,18 @@ import transformers
 import ept
 from ept.export.cli import build_parser as export_parser
 from ept.inspecting.cli import build_parser as inspect_parser
+from ept.predict import build_parser as predict_parser
 from ept.training.options import build_parser as train_parser
 
 from .conftest import PAGES, ROOT, VOCABULARY, blocks
 
 FROM_LORA = ROOT / "docs" / "from-lora.md"
-PARSERS = {"ept-train": train_parser, "ept-inspect": inspect_parser, "ept-export": export_parser}
+PARSERS = {
+    "ept-train": train_parser().parse_args,
+    "ept-predict": predict_parser().parse_intermixed_args,
+    "ept-inspect": inspect_parser().parse_args,
+    "ept-export": export_parser().parse_args,
+}
 
 page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -170,7 +176,7 @@ def test_commands_are_understood(page: Path, capsys: pytest.CaptureFixture) -> N
         if line.startswith(tuple(PARSERS))
     ]
     for name, *arguments in commands:
-        PARSERS[name]().parse_args(arguments)
+        PARSERS[name](arguments)
 
 
 @page

@@ -20,7 +20,7 @@ def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     blocks = re.findall(r"```(bash|python)\n(.*?)```", TUTORIAL.read_text(), flags=re.DOTALL)
-    assert [language for language, _ in blocks] == ["bash"] * 2 + ["python"] * 4
+    assert [language for language, _ in blocks] == ["bash"] * 3 + ["python"] * 4
     *blocks, (_, plain) = blocks
     script = "\n".join(code for language, code in blocks if language == "python")
     commands = [["bash", "-euo", "pipefail", "-c", code] for language, code in blocks if language == "bash"]
