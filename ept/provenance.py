@@ -136,12 +136,14 @@ class SampleTracker(TorchFunctionMode):
     def samples_at(self, x: Tensor, dim: int) -> tuple[bool, bool] | None:
         """Whether dimension ``dim`` of x holds the samples, and whether it always will; None where nobody knows."""
         found = self._followed.get(x)
-        if found is None:
+        if found is None or found[0].is_meta:
             return None
-        companion, always = found
+        companion, always = found  # on another device than x, perhaps: what moves x leaves it where it is
         if companion.shape[dim] != self.count:
             return False, always
-        own = torch.arange(self.count, device=x.device).view(*(self.count if i == dim else 1 for i in range(x.dim())))
+        own = torch.arange(self.count, device=companion.device).view(
+            *(self.count if i == dim else 1 for i in range(x.dim()))
+        )
         small = _essence(companion)
         return bool(((small == own) | (small == NONE)).all()), always
 
