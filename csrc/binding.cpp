@@ -1,4 +1,4 @@
-// Python's view of the native code: ept_kernels._C. Tensors come as addresses and sizes, checked by ept_kernels/native.py;
+// Python's view of the native code: ept_kernels._C. Tensors come as addresses and sizes, checked by ept_kernels/backends;
 // so this module needs neither PyTorch's headers nor its libraries and fits every version of it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

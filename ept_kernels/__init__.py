@@ -2,13 +2,12 @@
 
 from ._moved import MOVED as _MOVED
 from ._moved import install as _install
-from .autocast import without_autocast
 from .dispatch import available_backends, backend_for
 from .folding import active_scales, fold_kernels
-from .functional import pyramid_delta, pyramid_linear, pyramid_merge, pyramid_weight
+from .functional import fold_kept, fold_tasks, pyramid_delta, pyramid_linear, pyramid_merge, pyramid_weight
 from .geometry import PyramidGeometry
-from .kept import Kept
-from .task_folding import fold_kept, fold_tasks
+from .problem import Kept
+from .tracing import without_autocast
 
 __all__ = [
     "Kept",

@@ -16,7 +16,18 @@ from types import ModuleType
 from typing import Any
 
 #: Old module -> the modules where its names are now, asked in this order.
-MOVED: dict[str, tuple[str, ...]] = {}
+MOVED: dict[str, tuple[str, ...]] = {
+    "ept_kernels.autocast": ("ept_kernels.tracing",),
+    "ept_kernels.cuda_backend": ("ept_kernels.backends.cuda", "ept_kernels.backends.cuda_library"),
+    "ept_kernels.cuda_fold": ("ept_kernels.functional",),
+    "ept_kernels.kept": ("ept_kernels.problem",),
+    "ept_kernels.library": ("ept_kernels.backends.gpu", "ept_kernels.problem"),
+    "ept_kernels.native": ("ept_kernels.backends.cpu", "ept_kernels.backends.cpu_library"),
+    "ept_kernels.native_fold": ("ept_kernels.functional",),
+    "ept_kernels.reference_backend": ("ept_kernels.backends.reference",),
+    "ept_kernels.task_folding": ("ept_kernels.functional",),
+    "ept_kernels.torch_backend": ("ept_kernels.backends.torch",),
+}
 
 
 class MovedModules(MetaPathFinder, Loader):

@@ -1,11 +1,5 @@
 """The one place where a backend is chosen.
 
-A backend is a module with a ``name``, six functions (``pyramid_weight``, ``pyramid_delta``, ``pyramid_linear`` and
-their ``_backward`` twins, with the signatures of ``torch_backend``) and, unless it serves everything, a function
-``unsupported(device, dtype)`` that says why it cannot serve, or None. One with ``fuses_dropout = True`` takes
-``dropout_p`` and ``seed`` as well; for the others rows are dropped before they come. One with ``keeps = True`` takes
-``keep`` and ``kept``, gives a ``library.Output`` and takes what that keeps in its backward. Rows are 2-D, sizes are
-validated, autograd and autocast are already out of the way.
 ``EPT_BACKEND`` forces a backend for the whole process and fails loudly if that backend cannot serve; without it the
 first of ``AUTOMATIC`` that can serve does. Modules are imported when first asked for: importing the package touches no
 GPU and needs neither Triton nor a compiled extension.
@@ -16,53 +10,41 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .kept import Kept
-from .library import Output
+from .problem import Backend
 
 _MODULES = {
     "triton": ".triton",
-    "cuda": ".cuda_backend",
-    "cpu": ".native",
-    "torch": ".torch_backend",
-    "reference": ".reference_backend",
+    "cuda": ".backends.cuda",
+    "cpu": ".backends.cpu",
+    "torch": ".backends.torch",
+    "reference": ".backends.reference",
 }
 
 #: Backends by type of device, the fastest first; "torch" serves whatever they do not.
 AUTOMATIC: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
-_loaded: dict[str, ModuleType] = {}
-_chosen: dict[tuple[str | None, torch.device, torch.dtype], ModuleType] = {}
+_loaded: dict[str, Backend] = {}
+_chosen: dict[tuple[str | None, torch.device, torch.dtype], Backend] = {}
 _warned = False
 
 
-def _load(name: str) -> ModuleType:
+def load(name: str) -> Backend:
+    """The backend of that name, whether it can serve or not."""
     if name not in _loaded:
-        _loaded[name] = importlib.import_module(_MODULES[name], __package__)
+        module: Any = importlib.import_module(_MODULES[name], __package__)
+        _loaded[name] = module
     return _loaded[name]
-
-
-def _unsupported(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> str | None:
-    check = getattr(backend, "unsupported", None)
-    return check(device, dtype) if check is not None else None
-
-
-def serves(backend: ModuleType, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a backend takes tensors of ``dtype`` on ``device``."""
-    return _unsupported(backend, device, dtype) is None
 
 
 def available_backends(device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """Names that ``EPT_BACKEND`` accepts; with ``device``, those that can serve ``dtype`` there on this machine."""
     if device is None:
         return tuple(_MODULES)
-    return tuple(name for name in _MODULES if serves(_load(name), device, dtype))
+    return tuple(name for name in _MODULES if load(name).unsupported(device, dtype) is None)
 
 
 def automatic(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -73,7 +55,7 @@ def automatic(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     global _warned
     refusals = []
     for name in AUTOMATIC.get(device.type, ()):
-        if (reason := _unsupported(_load(name), device, dtype)) is None:
+        if (reason := load(name).unsupported(device, dtype)) is None:
             return name
         refusals.append(f"{name}: {reason}")
     if device.type == "cuda" and dtype != torch.float64 and not _warned:
@@ -86,8 +68,8 @@ def automatic(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     return "torch"
 
 
-def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
-    """The backend module that serves tensors of ``dtype`` on ``device``.
+def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
+    """The backend that serves tensors of ``dtype`` on ``device``.
 
     Raises:
         ValueError: ``EPT_BACKEND`` names no backend.
@@ -99,53 +81,17 @@ def backend_for(device: torch.device, dtype: torch.dtype = torch.float32) -> Mod
         if forced is not None and forced not in _MODULES:
             allowed = ", ".join(_MODULES)
             raise ValueError(f"EPT_BACKEND={forced!r} is no backend; allowed: {allowed}, or unset to choose")
-        if forced is not None and (reason := _unsupported(_load(forced), device, dtype)) is not None:
+        if forced is not None and (reason := load(forced).unsupported(device, dtype)) is not None:
             raise RuntimeError(f"EPT_BACKEND={forced!r} cannot serve {dtype} on {device}: {reason}")
-        backend = _chosen[forced, device, dtype] = _load(forced or automatic(device, dtype))
+        backend = _chosen[forced, device, dtype] = load(forced or automatic(device, dtype))
     return backend
 
 
-def keeps_for_backward(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether forward keeps intermediates for the backward; ``EPT_RECOMPUTE=1`` says no."""
-    return getattr(backend_for(device, dtype), "keeps", False) and not recomputes()
+def saves_for_backward(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether forward saves intermediates for the backward; ``EPT_RECOMPUTE=1`` says no."""
+    return backend_for(device, dtype).keeps and not recomputes()
 
 
 def recomputes() -> bool:
-    """Whether ``EPT_RECOMPUTE=1`` asks backends to keep nothing for the backward."""
+    """Whether ``EPT_RECOMPUTE=1`` asks backends to save nothing for the backward."""
     return os.environ.get("EPT_RECOMPUTE") == "1"
-
-
-def run(op: str, *args: Any) -> Any:
-    """``pyramid_weight`` or its backward on its backend; a gradient that was not asked for is None."""
-    return getattr(backend_for(args[0].device, args[0].dtype), op)(*args)
-
-
-def run_forward(
-    op: str,
-    *args: Any,
-    dropout_p: float,
-    seed: Tensor | None,
-    active: Tensor | None,
-    keep: bool,
-    kept: Kept | None = None,
-) -> Output:
-    """``pyramid_delta`` or ``pyramid_linear`` on its backend.
-
-    A backend need not know of dropout where nothing is dropped.
-    """
-    backend = backend_for(args[0].device, args[0].dtype)
-    options = {"active": active} if seed is None else {"active": active, "dropout_p": dropout_p, "seed": seed}
-    if getattr(backend, "keeps", False):
-        return getattr(backend, op)(*args, **options, keep=keep, kept=kept)
-    return Output(getattr(backend, op)(*args, **options))
-
-
-def run_backward(
-    op: str, *args: Any, dropout_p: float, seed: Tensor | None, active: Tensor | None, kept: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """``pyramid_delta_backward`` or ``pyramid_linear_backward``; a gradient that was not asked for is None."""
-    backend = backend_for(args[0].device, args[0].dtype)
-    options = {"active": active} if seed is None else {"active": active, "dropout_p": dropout_p, "seed": seed}
-    if kept:
-        options.update(zip(("U", "A_hat", "B_hat"), kept, strict=True))
-    return getattr(backend, op)(*args, **options)

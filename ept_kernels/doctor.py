@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,10 +118,14 @@ def versions() -> Iterator[str]:
             yield _line(name, value)
 
 
+def _backend(name: str) -> Any:
+    return dispatch.load(name)
+
+
 def _build(name: str) -> str:
     """What ``build_info`` of a backend says, or why it cannot."""
     try:
-        found = dispatch._load(name).build_info()
+        found = _backend(name).build_info()
     except Exception as error:
         return str(error)
     return "; ".join(
@@ -134,10 +139,10 @@ def _build(name: str) -> str:
 def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend does not serve ``dtype`` on ``device``, or None. A backend that cannot be imported does not."""
     try:
-        backend = dispatch._load(name)
-        reason = dispatch._unsupported(backend, device, dtype)
+        backend = dispatch.load(name)
+        reason = backend.unsupported(device, dtype)
         if reason is None:
-            _ = backend.pyramid_linear  # what is imported by the first call may fail
+            _ = backend.forward  # what is imported by the first call may fail
         return reason
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -147,7 +152,7 @@ def would_serve_a_gpu(name: str) -> str | None:
     """Why a backend would refuse a GPU if there were one, as far as can be seen without; None if nothing is missing."""
     if name == "cuda":
         try:
-            dispatch._load(name).build_info()
+            _backend(name).build_info()
         except Exception as error:
             return str(error)
         return None

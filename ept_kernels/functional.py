@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops as _ops  # noqa: F401  (registers torch.ops.ept)
-from .autocast import autocast_dtype, without_autocast
 from .dispatch import backend_for
-from .eager import call
+from .folding import find_kept, fold_by, folder_of, keep
 from .geometry import PyramidGeometry
-from .kept import Kept
+from .ops import Routed, run, run_routed
+from .problem import Base, Kept, Problem, Routing
+from .tracing import autocast_dtype, constant_in_graphs, is_eager, without_autocast
 
 _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_IDS = frozenset((torch.int64, torch.int32))
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _layout, _dtype, _device = attrgetter("layout"), attrgetter("dtype"), attrgetter("device")
 
@@ -79,7 +82,7 @@ def _check_rows(x: Tensor, folded: Tensor, groups: Tensor | None, geometry: Pyra
         if folded.shape[0] != 1:
             raise ValueError(f"groups may be None only for one folded kernel, got {folded.shape[0]} of them")
         return
-    if groups.dim() != 1 or groups.dtype not in (torch.int64, torch.int32):
+    if groups.dim() != 1 or groups.dtype not in _IDS:
         raise ValueError(f"groups must be a 1-D tensor of int64 or int32, got {list(groups.shape)} of {groups.dtype}")
     rows, count = math.prod(x.shape[:-1]), groups.shape[0]  # Size.numel() is fixed when exported
     if rows and not folded.shape[0]:
@@ -105,14 +108,62 @@ def _check_options(dropout_p: float, active: Tensor | None, folded: Tensor, geom
             raise ValueError(f"active must be a bool tensor, got {active.dtype}")
 
 
-@torch.compiler.assume_constant_result
+def _check_problem(problem: Problem, geometry: PyramidGeometry) -> None:
+    x, A, B, folded, groups, active, *_ = problem
+    _check_adapter(A, B, folded, geometry)
+    _check_rows(x, folded, groups, geometry)
+    _check_options(problem.dropout_p, active, folded, geometry)
+    _refuse_tangents(x, A, B, folded)
+
+
+def _check_base(weight: Tensor, bias: Tensor | None, geometry: PyramidGeometry) -> None:
+    _expect("weight", weight, (geometry.out_features, geometry.in_features), "[out, in] =")
+    if bias is not None:
+        _expect("bias", bias, (geometry.out_features,), "[out] =")
+
+
+def _check_base_dtype(base: Base, x: Tensor) -> None:
+    for name, tensor in zip(Base._fields, base, strict=True):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+
+
+@constant_in_graphs
 def _fuses_dropout(device: torch.device, dtype: torch.dtype) -> bool:
-    return getattr(backend_for(device, dtype), "fuses_dropout", False)
+    return backend_for(device, dtype).fuses_dropout
 
 
 def _dropout_seed(x: Tensor) -> Tensor:
     """``[1]`` int64 from torch's generator on the device of x, so that recomputation replays the mask; no host read."""
     return torch.randint(2**62, (1,), device=x.device)
+
+
+def _cast(base: Base | None, dtype: torch.dtype) -> Base | None:
+    return None if base is None else Base(base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype))
+
+
+def _apply(problem: Problem, base: Base | None, kept: Kept | None) -> Tensor:
+    """The op on x ``[..., in]``: autocast, dropout, rows."""
+    x, A, B, folded, groups, active, out_features, scales, dropout_p, _ = problem
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        with without_autocast(x.device):
+            x = x.to(dtype)
+            adapter = (A, B, folded, groups, active, out_features, scales, dropout_p)
+            return _apply(Problem(x, *adapter), _cast(base, dtype), kept)
+    if base is not None:
+        _check_base_dtype(base, x)
+    seed = None
+    if dropout_p > 0:
+        if _fuses_dropout(x.device, x.dtype):
+            seed = _dropout_seed(x)
+        else:
+            dropped = Problem(F.dropout(x, dropout_p), A, B, folded, groups, active, out_features, scales)
+            delta = _apply(dropped, None, kept)
+            return delta if base is None else F.linear(x, base.weight, base.bias) + delta
+    rows = x.reshape(-1, x.shape[-1])
+    y = run(Problem(rows, A, B, folded, groups, active, out_features, scales, dropout_p, seed), base, kept)
+    return y.view(*x.shape[:-1], out_features)
 
 
 def pyramid_weight(A: Tensor, B: Tensor, folded: Tensor, geometry: PyramidGeometry) -> Tensor:
@@ -207,38 +258,9 @@ def pyramid_delta(
         IndexError: on a CPU, a group that ``folded`` lacks; on a GPU the backend's device assertion, where it has one.
     """
     _check_tensors(geometry, groups, active, x=x, A=A, B=B, folded=folded)
-    _check_adapter(A, B, folded, geometry)
-    _check_rows(x, folded, groups, geometry)
-    _check_options(dropout_p, active, folded, geometry)
-    _refuse_tangents(x, A, B, folded)
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        with without_autocast(x.device):
-            return pyramid_delta(
-                x.to(dtype), A, B, folded, groups, geometry, dropout_p=dropout_p, active=active, kept=kept
-            )
-    seed = None
-    if dropout_p > 0:
-        if _fuses_dropout(x.device, x.dtype):
-            seed = _dropout_seed(x)
-        else:
-            x = F.dropout(x, dropout_p)
-    rows = x.reshape(-1, geometry.in_features)
-    delta = call(
-        "pyramid_delta",
-        rows,
-        A,
-        B,
-        folded,
-        groups,
-        geometry.out_features,
-        list(geometry.scales),
-        dropout_p,
-        seed,
-        active,
-        kept=kept,
-    )
-    return delta.view(*x.shape[:-1], geometry.out_features)
+    problem = Problem(x, A, B, folded, groups, active, geometry.out_features, geometry.scales, dropout_p)
+    _check_problem(problem, geometry)
+    return _apply(problem, None, kept)
 
 
 def pyramid_linear(
@@ -269,53 +291,212 @@ def pyramid_linear(
         ValueError: as ``pyramid_delta``, and a weight or bias of another shape or dtype.
     """
     _check_tensors(geometry, groups, active, x=x, weight=weight, bias=bias, A=A, B=B, folded=folded)
-    _check_adapter(A, B, folded, geometry)
-    _check_rows(x, folded, groups, geometry)
-    _check_options(dropout_p, active, folded, geometry)
-    _refuse_tangents(x, weight, bias, A, B, folded)
-    _expect("weight", weight, (geometry.out_features, geometry.in_features), "[out, in] =")
-    if bias is not None:
-        _expect("bias", bias, (geometry.out_features,), "[out] =")
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        with without_autocast(x.device):
-            cast_bias = None if bias is None else bias.to(dtype)
-            return pyramid_linear(
-                x.to(dtype),
-                weight.to(dtype),
-                cast_bias,
-                A,
-                B,
-                folded,
-                groups,
-                geometry,
-                dropout_p=dropout_p,
-                active=active,
-                kept=kept,
+    problem = Problem(x, A, B, folded, groups, active, geometry.out_features, geometry.scales, dropout_p)
+    _check_problem(problem, geometry)
+    _refuse_tangents(weight, bias)
+    _check_base(weight, bias, geometry)
+    return _apply(problem, Base(weight, bias), kept)
+
+
+# --- folded kernels of tasks ------------------------------------------------------------------------------------------
+
+
+def _check_tasks(tasks: int | Tensor | None) -> None:
+    """Ids that native code would read as others: truth values, fractions, numbers of numpy."""
+    if isinstance(tasks, Tensor):
+        if tasks.is_meta:
+            raise ValueError("tasks must hold ids, got a tensor on the meta device, which holds nothing")
+        if tasks.dtype not in _IDS or tasks.dim() > 1:
+            raise ValueError(
+                f"tasks must be a scalar or 1-D tensor of int64 or int32, got {list(tasks.shape)} of {tasks.dtype}"
             )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+    elif tasks is not None and (isinstance(tasks, bool) or not isinstance(tasks, int)):
+        raise TypeError(f"tasks must be an integer, an integer tensor or None, got {tasks!r}")
+
+
+def _check_routing(routing: Routing) -> None:
+    """What native code takes on trust."""
+    gate, table, _, kernels, top_k, scaling, geometry = routing
+    if not isinstance(geometry, PyramidGeometry):
+        raise TypeError(f"geometry must be a PyramidGeometry, got {type(geometry).__name__}")
+    for place, tensor in enumerate(routing.parameters):
+        if not isinstance(tensor, Tensor):
+            name = ("gate", "table", "every entry of kernels")[min(place, 2)]
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    sizes = geometry.kernel_sizes
+    if gate.dim() != 2 or gate.shape[0] != len(sizes):
+        raise ValueError(f"gate must be [{len(sizes)} experts, d], got {list(gate.shape)}")
+    if table.dim() != 2 or table.shape[1] != gate.shape[1]:
+        raise ValueError(f"table must be [tasks, d={gate.shape[1]}], got {list(table.shape)}")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(sizes):
+        raise ValueError(f"top_k must be from 1 to {len(sizes)}, got {top_k!r}")
+    if not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling must be a number, got {scaling!r}")
+    if [kernel.shape for kernel in kernels] != [(k, k) for k in sizes]:
+        raise ValueError(f"kernels must be [k, k] with k in {sizes}, got {[list(kernel.shape) for kernel in kernels]}")
+
+
+def fold_tasks(
+    gate: Tensor,
+    table: Tensor,
+    tasks: int | Tensor | None,
+    kernels: Sequence[Tensor],
+    top_k: int,
+    scaling: float,
+    geometry: PyramidGeometry,
+) -> tuple[Tensor, Tensor] | None:
+    """``(folded [G, folded_size], active [G, S] bool)`` by the backend that serves, or None where it cannot.
+
+    It can with fp32 parameters that are contiguous and on one device, where nothing traces or transforms what happens
+    to them (``is_eager``). Otherwise the caller composes a router, ``fold_kernels`` and ``active_scales``.
+
+    Args:
+        gate: ``[E, d]``. table: ``[T, d]``, the task embeddings.
+        tasks: a row of the table; ``[G]`` int64 rows on its device; or None, all rows in order.
+        kernels: one ``[k_e, k_e]`` per expert, in the order of ``geometry.kernel_sizes``.
+        top_k: experts that a task selects, 1 to E. scaling: ``alpha / r``.
+
+    Raises:
+        IndexError: a task that the table lacks; for a tensor on a GPU the result is NaN instead.
+        ValueError: a shape that does not fit the geometry, top_k out of range, tasks of another shape or dtype.
+        TypeError: another type than these.
+        ValueError, RuntimeError: as ``backend_for``.
+    """
+    _check_tasks(tasks)
+    routing = Routing(gate, table, tasks, tuple(kernels), top_k, scaling, geometry)
+    _check_routing(routing)
+    folder = folder_of(routing)
+    return None if folder is None else fold_by(folder, routing)
+
+
+def fold_kept(
+    kept: Kept,
+    kept_table: Kept,
+    gate: Tensor,
+    table: Tensor,
+    tasks: int | Tensor | None,
+    kernels: Sequence[Tensor],
+    top_k: int,
+    scaling: float,
+    geometry: PyramidGeometry,
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """``(folded [G, folded_size], groups [N] or None, active [G, S])`` for the ops, from ``kept`` where it still holds.
+
+    None where nothing is kept: gradients are on, something traces or transforms the call (``is_eager``) or captures it
+    in a CUDA graph, ``fold_tasks`` would give None, or there are very many tasks. The tensors serve later calls, too:
+    they are to be read only.
+
+    Args:
+        kept: this layer's. kept_table: the table's, for all layers that share it.
+        gate, table, kernels, top_k, scaling, geometry: as ``fold_tasks``.
+        tasks: a row of the table, for G = 1; scalar or ``[N]`` integer rows, which become ``groups`` of all T tasks;
+            None, all T without ``groups``.
+
+    Raises:
+        IndexError, ValueError, TypeError, RuntimeError: as ``fold_tasks``.
+    """
+    _check_tasks(tasks)
+    if not is_eager() or torch.is_grad_enabled() or backend_for(gate.device, torch.float32).folder is None:
+        return None
+    routing = Routing(gate, table, tasks, tuple(kernels), top_k, scaling, geometry)
+    found = find_kept(routing, kept)
+    if found is None:
+        _check_routing(routing)
+        found = find_kept(routing, kept) if keep(routing, kept, kept_table) else None
+    return found
+
+
+# --- both in one call -------------------------------------------------------------------------------------------------
+
+
+class LayerKept(NamedTuple):
+    """Where a layer keeps what follows from its parameters between calls that train nothing."""
+
+    fold: Kept
+    table: Kept
+    factors: Kept
+
+
+def _suits(x: Tensor, base: Base | None, factors: tuple[Tensor, Tensor], routing: Routing) -> bool:
+    """Whether a call is one that ``routed_linear`` takes."""
+    (A, B), (gate, table, tasks, kernels, *_, g) = factors, routing
+    rows = [x] if base is None else [x, base.weight] if base.bias is None else [x, *base]
+    tensors = [*rows, A, B, gate, table, *kernels]
+    device = x.device
+    if not is_eager(*tensors) or {*map(_layout, tensors)} != {torch.strided} or {*map(_device, tensors)} != {device}:
+        return False
+    if isinstance(tasks, Tensor):
+        count = tasks.numel()
+        if tasks.device != device or tasks.dtype not in _IDS or tasks.dim() > 1:
+            return False
+        if not count or x.numel() // g.in_features % count:
+            return False
+    shapes = [tensor.shape for tensor in tensors[1:]]
+    expected: list[Any] = [] if base is None else [(g.out_features, g.in_features), (g.out_features,)][: len(rows) - 1]
+    expected += [(g.rank, g.seed_width), (g.seed_height, g.rank), (len(kernels), table.shape[-1]), table.shape]
+    return (
+        {*map(_dtype, rows)} == {x.dtype}
+        and A.dtype is B.dtype
+        and {x.dtype, A.dtype} <= _FLOATS
+        and x.dim() > 0
+        and x.shape[-1] == g.in_features
+        and shapes == expected + [(k, k) for k in g.kernel_sizes]
+        and autocast_dtype(x) is None
+    )
+
+
+def routed_linear(
+    x: Tensor,
+    base: Base | None,
+    factors: tuple[Tensor, Tensor],
+    routing: Routing,
+    dropout_p: float = 0.0,
+    kept: LayerKept | None = None,
+) -> Tensor | None:
+    """``pyramid_linear``, or ``pyramid_delta`` without a base, that folds in the same call and node of autograd.
+
+    None wherever a call is not the usual one: something traces or transforms it, autocast is on, no backend folds
+    (``fold_tasks``), or an argument is wrong. The caller folds and calls ``pyramid_linear``, which says what is wrong.
+
+    Args:
+        x: ``[..., in]``. factors: A and B.
+        routing: tasks are those of the call: one row of the table, or one for each equal run of rows of x.
+        kept: for calls without gradients outside training.
+
+    Raises:
+        IndexError: as ``fold_tasks``.
+    """
+    if not _suits(x, base, factors, routing):
+        return None
+    folder = folder_of(routing)
+    if folder is None:
+        return None
+    rows = x.reshape(-1, routing.geometry.in_features)
+    backend, tasks = backend_for(x.device, x.dtype), routing.tasks
+    if kept is not None and not torch.is_grad_enabled():
+        found = find_kept(routing, kept.fold)
+        if found is None and keep(routing, kept.fold, kept.table):
+            found = find_kept(routing, kept.fold)
+        if found is not None:
+            folded, groups, active = found
+            g = routing.geometry
+            problem = Problem(rows, *factors, folded, groups, active, g.out_features, g.scales)
+            y = backend.forward(problem, base, False, kept.factors if x.is_cuda else None).y
+            return y.contiguous().view(*x.shape[:-1], g.out_features)
+    groups = None
+    if isinstance(tasks, Tensor) and tasks.dim():
+        count, device = len(tasks), tasks.device
+        if count > len(routing.table):  # every task once
+            groups, routing = tasks, routing._replace(tasks=None)
+        elif count > 1:
+            groups = torch.arange(count, device=device)
     seed = None
     if dropout_p > 0:
-        if not _fuses_dropout(x.device, x.dtype):
-            delta = pyramid_delta(F.dropout(x, dropout_p), A, B, folded, groups, geometry, active=active)
-            return F.linear(x, weight, bias) + delta
+        if not backend.fuses_dropout:
+            call = Routed(folder, routing, groups, 0.0, None)
+            y = run_routed(call, F.dropout(rows, dropout_p), None, *factors)
+            y = y.view(*x.shape[:-1], -1)
+            return y if base is None else F.linear(x, *base) + y
         seed = _dropout_seed(x)
-    rows = x.reshape(-1, geometry.in_features)
-    output = call(
-        "pyramid_linear",
-        rows,
-        weight,
-        bias,
-        A,
-        B,
-        folded,
-        groups,
-        list(geometry.scales),
-        dropout_p,
-        seed,
-        active,
-        kept=kept,
-    )
-    return output.view(*x.shape[:-1], geometry.out_features)
+    y = run_routed(Routed(folder, routing, groups, dropout_p, seed), rows, base, *factors)
+    return y.view(*x.shape[:-1], routing.geometry.out_features)

@@ -58,6 +58,7 @@ class PyramidGeometry:
     shrink_size: int = field(init=False, compare=False)
     seed_width: int = field(init=False, compare=False)
     seed_height: int = field(init=False, compare=False)
+    _hash: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _positive_int("in_features", self.in_features)
@@ -88,9 +89,13 @@ class PyramidGeometry:
             "shrink_size": self.rank * sum(scales),
             "seed_width": widths[0],
             "seed_height": heights[0],
+            "_hash": hash((self.in_features, self.out_features, self.rank, sizes, self.alp_scaling)),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+
+    def __hash__(self) -> int:
+        return self._hash  # computed once: every eager call looks something up by its geometry
 
     @property
     def num_experts(self) -> int:

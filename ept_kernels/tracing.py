@@ -1,15 +1,29 @@
-"""Whether code runs as written, or is watched by something that must see every op."""
+"""What surrounds a call: whether something watches it that must see every op, and autocast."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _is_batched, _is_wrapped = torch._C._functorch.is_legacy_batchedtensor, torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def constant_in_graphs(function: F) -> F:
+    """A compiler calls ``function`` while it traces and keeps the answer.
+
+    As ``torch.compiler.assume_constant_result``, which would import the compiler: two seconds for those who compile
+    nothing.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_eager(*tensors: Tensor | None) -> bool:
@@ -52,3 +66,23 @@ def refuse_batched(grad: Tensor) -> None:
             "the gradient of folded kernels cannot be batched (is_grads_batched, torch.func.vmap): native code "
             "computes it; EPT_BACKEND=torch computes it by tensor operations"
         )
+
+
+@constant_in_graphs  # torch 2.6 cannot trace the question
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A block in which autocast leaves ``device`` alone; nothing on a device that has no autocast, such as meta."""
+    if _has_autocast(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast would cast ``tensor`` for a matrix product, or None where it would not."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not (tensor.is_cpu or tensor.is_cuda or _has_autocast(device)):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

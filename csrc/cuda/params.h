@@ -1,4 +1,4 @@
-// The C interface of the library: one struct a pass, filled by ept_kernels/cuda_backend.py, which mirrors every field.
+// The C interface of the library: one struct a pass, filled by ept_kernels/backends/cuda_library.py, which mirrors every field.
 // Addresses are those of contiguous tensors on the device that is current; nothing here knows Python or PyTorch.
 //
 // W = rank * sum(k) columns of intermediates, scale after scale, of each the ranks p, of each the slots q < k:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ept_kernels import PyramidGeometry, pyramid_delta, pyramid_linear, pyramid_weight, without_autocast
-from ept_kernels.autocast import autocast_dtype
+from ept_kernels.tracing import autocast_dtype
 
 from ..config import AdapterConfig
 from ..layer_adapter import LayerAdapter

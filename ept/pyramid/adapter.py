@@ -20,6 +20,8 @@ from ept_kernels import (
     pyramid_merge,
     pyramid_weight,
 )
+from ept_kernels.functional import LayerKept, routed_linear
+from ept_kernels.problem import Base, Routing
 from ept_kernels.tracing import is_exporting
 
 from ..config import EPTConfig
@@ -290,14 +292,30 @@ class PyramidAdapter(GrowingModule, TaskRoutedAdapter):
         return pyramid_weight(self.A, self.B, folded, self.geometry)[0]
 
     def delta(self, x: Tensor, task_ids: TaskIds | None = None) -> Tensor:
-        folded, groups, active = self.fold_for(x, task_ids)
-        options: Any = {"dropout_p": self.dropout_p, "active": active, "kept": self._kept_for_inference()}
-        return pyramid_delta(x, self.A, self.B, folded, groups, self.geometry, **options)
+        return self._run(x, None, task_ids)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, task_ids: TaskIds | None = None) -> Tensor:
-        folded, groups, active = self.fold_for(x, task_ids)
-        options: Any = {"dropout_p": self.dropout_p, "active": active, "kept": self._kept_for_inference()}
-        return pyramid_linear(x, weight, bias, self.A, self.B, folded, groups, self.geometry, **options)
+        return self._run(x, Base(weight, bias), task_ids)
+
+    def _run(self, x: Tensor, base: Base | None, task_ids: TaskIds | None) -> Tensor:
+        """``routed_linear`` where it takes the call, else the fold and then the op."""
+        A, B, dropout_p, kept = self.A, self.B, self.dropout_p, self._kept_for_inference()
+        if self.by_token or len(self._stages) > 1:
+            folded, groups, active = self.fold_for(x, task_ids)
+        else:
+            tasks = self.tasks_for(x, task_ids)
+            if not isinstance(tasks, TaskMixture):
+                plan = (self._kernels(), self.top_k, self.scaling, self.geometry)
+                routing = Routing(self.gate, self.task_table.weight, tasks, *plan)
+                layer_kept = None if kept is None else LayerKept(self.kept, self.task_table.kept, kept)
+                output = routed_linear(x, base, (A, B), routing, dropout_p, layer_kept)
+                if output is not None:
+                    return output
+            folded, groups, active = self.fold(tasks)
+        options: Any = {"dropout_p": dropout_p, "active": active, "kept": kept}
+        if base is None:
+            return pyramid_delta(x, A, B, folded, groups, self.geometry, **options)
+        return pyramid_linear(x, *base, A, B, folded, groups, self.geometry, **options)
 
     def _kept_for_inference(self) -> Kept | None:
         """Where an op may keep what follows from parameters; training empties it and the folded kernels.

@@ -14,7 +14,7 @@ name = "triton"
 fuses_dropout = True
 keeps = True
 
-_OPS = {f"pyramid_{op}{suffix}" for op in ("weight", "delta", "linear") for suffix in ("", "_backward")}
+_OPS = {"forward", "backward", "delta_weight", "delta_weight_backward", "folder"}
 #: The first Triton whose kernels take compile-time tuples as these do.
 OLDEST = (3, 4)
 #: The oldest compute capability that tiles are checked for; before it there is no bf16 and no asynchronous copy.

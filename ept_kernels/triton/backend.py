@@ -8,7 +8,8 @@ import sys
 import torch
 from torch import Tensor
 
-from ..library import Library, two_products
+from ..backends.gpu import Library, two_products
+from . import fold as folder
 from .core import core, core_backward
 from .dropout import dropout
 from .fused import fused
@@ -16,18 +17,17 @@ from .interleave import gather, interleave
 
 __all__ = [
     "PLANS",
+    "backward",
     "core",
     "core_backward",
+    "delta_weight",
+    "delta_weight_backward",
     "dropout",
+    "folder",
+    "forward",
     "gather",
     "interleave",
     "plan",
-    "pyramid_delta",
-    "pyramid_delta_backward",
-    "pyramid_linear",
-    "pyramid_linear_backward",
-    "pyramid_weight",
-    "pyramid_weight_backward",
 ]
 
 #: How the base product and the update are added; ``EPT_GPU_PLAN`` accepts these.
@@ -55,9 +55,5 @@ def _products(x: Tensor, weight: Tensor, bias: Tensor | None, V: Tensor, hat: Te
 
 
 _ops = Library(sys.modules[__name__], _products)
-pyramid_delta = _ops.pyramid_delta
-pyramid_delta_backward = _ops.pyramid_delta_backward
-pyramid_linear = _ops.pyramid_linear
-pyramid_linear_backward = _ops.pyramid_linear_backward
-pyramid_weight = _ops.pyramid_weight
-pyramid_weight_backward = _ops.pyramid_weight_backward
+forward, backward = _ops.forward, _ops.backward
+delta_weight, delta_weight_backward = _ops.delta_weight, _ops.delta_weight_backward

@@ -7,15 +7,18 @@ dtable[t] = sum_{g: task_g = t} dlogits[g] gate
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
-from .configs import fold_grad_config, logits_grad_config
-from .fold_layout import Layout, task_of
-from .launch import FROM_BATCH, launch
-from .target import on_its_device
+from ..problem import Groups, Routing
+from .fold_layout import fold_blocks, layout_for, task_of
+from .launch import FROM_BATCH, Config, launch
 
 
 @triton.jit(do_not_specialize=FROM_BATCH)
@@ -238,32 +241,32 @@ def fold_grad_kernel(
             )
 
 
-@on_its_device
-def fold_backward(
-    grad: Tensor,
-    gate: Tensor,
-    table: Tensor,
-    tasks: Tensor | None,
-    first_task: int,
-    packed: Tensor,
-    gates: Tensor,
-    probability: Tensor | None,
-    layout: Layout,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of gate, table and packed kernels, each where ``needs`` says so; None elsewhere.
+@lru_cache
+def _logits_config(experts: int, entries: int) -> Config:
+    """A program a group."""
+    block, block_entries = fold_blocks(experts, entries)
+    return Config.of(BLOCK_E=block, BLOCK_F=block_entries, num_warps=4, num_stages=1)
 
-    Args:
-        grad: ``[G, folded_size]``, contiguous. The others: as ``fold_forward`` took and gave them.
-    """
-    (experts, width), (groups, entries) = gate.shape, grad.shape
-    need_gate, need_table, need_kernels = needs
+
+@lru_cache
+def _sums_config(experts: int) -> Config:
+    return Config.of(BLOCKS=(triton.next_power_of_2(experts), 16, 64, 128), num_warps=4, num_stages=1)
+
+
+def fold_backward(
+    routing: Routing, grad: Tensor, saved: Sequence[Tensor | None], needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    gate, table, _, kernels, _, scaling, geometry = routing
+    packed, gates, probability = saved
+    need_gate, need_table, *need_kernels = needs
+    grad, groups, layout = grad.contiguous(), Groups.of(routing), layout_for(geometry, scaling, gate.device)
+    (experts, width), entries, numbers = gate.shape, geometry.folded_size, len(layout.expert)
     slope = None
-    if need_gate or need_table:
+    if (need_gate or need_table) and gates is not None:
         slope = torch.empty_like(gates)
         launch(
             logits_grad_kernel,
-            (groups,),
+            (groups.size,),
             grad,
             packed,
             layout.source,
@@ -271,18 +274,18 @@ def fold_backward(
             gates,
             probability,
             slope,
-            config=logits_grad_config(experts, entries),
+            config=_logits_config(experts, entries),
             experts=experts,
             entries=entries,
         )
     grad_gate = torch.empty_like(gate) if need_gate else None
     grad_table = torch.empty_like(table) if need_table else None
-    grad_kernels = torch.empty_like(packed) if need_kernels else None
-    config = fold_grad_config(experts)
+    grad_packed = gate.new_empty(numbers) if any(need_kernels) else None
+    config = _sums_config(experts)
     _, _, block_p, block_w = config["BLOCKS"]
     blocks = -(-width // block_w)
     programs = (
-        -(-len(packed) // block_p) * need_kernels,
+        -(-numbers // block_p) * (grad_packed is not None),
         experts * blocks * need_gate,
         len(table) * blocks * need_table,
     )
@@ -293,17 +296,21 @@ def fold_backward(
         slope,
         gate,
         table,
-        tasks,
+        groups.tasks,
         gates,
         layout.factor,
         layout.expert,
         layout.entry,
-        grad_kernels,
+        grad_packed,
         grad_gate,
         grad_table,
-        first_task,
-        groups,
+        groups.first,
+        groups.size,
         config=config,
-        SIZES=(len(table), experts, width, entries, len(packed)),
+        SIZES=(len(table), experts, width, entries, numbers),
     )
-    return grad_gate, grad_table, grad_kernels
+    grads: list[Tensor | None] = [None] * len(kernels)
+    if grad_packed is not None:
+        views = _unflatten_dense_tensors(grad_packed, kernels)
+        grads = [view if need else None for view, need in zip(views, need_kernels, strict=True)]
+    return [grad_gate, grad_table, *grads]

@@ -6,15 +6,16 @@ Kbar[g, f] = sum_e gates[g, e] factor[e] K_e[f]         A group whose task does 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
-from .configs import fold_config
-from .fold_layout import Layout, task_of
-from .launch import FROM_BATCH, launch
-from .target import on_its_device
+from ..problem import Folded, Groups, Routing
+from .fold_layout import fold_blocks, layout_for, task_of
+from .launch import FROM_BATCH, Config, launch
 
 
 @triton.jit(do_not_specialize=FROM_BATCH)
@@ -91,38 +92,30 @@ def fold_kernel(
         tl.store(folded_ptr + group.to(tl.int64) * entries + f, total, mask=f < entries)
 
 
-@on_its_device
-def fold_forward(
-    gate: Tensor,
-    table: Tensor,
-    tasks: Tensor | None,
-    first_task: int,
-    groups: int,
-    packed: Tensor,
-    layout: Layout,
-    scales: int,
-    top_k: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``(folded [G, folded_size], active [G, S] bool, gates [G, E], probability [G, E])``.
+@lru_cache  # Triton's own rounding would be noticed beside a kernel of microseconds
+def _config(experts: int, width: int, entries: int, scales: int) -> Config:
+    """Few programs run, each alone: what counts is loads in flight."""
+    block, block_entries = fold_blocks(experts, entries)
+    block_width, block_scales = min(8192 // block, triton.next_power_of_2(width)), triton.next_power_of_2(scales)
+    return Config.of(BLOCKS=(block, block_width, block_entries, block_scales), num_warps=8, num_stages=1)
 
-    Args:
-        tasks: ``[G]`` int64; or None: ``first_task`` and the tasks after it.
-        packed: ``[P]``, the kernels one after the other.
-        keep: whether the last two results, which the backward reads, are wanted; ``probability`` only where
-            ``top_k = 1``. Gates are -1 where an expert is not selected.
-    """
-    (experts, width), entries = gate.shape, layout.source.shape[1]
-    folded = gate.new_empty(groups, entries)
-    active = gate.new_empty((groups, scales), dtype=torch.bool)
-    gates = gate.new_empty(groups, experts) if keep else None
-    probability = gate.new_empty(groups, experts) if keep and top_k == 1 else None
+
+def fold(routing: Routing, save: bool) -> Folded:
+    """Gates are -1 where an expert is not selected; ``probability`` only where ``top_k = 1``."""
+    gate, table, _, kernels, top_k, scaling, geometry = routing
+    groups, layout = Groups.of(routing), layout_for(geometry, scaling, gate.device)
+    (experts, width), entries, scales = gate.shape, geometry.folded_size, len(geometry.scales)
+    folded = gate.new_empty(groups.size, entries)
+    active = gate.new_empty((groups.size, scales), dtype=torch.bool)
+    gates = gate.new_empty(groups.size, experts) if save else None
+    probability = gate.new_empty(groups.size, experts) if save and top_k == 1 else None
+    packed = _flatten_dense_tensors(kernels)
     launch(
         fold_kernel,
-        (groups,),
+        (groups.size,),
         gate,
         table,
-        tasks,
+        groups.tasks,
         packed,
         layout.source,
         layout.scale,
@@ -131,8 +124,8 @@ def fold_forward(
         active,
         gates,
         probability,
-        first_task,
-        config=fold_config(experts, width, entries, scales),
+        groups.first,
+        config=_config(experts, width, entries, scales),
         SIZES=(len(table), experts, width, entries, scales, top_k),
     )
-    return folded, active, gates, probability
+    return Folded(folded, active, (packed, gates, probability))

@@ -52,6 +52,12 @@ def layout_for(geometry: PyramidGeometry, scaling: float, device: torch.device) 
     )
 
 
+def fold_blocks(experts: int, entries: int) -> tuple[int, int]:
+    """``(BLOCK_E, BLOCK_F)``: all experts, and as many entries of a folded kernel as make a tile of 4096."""
+    block = triton.next_power_of_2(experts)
+    return block, min(4096 // block, triton.next_power_of_2(entries))
+
+
 @triton.jit
 def task_of(tasks_ptr, first_task, group, mask):
     """The tasks of some groups, int64; -1 where masked."""

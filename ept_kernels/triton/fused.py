@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import FROM_BATCH, Config, launch
-from .target import family, on_its_device
+from .target import family
 from .tune import choose, layout, row_bucket
 
 #: Blocks of rows that walk over the same columns of the weight one after the other, while it is in L2.
@@ -96,7 +96,6 @@ def candidates(rows: int) -> list[Config]:
     ]
 
 
-@on_its_device
 def fused(x: Tensor, weight: Tensor, bias: Tensor | None, V: Tensor, hat: Tensor) -> Tensor:
     """``x weight^T + bias + V hat``: ``[T, out]`` of x ``[T, in]``, weight ``[out, in]`` by strides, V ``[T, W]`` and
     hat ``[W, out]``, all of one half dtype.
@@ -129,4 +128,5 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor | None, V: Tensor, hat: Tensor
     def key() -> tuple:
         return "fused", row_bucket(rows), inner, features, V.shape[1], x.dtype, layout(x), layout(weight)
 
-    return start(choose(key, candidates(rows), x.device, start))
+    with torch.cuda.device_of(x):  # tiles follow the current device, and a layer need not be on it
+        return start(choose(key, candidates(rows), x.device, start))

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import lru_cache
+from typing import Any
 
-import torch
 from triton import knobs
 from triton.runtime.driver import driver
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def on_its_device(op: Callable[P, R]) -> Callable[P, R]:
-    """Run ``op`` with the device of its first argument, a tensor, as the current one.
-
-    Tiles and launches follow the current device, and a layer need not be on it.
-    """
-
-    @wraps(op)
-    def guarded(*arguments: P.args, **named: P.kwargs) -> R:
-        with torch.cuda.device_of(arguments[0]):  # nothing for a tensor that is on no GPU
-            return op(*arguments, **named)
-
-    return guarded
 
 
 @lru_cache

@@ -25,7 +25,8 @@ from tucka_testing import TuckAProblem, random_problem, tucker_adapter
 
 from ept.baselines.tucka.adapter import TuckAConfig
 from ept.baselines.tucka.router import Route, fixed_route
-from ept_kernels import PyramidGeometry, native
+from ept_kernels import PyramidGeometry
+from ept_kernels.backends import cpu as cpu_backend
 
 BACKENDS = ("torch", "reference", "cpu")
 TYPICAL = TuckAProblem(Case(PyramidGeometry(48, 40, 8, (1,)), (4, 16)), masked=True)
@@ -33,7 +34,7 @@ TYPICAL = TuckAProblem(Case(PyramidGeometry(48, 40, 8, (1,)), (4, 16)), masked=T
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "cpu" and (reason := native.unsupported(torch.device("cpu"), torch.float32)):
+    if request.param == "cpu" and (reason := cpu_backend.unsupported(torch.device("cpu"), torch.float32)):
         pytest.skip(f"no native CPU backend: {reason}")
     monkeypatch.setenv("EPT_BACKEND", request.param)
     return request.param
@@ -82,7 +83,7 @@ def test_half_error_at_most_twice_that_of_plain_torch(monkeypatch, dtype: torch.
     truth = problem.reference(dtype, torch.float32)
     plain = problem.reference(dtype, torch.float32, compute=dtype)
     for backend in ("torch", "cpu"):
-        if backend == "cpu" and native.unsupported(torch.device("cpu"), dtype) is not None:
+        if backend == "cpu" and cpu_backend.unsupported(torch.device("cpu"), dtype) is not None:
             continue  # it has no fp16
         monkeypatch.setenv("EPT_BACKEND", backend)
         results = problem.ours(dtype, torch.float32)

@@ -23,7 +23,8 @@ from problem import DTYPES, Point, build, pyramid, sample_count, shape_names
 from throughput_report import markdown, plots, read_rows, write_rows
 
 import ept_kernels
-from ept_kernels import dispatch, torch_backend
+from ept_kernels import dispatch
+from ept_kernels.backends import torch as torch_backend
 
 CPU = torch.device("cpu")
 #: 6 divides neither side, 8 only one.
@@ -396,7 +397,7 @@ def test_a_plan_is_forced_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.add((os.environ["EPT_BACKEND"], os.environ.get("EPT_GPU_PLAN")))
         return right(*args, **options)
 
-    monkeypatch.setattr(torch_backend, "pyramid_linear", watched)
+    monkeypatch.setattr(torch_backend, "forward", watched)
     monkeypatch.setitem(dispatch._loaded, "triton", torch_backend)
     monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setenv("EPT_GPU_PLAN", "fused")

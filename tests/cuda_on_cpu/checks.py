@@ -20,11 +20,15 @@ from fold_testing import (
     assert_nan_shows,
     assert_only_what_is_asked_for,
     assert_ties_go_to_the_first,
+    folds_by,
 )
 from pyramid_testing import assert_matches, assert_same_bits, poisoned_memory
 from torch import Tensor
 
-from ept_kernels import cuda_backend, cuda_fold
+from ept_kernels.backends import cuda as cuda_backend
+from ept_kernels.backends import cuda_fold
+
+fold_tasks = folds_by(cuda_fold)
 
 Check = Callable[[], None]
 HALF = (torch.bfloat16, torch.float16)
@@ -273,9 +277,9 @@ def check_dropout(
 
 def check_fold(make: Callable[[], FoldCase]) -> None:
     case = make()
-    assert_matches_definition(case, cuda_fold.fold_tasks)
+    assert_matches_definition(case, fold_tasks)
     for wanted in range(min(3, len(case.parameters))):
-        assert_only_what_is_asked_for(case, cuda_fold.fold_tasks, wanted)
+        assert_only_what_is_asked_for(case, fold_tasks, wanted)
 
 
 def check_unknown_tasks() -> None:
@@ -283,17 +287,17 @@ def check_unknown_tasks() -> None:
     case = FoldCase(3, 1)
     case.tasks = torch.tensor([0, -1, 0, len(case.parameters[1]), 2**40])
     with poisoned_memory(), torch.no_grad():
-        folded, active = case.fold(cuda_fold.fold_tasks)
+        folded, active = case.fold(fold_tasks)
     assert folded[[1, 3, 4]].isnan().any(1).all()
     assert torch.equal(folded[[1, 3, 4]].isnan().any(1), active[[1, 3, 4]].any(1))
     case.tasks = 0
-    assert_same_bits(folded[2:3], case.fold(cuda_fold.fold_tasks)[0].detach())
+    assert_same_bits(folded[2:3], case.fold(fold_tasks)[0].detach())
 
 
 def check_fold_corners() -> None:
-    assert_ties_go_to_the_first(cuda_fold.fold_tasks)
+    assert_ties_go_to_the_first(fold_tasks)
     for top_k in (1, 3):
-        assert_nan_shows(FoldCase(7, top_k), cuda_fold.fold_tasks)
+        assert_nan_shows(FoldCase(7, top_k), fold_tasks)
     check_unknown_tasks()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cuda_on_cpu.build import Build, missing
 
-from ept_kernels import cuda_backend
+from ept_kernels.backends import cuda_library
 
 
 @pytest.fixture(scope="session")
@@ -63,11 +63,11 @@ def library(
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU tensor is where it belongs: there is neither a device nor a stream to choose."""
-    monkeypatch.setattr(cuda_backend, "_current_device", lambda: -1)
-    monkeypatch.setattr(cuda_backend, "_current_stream", lambda device: None)
+    monkeypatch.setattr(cuda_library, "_current_device", lambda: -1)
+    monkeypatch.setattr(cuda_library, "_current_stream", lambda device: None)
 
 
 @pytest.fixture
 def cuda(library: Path, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The functions of ``cuda_backend`` serve CPU tensors, in this process."""
-    monkeypatch.setattr(cuda_backend, "_serving", lambda: cuda_backend._open(library))
+    monkeypatch.setattr(cuda_library, "_serving", lambda: cuda_library._open(library))

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ept_kernels import cuda_backend
+from ept_kernels.backends import cuda as cuda_backend
+from ept_kernels.backends import cuda_library
 
 
 class Memory(TorchDispatchMode):
@@ -59,7 +60,7 @@ class Failure(Exception):
 
 
 class DriverLibrary:
-    """Has the functions of the library, for ``cuda_backend._serving`` to return."""
+    """Has the functions of the library, for ``cuda_library._serving`` to return."""
 
     def __init__(self, driver: Path, memory: Memory, folder: Path, *, reverse: bool = False) -> None:
         self._driver, self._memory, self._folder = driver, memory, folder
@@ -71,7 +72,7 @@ class DriverLibrary:
         }
 
     def __getattr__(self, function: str) -> Callable[..., int]:
-        return lambda params, stream: self._run(function, cuda_backend.FUNCTIONS[function].from_buffer_copy(params))
+        return lambda params, stream: self._run(function, cuda_library.FUNCTIONS[function].from_buffer_copy(params))
 
     def _run(self, function: str, params: ctypes.Structure) -> int:
         storages: list[torch.UntypedStorage] = []
@@ -105,7 +106,7 @@ def run_in(driver: Path, check: Callable[[], None], folder: Path, *, reverse: bo
     cuda_backend._cached_pyramid.cache_clear()  # whose tables are of memory from before
     with pytest.MonkeyPatch.context() as patch, Memory() as memory:
         library = DriverLibrary(driver, memory, folder, reverse=reverse)
-        patch.setattr(cuda_backend, "_serving", lambda: library)
+        patch.setattr(cuda_library, "_serving", lambda: library)
         try:
             check()
         except Failure as error:

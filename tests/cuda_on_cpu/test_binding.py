@@ -13,8 +13,8 @@ import pytest
 import torch
 from cuda_on_cpu.build import SOURCES, run
 
-from ept_kernels import cuda_backend
-from ept_kernels.cuda_backend import FUNCTIONS
+from ept_kernels.backends import cuda_library
+from ept_kernels.backends.cuda_library import FUNCTIONS
 
 
 def _fields(struct: type[ctypes.Structure]) -> Iterator[tuple[str, int, int]]:
@@ -50,24 +50,24 @@ int main() {{
     sizes = {params.__name__: ctypes.sizeof(params) for params in (*FUNCTIONS.values(), *_nested())}
     ours = [f"{name} {offset} {size}" for name, offset, size in expected]
     ours += [f"{name} 0 {sizes[name]}" for name in structs]
-    constants = (cuda_backend.INTERFACE, cuda_backend.INLINE_SCALES, cuda_backend.MOST_EXPERTS)
+    constants = (cuda_library.INTERFACE, cuda_library.INLINE_SCALES, cuda_library.MOST_EXPERTS)
     assert printed == [*ours, " ".join(map(str, constants))]
 
 
 def _nested() -> tuple[type[ctypes.Structure], ...]:
-    return cuda_backend.Pyramid, cuda_backend.Experts
+    return cuda_library.Pyramid, cuda_library.Experts
 
 
 def test_a_library_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"missing\.so has not been built; build it with EPT_BUILD_CUDA=1"):
-        cuda_backend.build_info(tmp_path / "missing.so")
+        cuda_library.build_info(tmp_path / "missing.so")
 
 
 def test_a_library_that_is_none(tmp_path: Path) -> None:
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
     with pytest.raises(RuntimeError, match=r"broken\.so does not load: "):
-        cuda_backend.build_info(broken)
+        cuda_library.build_info(broken)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ def test_a_library_with_another_interface(text: str, message: str, build, tmp_pa
     source.write_text(f'extern "C" {{ {text} }}')
     run(["g++", "-shared", "-fPIC", source, "-o", target])
     with pytest.raises(RuntimeError, match=message):
-        cuda_backend.build_info(target)
+        cuda_library.build_info(target)
 
 
 def test_the_library_says_what_it_was_compiled_for(library: Path) -> None:
     """The one at hand for no GPU at all; ``test_nvcc`` reads what nvcc made."""
-    assert cuda_backend.build_info(library) == {"architectures": [], "compiler": "no nvcc"}
+    assert cuda_library.build_info(library) == {"architectures": [], "compiler": "no nvcc"}
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -103,7 +103,7 @@ def test_packed_fields_are_the_fields_of_the_struct(function: str) -> None:
         scalar = not issubclass(kind, (ctypes.Structure, ctypes.Array))
         fields.append(i if scalar else bytes([i] * ctypes.sizeof(kind)))
         setattr(params, name, i if scalar else kind.from_buffer_copy(fields[-1]))
-    packed = cuda_backend.PACKERS[function](*fields)
+    packed = cuda_library.PACKERS[function](*fields)
     assert packed == bytes(params)
 
 
@@ -114,13 +114,13 @@ def test_an_error_has_a_name() -> None:
         RuntimeError,
         match=r"ept_dropout failed on cpu: cudaErrorInvalidConfiguration \(invalid configuration argument\)",
     ):
-        cuda_backend.launch("ept_dropout", torch.zeros(1), 0, 0, 0, 2**40, 4, 4, 4, 0, 1.0, 0, 0)
+        cuda_library.launch("ept_dropout", torch.zeros(1), 0, 0, 0, 2**40, 4, 4, 4, 0, 1.0, 0, 0)
 
 
 @pytest.mark.usefixtures("cuda")
 def test_the_fields_of_another_struct_are_refused() -> None:
     with pytest.raises(struct.error):
-        cuda_backend.launch("ept_core", torch.zeros(1), 0, 0, 0, 2**40, 4, 4, 4, 0, 1.0, 0, 0)
+        cuda_library.launch("ept_core", torch.zeros(1), 0, 0, 0, 2**40, 4, 4, 4, 0, 1.0, 0, 0)
 
 
 def test_a_gpu_that_the_library_has_no_code_for(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,14 +133,14 @@ def test_a_gpu_that_the_library_has_no_code_for(library: Path, monkeypatch: pyte
         def ept_probe(self) -> int:
             return 9
 
-    opened = cuda_backend._open(library)
-    monkeypatch.setattr(cuda_backend, "_open", lambda path: Probed())
+    opened = cuda_library._open(library)
+    monkeypatch.setattr(cuda_library, "_open", lambda path: Probed())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "device", torch.device)
-    reason = cuda_backend.unsupported(torch.device("cuda"), torch.bfloat16)
+    reason = cuda_library.unsupported(torch.device("cuda"), torch.bfloat16)
     assert reason.startswith("_cuda.so does not run on a GPU: cudaErrorInvalidConfiguration")
 
 

@@ -7,14 +7,16 @@ import pytest
 import torch
 from cuda_on_cpu import checks
 from cuda_on_cpu.checks import ALL, Check, CoreCase
-from fold_testing import LargeFoldCase
+from fold_testing import LargeFoldCase, folds_by
 from hypothesis import given
 from hypothesis import strategies as st
 from pyramid_testing import HOST_READS, Recorder, assert_same_bits, examples
 
-from ept_kernels import cuda_backend, cuda_fold
+from ept_kernels.backends import cuda as cuda_backend
+from ept_kernels.backends import cuda_fold
 
 pytestmark = pytest.mark.usefixtures("cuda")
+fold_tasks = folds_by(cuda_fold)
 
 
 @pytest.mark.parametrize("check", ALL.values(), ids=ALL)
@@ -82,7 +84,7 @@ def test_the_same_call_gives_the_same_bits(dtype: torch.dtype, monkeypatch: pyte
     results = []
     for reverse in "01":
         monkeypatch.setenv("EPT_SHIM_REVERSED", reverse)
-        results.append({**dict(enumerate(case.backward())), **fold.results(cuda_fold.fold_tasks)})
+        results.append({**dict(enumerate(case.backward())), **fold.results(fold_tasks)})
     for name, value in results[0].items():
         assert_same_bits(results[1][name], value, name)
 
@@ -90,9 +92,9 @@ def test_the_same_call_gives_the_same_bits(dtype: torch.dtype, monkeypatch: pyte
 def test_a_task_does_not_depend_on_the_others() -> None:
     case = LargeFoldCase(3)
     with torch.no_grad():
-        together, _ = case.fold(cuda_fold.fold_tasks)
+        together, _ = case.fold(fold_tasks)
         case.tasks = case.tasks[2:3]
-        assert_same_bits(case.fold(cuda_fold.fold_tasks)[0], together[2:3])
+        assert_same_bits(case.fold(fold_tasks)[0], together[2:3])
 
 
 def test_nothing_is_read_back_to_the_host_and_no_input_is_written() -> None:
@@ -103,7 +105,7 @@ def test_nothing_is_read_back_to_the_host_and_no_input_is_written() -> None:
     with Recorder() as recorder:
         case.backward()
         cuda_backend.dropout(x, seed, 0.5)
-        fold.results(cuda_fold.fold_tasks)
+        fold.results(fold_tasks)
     assert not set(recorder.names()) & set(HOST_READS)
     for tensor, copy in zip(inputs, before, strict=True):
         assert_same_bits(tensor, copy)
@@ -113,7 +115,7 @@ def test_a_task_that_the_table_lacks_is_refused_where_it_is_known() -> None:
     case = LargeFoldCase(2)
     case.tasks = 3
     with pytest.raises(IndexError, match="task_ids holds 3; allowed: 0 to 2"):
-        case.fold(cuda_fold.fold_tasks)
+        case.fold(fold_tasks)
 
 
 def test_another_dtype_for_the_gradient_is_refused() -> None:

@@ -13,7 +13,7 @@ import pytest
 from cuda_on_cpu import nvcc
 from cuda_on_cpu.build import sources
 
-from ept_kernels.cuda_backend import FUNCTIONS
+from ept_kernels.backends.cuda_library import FUNCTIONS
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +64,9 @@ def test_the_library_needs_neither_torch_nor_python_nor_a_cuda_runtime(compiled:
 PROGRAM = """
 import sys
 from pathlib import Path
-from ept_kernels import cuda_backend
-print(cuda_backend.build_info(Path(sys.argv[1])))
-print(cuda_backend._open(Path(sys.argv[1])).ept_probe() != 0)
+from ept_kernels.backends import cuda_library
+print(cuda_library.build_info(Path(sys.argv[1])))
+print(cuda_library._open(Path(sys.argv[1])).ept_probe() != 0)
 import torch
 print(torch.cuda.is_initialized())
 """

@@ -18,9 +18,8 @@ from fold_testing import (
 from gpu_testing import capture, launched
 from pyramid_testing import assert_same_bits
 
-import ept_kernels
 from ept import EPTConfig, EPTLinear
-from ept_kernels.triton.fold import fold_tasks
+from ept_kernels import fold_tasks
 
 SMALL = {f"seed {seed}": lambda seed=seed: FoldCase(seed, device="cuda") for seed in range(8)}
 SMALL |= {f"one expert, seed {seed}": lambda seed=seed: FoldCase(seed, 1, device="cuda") for seed in range(4)}
@@ -67,7 +66,7 @@ def test_captures_in_a_cuda_graph() -> None:
     leaves = [parameter.clone().requires_grad_() for parameter in case.parameters]
 
     def step() -> tuple[torch.Tensor, ...]:
-        folded, active = case.fold(ept_kernels.fold_tasks, leaves)
+        folded, active = case.fold(fold_tasks, leaves)
         return (folded.detach(), active, *torch.autograd.grad(folded, leaves, case.cotangent))
 
     graph, captured = capture(step)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyramid_testing import BACKENDS
 
-from ept_kernels import native
+from ept_kernels.backends import cpu as cpu_backend
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def force_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Forces a backend; skips where this machine lacks it, and says why."""
 
     def force(name: str) -> None:
-        if name == "cpu" and (reason := native.unsupported(torch.device("cpu"), torch.float32)):
+        if name == "cpu" and (reason := cpu_backend.unsupported(torch.device("cpu"), torch.float32)):
             pytest.skip(f"no native CPU backend: {reason}")
         monkeypatch.setenv("EPT_BACKEND", name)
 

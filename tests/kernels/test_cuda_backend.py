@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ept_kernels import available_backends, backend_for, cuda_backend
+from ept_kernels import available_backends, backend_for
+from ept_kernels.backends import cuda as cuda_backend
+from ept_kernels.backends import cuda_library
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -39,7 +41,7 @@ def test_not_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_capability_comes_before_the_library(
     capability: tuple[int, int], new_enough: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cuda_backend, "LIBRARY", tmp_path / "_cuda.so")
+    monkeypatch.setattr(cuda_library, "LIBRARY", tmp_path / "_cuda.so")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from ept_kernels import dispatch, doctor, torch_backend
-from ept_kernels.library import Output
+from ept_kernels import dispatch, doctor
+from ept_kernels.backends import torch as torch_backend
+from ept_kernels.problem import Output
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -35,12 +36,12 @@ def test_every_backend_that_serves_is_checked(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("dtype", doctor.CHECKED)
 def test_a_wrong_backend_fails(dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    right = torch_backend.pyramid_linear_backward
+    right = torch_backend.backward
 
     def scaled(*args: object, **options: object) -> tuple[torch.Tensor, ...]:
         return tuple(1.05 * part for part in right(*args, **options))
 
-    monkeypatch.setattr(torch_backend, "pyramid_linear_backward", scaled)
+    monkeypatch.setattr(torch_backend, "backward", scaled)
     ok, words = doctor.check("torch", CPU, doctor.DTYPES[dtype])
     assert not ok
     assert "grad A" in words and "output" not in words
@@ -50,16 +51,14 @@ def test_a_wrong_backend_fails(dtype: str, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_nan_and_exceptions_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch_backend.pyramid_linear
-    monkeypatch.setattr(
-        torch_backend, "pyramid_linear", lambda *args, **options: Output(right(*args, **options).y * torch.nan)
-    )
+    right = torch_backend.forward
+    monkeypatch.setattr(torch_backend, "forward", lambda *args: Output(right(*args).y * torch.nan))
     assert not doctor.check("torch", CPU, torch.float32)[0]
 
     def crash(*args: object, **options: object) -> None:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(torch_backend, "pyramid_linear", crash)
+    monkeypatch.setattr(torch_backend, "forward", crash)
     assert doctor.check("torch", CPU, torch.float32) == (False, "RuntimeError: no such instruction")
 
 
@@ -68,7 +67,7 @@ def test_what_would_serve_a_gpu(served: bool, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     class Backend:
-        pyramid_linear = None
+        forward = None
 
         @staticmethod
         def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -13,8 +13,9 @@ import torch
 from pyramid_testing import Case, Problem, assert_matches
 
 import ept_kernels
-from ept_kernels import Kept, PyramidGeometry, reference, torch_backend, versioned_fold_cache
-from ept_kernels.kept import Stamp
+from ept_kernels import Kept, PyramidGeometry, folding, problem, reference
+from ept_kernels.backends import torch as torch_backend
+from ept_kernels.problem import Base, Folded, Routing, RoutingStamp, Stamp
 
 GEOMETRY = PyramidGeometry(11, 7, 3, (2, 3, 2, 5))
 ONE = Case(GEOMETRY, lead=(3, 2))
@@ -41,10 +42,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 
 def output(p: Problem, kept: Kept) -> torch.Tensor:
-    rows = p.x.reshape(-1, GEOMETRY.in_features)
-    arguments = (rows, p.weight, p.bias, p.A, p.B, p.folded, p.groups, list(GEOMETRY.scales))
     with torch.no_grad():
-        return torch_backend.pyramid_linear(*arguments, kept=kept).y
+        return torch_backend.forward(p.for_backends(), Base(p.weight, p.bias), kept=kept).y
 
 
 def expected(p: Problem) -> torch.Tensor:
@@ -102,7 +101,7 @@ def test_nothing_kept_is_used_while_a_graph_is_captured(monkeypatch: pytest.Monk
     """A replay must see parameters as they are then."""
     p, kept = ONE.tensors(), Kept()
     output(p, kept)
-    monkeypatch.setattr("ept_kernels.library.captures", lambda tensor: True)
+    monkeypatch.setattr("ept_kernels.backends.gpu.captures", lambda tensor: True)
     value = kept.value
     p.A.data.mul_(2)  # not counted
     assert_matches(output(p, kept), expected(p), 1e-12)
@@ -112,42 +111,50 @@ def test_nothing_kept_is_used_while_a_graph_is_captured(monkeypatch: pytest.Monk
 # --- folded kernels ---------------------------------------------------------------------------------------------------
 
 
-def fold_all(gate, table, tasks, kernels, top_k, scaling, geometry):
-    """A fold that shows what it is made from."""
-    total = scaling * (gate.sum() + sum(kernel.sum() for kernel in kernels)) + table.sum(1)
-    active = torch.ones(len(table), len(geometry.scales), dtype=torch.bool)
-    return total[:, None].expand(-1, geometry.folded_size).contiguous(), active
+class Folder:
+    """A folder that keeps by versions, as those of GPUs do, and whose folds show what they are made from."""
+
+    most_experts = 64
+    mark = staticmethod(RoutingStamp.of)
+
+    @staticmethod
+    def fold(routing: Routing, save: bool) -> Folded:
+        total = routing.scaling * sum(each.sum() for each in (routing.gate, *routing.kernels)) + routing.table.sum(1)
+        active = torch.ones(len(routing.table), len(GEOMETRY.scales), dtype=torch.bool)
+        return Folded(total[:, None].expand(-1, GEOMETRY.folded_size).contiguous(), active)
 
 
-def parameters() -> tuple[torch.Tensor, ...]:
-    kernels = [torch.randn(k, k) for k in GEOMETRY.kernel_sizes]
-    return torch.randn(4, 6), *kernels, torch.randn(3, 6)
+@pytest.fixture
+def routing(monkeypatch: pytest.MonkeyPatch) -> Routing:
+    monkeypatch.setenv("EPT_BACKEND", "torch")
+    monkeypatch.setattr(torch_backend, "folder", Folder)
+    kernels = tuple(torch.randn(k, k) for k in GEOMETRY.kernel_sizes)
+    return Routing(torch.randn(4, 6), torch.randn(3, 6), 1, kernels, 2, 1.5, GEOMETRY)
 
 
-PLAN = (2, 1.5, GEOMETRY)
-
-
-def test_folds_serve_until_a_parameter_is_written() -> None:
-    kept, found = Kept(), parameters()
-    assert versioned_fold_cache.unchanged(kept, 1, found, *PLAN) is None
-    fold = versioned_fold_cache.renew(kept, Kept(), found, *PLAN, fold_all)
-    assert versioned_fold_cache.unchanged(kept, 1, found, *PLAN) is fold
-    assert versioned_fold_cache.unchanged(kept, 1, found, 1, 1.5, GEOMETRY) is None
-    for parameter in found:
-        fold = versioned_fold_cache.renew(kept, Kept(), found, *PLAN, fold_all)
+def test_folds_serve_until_a_parameter_is_written(routing: Routing) -> None:
+    kept = Kept()
+    assert folding.find_kept(routing, kept) is None
+    assert folding.keep(routing, kept, Kept())
+    folded, *_ = folding.find_kept(routing, kept)
+    assert torch.equal(folded, Folder.fold(routing, False).folded[1:2])
+    assert folding.find_kept(routing, kept)[0] is folded
+    assert folding.find_kept(routing._replace(top_k=1), kept) is None
+    for parameter in routing.parameters:
+        assert folding.keep(routing, kept, Kept())
         parameter.add_(1)
-        assert versioned_fold_cache.unchanged(kept, 1, found, *PLAN) is None
-    versioned_fold_cache.renew(kept, Kept(), found, *PLAN, fold_all)
+        assert folding.find_kept(routing, kept) is None
+    assert folding.keep(routing, kept, Kept())
     with pytest.raises(IndexError, match="allowed: 0 to 2"):
-        versioned_fold_cache.unchanged(kept, 3, found, *PLAN)
+        folding.find_kept(routing._replace(tasks=3), kept)
 
 
-def test_a_graph_being_captured_keeps_and_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, found = Kept(), parameters()
-    versioned_fold_cache.renew(kept, Kept(), found, *PLAN, fold_all)
-    monkeypatch.setattr(versioned_fold_cache, "captures", lambda tensor: True)
-    assert versioned_fold_cache.unchanged(kept, 1, found, *PLAN) is None
-    assert versioned_fold_cache.renew(kept, Kept(), found, *PLAN, fold_all) is None
+def test_a_graph_being_captured_keeps_and_reads_nothing(routing: Routing, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Kept()
+    assert folding.keep(routing, kept, Kept())
+    monkeypatch.setattr(problem, "captures", lambda tensor: True)
+    assert folding.find_kept(routing, kept) is None
+    assert not folding.keep(routing, kept, Kept())
 
 
 def test_a_stamp_is_of_these_tensors_alone() -> None:

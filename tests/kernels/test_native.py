@@ -21,10 +21,11 @@ from pyramid_testing import (
 )
 
 import ept_kernels
-from ept_kernels import PyramidGeometry, backend_for, native, reference
+from ept_kernels import PyramidGeometry, backend_for, reference
+from ept_kernels.backends import cpu as cpu_backend
 
 CPU = torch.device("cpu")
-MISSING = native.unsupported(CPU, torch.float32)
+MISSING = cpu_backend.unsupported(CPU, torch.float32)
 ROW_OPS = ("pyramid_delta", "pyramid_linear")
 #: Every instruction set that any build can hold: one that is absent here is a skip that says so.
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
@@ -38,13 +39,13 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     if MISSING is not None:
         pytest.skip(f"no native CPU backend: {MISSING}")
     monkeypatch.setenv("EPT_BACKEND", "cpu")
-    name, detected = getattr(request, "param", ""), native.build_info()["cpu_detected"]
+    name, detected = getattr(request, "param", ""), cpu_backend.build_info()["cpu_detected"]
     if name and name not in detected:
         pytest.skip(f"{name} is not built or not on this processor, which has {', '.join(detected)}")
-    before = native.build_info()["cpu_selected"]
-    native.select_instruction_set(name)
+    before = cpu_backend.build_info()["cpu_selected"]
+    cpu_backend.select_instruction_set(name)
     yield name
-    native.select_instruction_set(before)
+    cpu_backend.select_instruction_set(before)
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -180,11 +181,12 @@ def test_more_elements_than_32_bits_count() -> None:
 @pytest.mark.usefixtures("isa")
 def test_backward_does_no_more_than_asked() -> None:
     p = replace(LARGE, lead=(64,), grouping="row").tensors(torch.float32)
-    arguments = (p.cotangent, p.x, p.A, p.B, p.folded, p.groups, list(DEFAULT.scales))
-    full = native.pyramid_delta_backward(*arguments, [True] * 4)
+    call = p.for_backends()
+    full = cpu_backend.backward(p.cotangent, call, None, [True] * 4)
     for mask in range(16):
         needs = [bool(mask >> i & 1) for i in range(4)]
-        for need, gradient, expected in zip(needs, native.pyramid_delta_backward(*arguments, needs), full, strict=True):
+        given = cpu_backend.backward(p.cotangent, call, None, needs)
+        for need, gradient, expected in zip(needs, given, full, strict=True):
             assert (gradient is not None) == need
             if need:
                 assert_same_bits(gradient, expected)
@@ -213,7 +215,7 @@ def test_forced_on_another_dtype_it_fails_loudly(dtype: torch.dtype, monkeypatch
 
 
 def test_it_does_not_serve_other_devices() -> None:
-    assert "not cuda" in native.unsupported(torch.device("cuda"), torch.float32)
+    assert "not cuda" in cpu_backend.unsupported(torch.device("cuda"), torch.float32)
 
 
 @needs_native
@@ -221,7 +223,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"instruction set 'mmx' is not built or not on this processor; allowed: .*portable"
     ):
-        native.select_instruction_set("mmx")
+        cpu_backend.select_instruction_set("mmx")
 
 
 def run_python(program: str, **environment: str) -> str:
@@ -234,14 +236,15 @@ def run_python(program: str, **environment: str) -> str:
 
 REPORT = """
 import torch
-from ept_kernels import backend_for, native
-print(backend_for(torch.device("cpu")).name, native.unsupported(torch.device("cpu"), torch.float32))
+from ept_kernels import backend_for
+from ept_kernels.backends import cpu as cpu_backend
+print(backend_for(torch.device("cpu")).name, cpu_backend.unsupported(torch.device("cpu"), torch.float32))
 """
 
 
 @needs_native
 def test_the_environment_names_an_instruction_set() -> None:
-    program = "from ept_kernels import native; print(native.build_info()['cpu_selected'])"
+    program = "from ept_kernels.backends import cpu; print(cpu.build_info()['cpu_selected'])"
     assert run_python(program, EPT_CPU_ISA="portable").strip() == "portable"
     assert run_python(REPORT, EPT_CPU_ISA="mmx", EPT_BACKEND="").startswith("torch EPT_CPU_ISA: instruction set 'mmx'")
 
@@ -259,7 +262,7 @@ def test_a_torch_without_the_thread_pool_is_no_crash() -> None:
 
 @needs_native
 def test_build_info() -> None:
-    info = native.build_info()
+    info = cpu_backend.build_info()
     assert set(info) == {"compiler", "cpu_compiled", "cpu_detected", "cpu_selected"}
     assert info["cpu_compiled"][-1] == info["cpu_detected"][-1] == "portable"
     assert set(info["cpu_detected"]) <= set(info["cpu_compiled"]) <= set(INSTRUCTION_SETS)

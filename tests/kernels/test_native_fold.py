@@ -13,10 +13,10 @@ from fold_testing import (
 )
 from torch import Tensor
 
-from ept_kernels import PyramidGeometry, native
-from ept_kernels.native_fold import fold_tasks
+from ept_kernels import PyramidGeometry, fold_tasks
+from ept_kernels.backends import cpu as cpu_backend
 
-missing = native.unsupported(torch.device("cpu"), torch.float32)
+missing = cpu_backend.unsupported(torch.device("cpu"), torch.float32)
 pytestmark = pytest.mark.skipif(missing is not None, reason=f"no native CPU backend: {missing}")
 
 

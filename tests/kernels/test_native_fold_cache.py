@@ -8,9 +8,11 @@ from fold_testing import SCALING, FoldCase
 from pyramid_testing import assert_same_bits, poisoned_memory
 from torch import Tensor
 
-from ept_kernels import Kept, fold_kept, fold_tasks, native
+from ept_kernels import Kept, fold_kept, fold_tasks
+from ept_kernels.backends import cpu as cpu_backend
+from ept_kernels.backends import cpu_library
 
-missing = native.unsupported(torch.device("cpu"), torch.float32)
+missing = cpu_backend.unsupported(torch.device("cpu"), torch.float32)
 pytestmark = pytest.mark.skipif(missing is not None, reason=f"no native CPU backend: {missing}")
 
 
@@ -70,7 +72,7 @@ def test_it_keeps_nothing_with_gradients() -> None:
 
 def test_a_snapshot_names_what_does_not_fit() -> None:
     array = torch.arange(6.0)
-    snapshot = native.module().Snapshot([(array.data_ptr(), 24)])
+    snapshot = cpu_library.module().Snapshot([(array.data_ptr(), 24)])
     assert snapshot.equals([array.data_ptr()])
     with pytest.raises(ValueError, match="arrays must number 1, got 2"):
         snapshot.equals([array.data_ptr()] * 2)

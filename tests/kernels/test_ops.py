@@ -28,7 +28,9 @@ from pyramid_testing import (
 )
 
 import ept_kernels
-from ept_kernels import PyramidGeometry, reference, torch_backend
+from ept_kernels import PyramidGeometry, reference
+from ept_kernels.backends import torch as torch_backend
+from ept_kernels.problem import Base
 
 OPS = tuple(DIFFERENTIABLE)
 ROW_OPS = ("pyramid_delta", "pyramid_linear")
@@ -262,8 +264,8 @@ def test_backward_does_no_more_than_asked(needs: tuple[bool, ...]) -> None:
     """The backend gives None, and the op an empty tensor, for what nobody needs."""
     p = replace(MIXED, lead=(6,), grouping="row").tensors()
     arguments = (p.cotangent, p.x, p.A, p.B, p.folded, p.groups, list(GEOMETRY.scales), list(needs))
-    everything = torch_backend.pyramid_delta_backward(*arguments[:-1], [True] * 4)
-    given = torch_backend.pyramid_delta_backward(*arguments)
+    everything = torch_backend.backward(p.cotangent, p.for_backends(), None, [True] * 4)
+    given = torch_backend.backward(p.cotangent, p.for_backends(), None, needs)
     from_op = torch.ops.ept.pyramid_delta_backward(*arguments)
     for need, gradient, op_gradient, full in zip(needs, given, from_op, everything, strict=True):
         assert (gradient is not None) == need
@@ -358,17 +360,17 @@ def test_backend_reads_no_value(grouped: bool) -> None:
     """Meta tensors have no values: ``.item()``, ``.tolist()``, ``if tensor`` or a copy to the host would raise."""
     meta = lambda tensor: tensor.to("meta")  # noqa: E731
     p = (MIXED if grouped else UNGROUPED).tensors()
-    rows, cotangent = meta(p.x.flatten(0, -2)), meta(p.cotangent.flatten(0, -2))
-    A, B, folded, weight, bias = map(meta, (p.A, p.B, p.folded, p.weight, p.bias))
-    groups = meta(p.groups) if grouped else None
-    scales, in_features, out_features = list(GEOMETRY.scales), GEOMETRY.in_features, GEOMETRY.out_features
+    call = p.for_backends()
+    call = call._replace(**{name: meta(value) for name, value in call._asdict().items() if torch.is_tensor(value)})
+    cotangent, base = meta(p.cotangent.flatten(0, -2)), Base(meta(p.weight), meta(p.bias))
     needs = [True] * 4
-    torch_backend.pyramid_delta(rows, A, B, folded, groups, out_features, scales)
-    torch_backend.pyramid_delta_backward(cotangent, rows, A, B, folded, groups, scales, needs)
-    torch_backend.pyramid_linear(rows, weight, bias, A, B, folded, groups, scales)
-    torch_backend.pyramid_linear_backward(cotangent, rows, weight, A, B, folded, groups, scales, needs)
-    dense = torch_backend.pyramid_weight(A, B, folded, in_features, out_features, scales)
-    torch_backend.pyramid_weight_backward(dense, A, B, folded, scales, needs[1:])
+    torch_backend.forward(call, None)
+    torch_backend.backward(cotangent, call, None, needs)
+    torch_backend.forward(call, base)
+    torch_backend.backward(cotangent, call, base.weight, needs)
+    adapter, scales = (call.A, call.B, call.folded), GEOMETRY.scales
+    dense = torch_backend.delta_weight(*adapter, GEOMETRY.in_features, GEOMETRY.out_features, scales)
+    torch_backend.delta_weight_backward(dense, *adapter, scales, needs[1:])
     with pytest.raises((RuntimeError, NotImplementedError)):
         dense[0, 0, 0].item()
 

@@ -10,7 +10,8 @@ from pyramid_testing import Recorder
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ept_kernels import PyramidGeometry, fold_tasks, native
+from ept_kernels import PyramidGeometry, fold_tasks
+from ept_kernels.backends import cpu as cpu_backend
 
 GEOMETRY = PyramidGeometry(16, 16, 2, (2, 4))
 
@@ -59,7 +60,7 @@ def test_an_unknown_backend_fails_loudly(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_compiled_code_holds_plain_operations(force_backend: Callable[[str], None]) -> None:
     """A compiler must see them: nothing of the native call is in its graph."""
     force_backend("cpu")
-    assert native.unsupported(torch.device("cpu"), torch.float32) is None
+    assert cpu_backend.unsupported(torch.device("cpu"), torch.float32) is None
     answers = []
 
     def step(gate: Tensor) -> Tensor:

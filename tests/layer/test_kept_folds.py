@@ -13,9 +13,10 @@ from pyramid_testing import assert_matches, assert_same_bits, shake
 from torch import Tensor, nn
 
 from ept import EPTConfig, EPTLinear, TaskTable
-from ept_kernels import Kept, native
+from ept_kernels import Kept
+from ept_kernels.backends import cpu as cpu_backend
 
-missing = native.unsupported(torch.device("cpu"), torch.float32)
+missing = cpu_backend.unsupported(torch.device("cpu"), torch.float32)
 needs_native = pytest.mark.skipif(missing is not None, reason=f"nothing is kept without native code: {missing}")
 
 TASKS = 4
@@ -225,7 +226,7 @@ def test_layers_share_one_copy_of_their_table() -> None:
     layers = [EPTLinear(11, 7, config=config, task_table=table).eval() for _ in range(2)]
     for layer in layers:
         layer(X, MIXED)
-    assert layers[0].kept.value.table is layers[1].kept.value.table
+    assert layers[0].kept.value.mark.table is layers[1].kept.value.mark.table
 
 
 def test_very_many_tasks_are_not_kept() -> None:

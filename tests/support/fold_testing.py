@@ -11,11 +11,22 @@ from pyramid_testing import assert_all_match, folded_entries, poisoned_memory
 from torch import Tensor
 
 from ept_kernels import PyramidGeometry, active_scales, fold_kernels
+from ept_kernels.folding import fold_by
+from ept_kernels.problem import Folder, Routing
 
 SCALING = 4.0
 
-#: As ``native_fold.fold_tasks``.
+#: As ``ept_kernels.fold_tasks``.
 FoldTasks = Callable[..., tuple[Tensor, Tensor]]
+
+
+def folds_by(folder: Folder) -> FoldTasks:
+    """``fold_tasks`` by one folder, whichever backend serves."""
+
+    def fold_tasks(gate, table, tasks, kernels, *plan) -> tuple[Tensor, Tensor]:
+        return fold_by(folder, Routing(gate, table, tasks, tuple(kernels), *plan))
+
+    return fold_tasks
 
 
 class FoldCase:

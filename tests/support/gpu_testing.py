@@ -21,7 +21,7 @@ PLANS = {
     "torch": ("torch", ""),
 }
 #: Modules of small kernels.
-KERNELS = {"triton": "triton.backend", "cuda": "cuda_backend", "torch": "torch_backend"}
+KERNELS = {"triton": "triton.backend", "cuda": "backends.cuda", "torch": "backends.torch"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PAPER = (2, 2, 4, 4, 6, 6, 8, 8)
 

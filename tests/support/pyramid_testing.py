@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ept_kernels import PyramidGeometry, reference
+from ept_kernels import PyramidGeometry, problem, reference
 
 BACKENDS = ("torch", "reference", "cpu")
 #: Backends that compute in fp32 at best.
@@ -163,6 +163,12 @@ class Problem:
         """The differentiable arguments of ``op`` that are present."""
         named = {name: getattr(self, name) for name in DIFFERENTIABLE[op]}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def for_backends(self) -> problem.Problem:
+        """This problem as a backend takes it: rows, sizes."""
+        g = self.geometry
+        rows = self.x.reshape(-1, g.in_features)
+        return problem.Problem(rows, self.A, self.B, self.folded, self.groups, self.active, g.out_features, g.scales)
 
     def call(self, module: ModuleType, op: str, **replaced: Tensor) -> Tensor:
         """``module.<op>`` on this problem, with some arguments replaced."""

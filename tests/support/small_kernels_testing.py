@@ -13,7 +13,7 @@ import torch
 from pyramid_testing import assert_matches, assert_same_bits, poisoned_memory, skewed_groups
 from torch import Tensor
 
-from ept_kernels import torch_backend
+from ept_kernels.backends import torch as torch_backend
 from ept_kernels.triton.launch import Config
 
 # --- layouts and comparison -------------------------------------------------------------------------------------------

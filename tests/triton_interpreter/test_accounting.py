@@ -11,6 +11,7 @@ from pyramid_testing import HOST_READS, Case, Recorder, assert_matches, poisoned
 
 import ept_kernels
 from ept_kernels import PyramidGeometry, reference
+from ept_kernels.problem import Base, Problem
 from ept_kernels.triton import backend
 from ept_kernels.triton import launch as launcher
 from ept_kernels.triton.backend import PLANS
@@ -79,9 +80,8 @@ def test_launches_of_recomputation_and_of_dropout() -> None:
 def test_backward_launches_no_more_than_asked(needs: tuple[bool, ...]) -> None:
     problem = Case(PyramidGeometry(14, 12, 2, (2, 3)), (6,), "row", 2).tensors(torch.float32)
     truth = problem.evaluate(reference, "pyramid_delta", dtype=torch.float64)
-    arguments = (problem.x, problem.A, problem.B, problem.folded, problem.groups, [2, 3])
     with poisoned_memory(), traced() as trace:
-        gradients = backend.pyramid_delta_backward(problem.cotangent, *arguments, needs)
+        gradients = backend.backward(problem.cotangent, problem.for_backends(), None, needs)
     for name, need, gradient in zip(("x", "A", "B", "folded"), needs, gradients, strict=True):
         assert (gradient is not None) == need, name
         if need:
@@ -178,10 +178,11 @@ def test_grids_fit_a_gpu(plan: str, grouping: str, monkeypatch: pytest.MonkeyPat
     A, B = meta(g.rank, g.seed_width), meta(g.seed_height, g.rank)
     folded = meta(1 if count is None else 9, g.folded_size)
     groups = None if count is None else meta(count, dtype=torch.int64)
-    scales, options = list(g.scales), {"dropout_p": 0.1, "seed": meta(1, dtype=torch.int64)}
-    backend.pyramid_linear(x, weight, None, A, B, folded, groups, scales, **options)
-    for dropping in ({}, options):
-        backend.pyramid_linear_backward(y, x, weight, A, B, folded, groups, scales, [True] * 4, **dropping)
+    plain = Problem(x, A, B, folded, groups, None, g.out_features, g.scales)
+    dropping = plain._replace(dropout_p=0.1, seed=meta(1, dtype=torch.int64))
+    backend.forward(dropping, Base(weight, None))
+    for problem in (plain, dropping):
+        backend.backward(y, problem, weight, [True] * 4)
     expected = {"interleave_kernel", "core_kernel", "kernel_grad_kernel", "gather_kernel", "dropout_kernel"}
     assert set(grids) == expected | ({"fused_kernel"} if plan == "fused" else set())
     for kernel, launched in grids.items():

@@ -22,11 +22,10 @@ from interpreter_trace import traced
 from pyramid_testing import Recorder, assert_same_bits, poisoned_memory
 
 import ept.pyramid.adapter
-import ept_kernels
 from ept import EPTConfig, EPTLinear
-from ept_kernels import PyramidGeometry, eager, task_folding
+from ept_kernels import PyramidGeometry, fold_tasks, folding, functional, ops
 from ept_kernels.triton import launch
-from ept_kernels.triton.fold import MOST_EXPERTS, fold_tasks
+from ept_kernels.triton.fold import most_experts
 
 SEEDS = (*range(14), 16, 17)
 
@@ -138,16 +137,16 @@ def test_a_second_derivative_is_refused() -> None:
 def test_the_chooser_takes_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the number of experts that fit a program; not where another backend is forced or a mode watches."""
     case = FoldCase(3)
-    assert_same_bits(case.fold(ept_kernels.fold_tasks)[0], case.fold(fold_tasks)[0])
-    for experts in (MOST_EXPERTS, MOST_EXPERTS + 1):
+    assert case.fold(fold_tasks) is not None
+    for experts in (most_experts, most_experts + 1):
         geometry = PyramidGeometry(4, 4, 1, (1,) * experts)
         kernels, gate = [torch.ones(1, 1)] * experts, torch.ones(experts, 2)
-        answer = ept_kernels.fold_tasks(gate, torch.ones(1, 2), 0, kernels, 1, 1.0, geometry)
-        assert (answer is None) == (experts > MOST_EXPERTS)
+        answer = fold_tasks(gate, torch.ones(1, 2), 0, kernels, 1, 1.0, geometry)
+        assert (answer is None) == (experts > most_experts)
     with Recorder():
-        assert case.fold(ept_kernels.fold_tasks) is None
+        assert case.fold(fold_tasks) is None
     monkeypatch.setenv("EPT_BACKEND", "torch")
-    assert case.fold(ept_kernels.fold_tasks) is None
+    assert case.fold(fold_tasks) is None
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -172,7 +171,7 @@ FREE |= {
 @pytest.fixture
 def launches_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], list[str]]:
     """What a call would launch on a GPU, by name, as eager code: the counter does not count as a watcher."""
-    for module in (task_folding, eager):
+    for module in (folding, functional, ops):
         monkeypatch.setattr(module, "is_eager", lambda *tensors: True)
 
     def count(call: Callable[[], object]) -> list[str]:
@@ -205,9 +204,7 @@ def test_two_launches_each_way(top_k: int, tasks: object, launches_of) -> None:
 #: Of a layer beside the fold: the small kernels and torch's products; for ids in a tensor their check, which a model
 #: makes once for all its layers, and the groups.
 FORWARD = ["addmm", "addmm_", "cat", "core_kernel", "fold_kernel", "interleave_kernel", "mm"]
-BACKWARD = ["core_kernel", "fold_grad_kernel", "gather_kernel", "kernel_grad_kernel", "logits_grad_kernel"] + [
-    "matmul"
-] * 3
+BACKWARD = ["core_kernel", "fold_grad_kernel", "gather_kernel", "kernel_grad_kernel", "logits_grad_kernel"] + ["mm"] * 3
 IDS = ["_assert_async", "all", "arange", "bitwise_and", "ge", "lt"]
 
 
@@ -228,7 +225,8 @@ def test_an_eager_layer(task: object, ids: list[str], launches_of, monkeypatch: 
     forward, backward = step()
     assert sorted(forward) == sorted(FORWARD + ids)
     assert sorted(backward) == BACKWARD
-    monkeypatch.setattr(ept.pyramid.adapter, "fold_tasks", lambda *_: None)
+    for name in ("fold_tasks", "routed_linear"):
+        monkeypatch.setattr(ept.pyramid.adapter, name, lambda *_: None)
     composed_forward, composed_backward = step()
     print(f"composed: {len(composed_forward)} forward, {len(composed_backward)} backward")
     assert len(composed_forward) - len(forward) >= 18

@@ -12,6 +12,7 @@ from pyramid_testing import Case
 import ept_kernels
 import ept_kernels.triton as triton_backend
 from ept_kernels import PyramidGeometry
+from ept_kernels.problem import Base
 from ept_kernels.triton import backend, fused, launch
 from ept_kernels.triton.core import core
 
@@ -65,7 +66,7 @@ def test_plan_fused_is_for_half_precision(dtype: torch.dtype, monkeypatch: pytes
     launched = []
     monkeypatch.setattr(launch, "runner", lambda kernel, *_: launched.append(kernel.__name__))
     p = Case(PyramidGeometry(17, 15, 2, (2, 3)), (5,)).tensors(dtype)
-    backend.pyramid_linear(p.x, p.weight, p.bias, p.A, p.B, p.folded, None, [2, 3])
+    backend.forward(p.for_backends(), Base(p.weight, p.bias))
     assert ("fused_kernel" in launched) == (dtype == torch.float16)
 
 
@@ -73,7 +74,7 @@ def test_a_plan_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("EPT_GPU_PLAN", "single")
     p = Case(PyramidGeometry(17, 15, 2, (2, 3)), (5,)).tensors(torch.float32)
     with pytest.raises(ValueError, match="EPT_GPU_PLAN must be one of library, fused, or unset, got 'single'"):
-        backend.pyramid_linear(p.x, p.weight, p.bias, p.A, p.B, p.folded, None, [2, 3])
+        backend.forward(p.for_backends(), Base(p.weight, p.bias))
 
 
 # --- which device -----------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from small_kernels_testing import (
     check_interleave,
 )
 
+from ept_kernels import fold_tasks
 from ept_kernels.triton import fold
 
 #: By file: what is wrong, the text that is replaced wherever it stands, and what stands there instead.
@@ -179,16 +180,16 @@ def products(kernels: ModuleType) -> Iterator[None]:
 
 
 def folds(kernels: ModuleType) -> Iterator[None]:
-    name = "fold_forward" if hasattr(kernels, "fold_forward") else "fold_backward"
+    name = "fold" if hasattr(kernels, "fold") else "fold_backward"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fold, name, getattr(kernels, name))
         for case in (SaturatedFoldCase(1), FoldCase(9)):
-            yield assert_matches_definition(case, fold.fold_tasks)
-        yield assert_ties_go_to_the_first(fold.fold_tasks)
-        yield assert_nan_shows(FoldCase(7, 3), fold.fold_tasks)
-        yield assert_unselected_experts_are_not_read(fold.fold_tasks)
-        yield assert_unknown_tasks_show(3, fold.fold_tasks)
-        yield assert_matches_definition(ManyGroupsFoldCase(), fold.fold_tasks)
+            yield assert_matches_definition(case, fold_tasks)
+        yield assert_ties_go_to_the_first(fold_tasks)
+        yield assert_nan_shows(FoldCase(7, 3), fold_tasks)
+        yield assert_unselected_experts_are_not_read(fold_tasks)
+        yield assert_unknown_tasks_show(3, fold_tasks)
+        yield assert_matches_definition(ManyGroupsFoldCase(), fold_tasks)
 
 
 CHECKS: dict[str, Callable[[ModuleType], Iterator[None]]] = {

@@ -14,10 +14,8 @@ import torch
 from record import Call
 
 from ept_kernels import PyramidGeometry
-from ept_kernels.triton import backend
-from ept_kernels.triton.fold_backward import fold_backward
-from ept_kernels.triton.fold_forward import fold_forward
-from ept_kernels.triton.fold_layout import layout_for
+from ept_kernels.problem import Routing
+from ept_kernels.triton import backend, fold
 from ept_kernels.triton.fused import fused
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -94,13 +92,12 @@ def _dropout(columns: int, dtype: torch.dtype) -> None:
 def _fold(scales: Sequence[int], width: int, top_k: int, tasks: torch.Tensor | None, copies: int) -> None:
     """Route and fold as an eager layer does, with ``copies`` experts of each scale; 64 are the most."""
     geometry = PyramidGeometry(4096, 4096, 8, tuple(scales) * copies)
-    layout = layout_for(geometry, 1.0, torch.device("meta"))
-    gate, table, packed = _meta(len(scales) * copies, width), _meta(9, width), _meta(len(layout.expert))
-    routed = (gate, table, tasks, 0)
-    for keep in (False, True):
-        folded, _, *kept = fold_forward(*routed, 3, packed, layout, len(scales), top_k, keep)
-    for needs in ((True, True, True), (False, False, True)):
-        fold_backward(folded, *routed, packed, *kept, layout, needs)
+    kernels = tuple(_meta(k, k) for k in geometry.kernel_sizes)
+    routing = Routing(_meta(len(kernels), width), _meta(9, width), tasks, kernels, top_k, 1.0, geometry)
+    for save in (False, True):
+        folded, _, saved = fold.fold(routing, save)
+    for needs in (True, False):
+        fold.fold_backward(routing, folded, saved, (needs, needs, *[True] * len(kernels)))
 
 
 def calls(dtype: str) -> dict[Call, Callable[[], object]]:

@@ -15,10 +15,10 @@ from record import Call, record
 from targets import TARGETS
 
 from ept_kernels import PyramidGeometry
+from ept_kernels.problem import Base, Problem, Routing
 from ept_kernels.triton import backend
 from ept_kernels.triton.fold_backward import fold_backward
-from ept_kernels.triton.fold_forward import fold_forward
-from ept_kernels.triton.fold_layout import layout_for
+from ept_kernels.triton.fold_forward import fold as fold_forward
 
 SCALES = (2, 4, 6, 8)
 #: One row, primes, powers of two and their neighbours, multiples of 16 and others.
@@ -40,10 +40,11 @@ def layer(samples: int, length: int, by_row: bool, backward: bool) -> Callable[[
         folded = meta(samples, sum(k * k for k in SCALES), dtype=torch.float32)
         active = meta(samples, len(SCALES), dtype=torch.bool)
         groups = meta(rows if by_row else samples, dtype=torch.int64)
+        problem = Problem(x, A, B, folded, groups, active, 768, SCALES)
         if backward:
-            backend.pyramid_linear_backward(x, x, weight, A, B, folded, groups, SCALES, (True,) * 4, active=active)
+            backend.backward(x, problem, weight, (True,) * 4)
         else:
-            backend.pyramid_linear(x, weight, None, A, B, folded, groups, SCALES, active=active)
+            backend.forward(problem, Base(weight, None))
 
     return start
 
@@ -51,19 +52,20 @@ def layer(samples: int, length: int, by_row: bool, backward: bool) -> Callable[[
 def fold(tasks: int, several: bool, backward: bool) -> Callable[[], None]:
     """A pass of the router and the fold: ``tasks`` of them in a tensor, or the one of that number, of 50."""
     geometry = PyramidGeometry(768, 768, 8, SCALES + SCALES)
-    layout = layout_for(geometry, 4.0, torch.device("meta"))
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def start() -> None:
-        count, ids = (tasks, meta(tasks, dtype=torch.int64)) if several else (1, None)
-        routed = (meta(8, 768), meta(50, 768), ids, 0 if several else tasks)
-        packed, gates, entries = meta(len(layout.expert)), meta(count, 8), geometry.folded_size
+        ids = meta(tasks, dtype=torch.int64) if several else tasks
+        kernels = tuple(meta(k, k) for k in geometry.kernel_sizes)
+        routing = Routing(meta(8, 768), meta(50, 768), ids, kernels, 2, 4.0, geometry)
         if backward:
-            fold_backward(meta(count, entries), *routed, packed, gates, None, layout, (True, True, True))
+            count, numbers = tasks if several else 1, sum(k * k for k in geometry.kernel_sizes)
+            saved = (meta(numbers), meta(count, 8), None)
+            fold_backward(routing, meta(count, geometry.folded_size), saved, [True] * 10)
         else:
-            fold_forward(*routed, count, packed, layout, len(SCALES), 2, True)
+            fold_forward(routing, True)
 
     return start
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ept_kernels import cuda_backend
+from ept_kernels.backends import cuda as cuda_backend
 
 from .bench import Bench
 

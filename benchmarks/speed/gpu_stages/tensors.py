@@ -18,9 +18,9 @@ RANK = 8
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 HALF = (torch.bfloat16, torch.float16)
 PROVIDERS = {
-    "torch": "ept_kernels.torch_backend",
+    "torch": "ept_kernels.backends.torch",
     "triton": "ept_kernels.triton.backend",
-    "cuda": "ept_kernels.cuda_backend",
+    "cuda": "ept_kernels.backends.cuda",
 }
 
 

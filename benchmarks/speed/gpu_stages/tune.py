@@ -18,8 +18,8 @@ import torch
 from harness import Timed
 from torch import Tensor
 
+from ept_kernels.backends.gpu import two_products
 from ept_kernels.doctor import relative_errors
-from ept_kernels.library import two_products
 
 from .bench import Bench
 from .tensors import RANK, providers

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ept_kernels import PyramidGeometry, pyramid_delta, pyramid_linear, pyramid_weight, without_autocast
-from ept_kernels.autocast import autocast_dtype
+from ept_kernels.tracing import autocast_dtype
 
 from ...adapted_linear import AdaptedLinear
 from ...config import AdapterConfig, TaskRoutedPeftType, check, check_positive, check_size

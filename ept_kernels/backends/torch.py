@@ -1,4 +1,4 @@
-"""Plain PyTorch, on any device and dtype: the small kernels of ``library`` without a compiler, and the dense update.
+"""Plain PyTorch, on any device and dtype: the small kernels of ``gpu`` without a compiler, and the dense update.
 
 In half precision the core and the gradients of A, B and the kernels are fp32: what is summed over rows is not rounded
 first. Nothing here depends on values: no host synchronisation, and an update ``[out, in]`` exists only in
@@ -14,11 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .folding import mask_inactive
-from .library import Library
+from ..folding import mask_inactive
+from .gpu import Library
 
 name = "torch"
+fuses_dropout = False
 keeps = True
+folder = None
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
 
 
 def _interleave(factor: Tensor, features: int, scales: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -155,9 +161,5 @@ def _sum_by_group(by_segment: Tensor, groups: Tensor | None, num_groups: int) ->
 
 
 _ops = Library(sys.modules[__name__])
-pyramid_delta = _ops.pyramid_delta
-pyramid_delta_backward = _ops.pyramid_delta_backward
-pyramid_linear = _ops.pyramid_linear
-pyramid_linear_backward = _ops.pyramid_linear_backward
-pyramid_weight = _ops.pyramid_weight
-pyramid_weight_backward = _ops.pyramid_weight_backward
+forward, backward = _ops.forward, _ops.backward
+delta_weight, delta_weight_backward = _ops.delta_weight, _ops.delta_weight_backward

@@ -12,51 +12,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .folding import mask_inactive
-from .geometry import PyramidGeometry
+from .. import reference
+from ..folding import mask_inactive
+from ..geometry import PyramidGeometry
+from ..problem import Base, Gradients, Kept, Output, Problem
 
 name = "reference"
+fuses_dropout = False
+keeps = False
+folder = None
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
 
 
 def _geometry(A: Tensor, in_features: int, out_features: int, scales: Sequence[int]) -> PyramidGeometry:
     return PyramidGeometry(in_features, out_features, A.shape[0], tuple(scales))
 
 
-def pyramid_weight(
+def delta_weight(
     A: Tensor, B: Tensor, folded: Tensor, in_features: int, out_features: int, scales: Sequence[int]
 ) -> Tensor:
     return reference.pyramid_weight(A, B, folded, _geometry(A, in_features, out_features, scales))
 
 
-def pyramid_delta(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    folded: Tensor,
-    groups: Tensor | None,
-    out_features: int,
-    scales: Sequence[int],
-    active: Tensor | None = None,
-) -> Tensor:
-    return reference.pyramid_delta(x, A, B, folded, groups, _geometry(A, x.shape[1], out_features, scales))
+def forward(problem: Problem, base: Base | None, save: bool = False, kept: Kept | None = None) -> Output:
+    x, A, B, folded, groups, _, out_features, scales, *_ = problem
+    delta = reference.pyramid_delta(x, A, B, folded, groups, _geometry(A, x.shape[1], out_features, scales))
+    return Output(delta if base is None else F.linear(x, *base) + delta)
 
 
-def pyramid_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    folded: Tensor,
-    groups: Tensor | None,
-    scales: Sequence[int],
-    active: Tensor | None = None,
-) -> Tensor:
-    return F.linear(x, weight, bias) + pyramid_delta(x, A, B, folded, groups, weight.shape[0], scales)
-
-
-def pyramid_weight_backward(
+def delta_weight_backward(
     grad: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     _, out_features, in_features = grad.shape
@@ -77,42 +64,20 @@ def pyramid_weight_backward(
     return grad_A if need_A else None, grad_B if need_B else None, grad_folded if need_folded else None
 
 
-def pyramid_delta_backward(
-    grad: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    folded: Tensor,
-    groups: Tensor | None,
-    scales: Sequence[int],
-    needs: Sequence[bool],
-    active: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    in_features, out_features = x.shape[1], grad.shape[1]
+def backward(
+    grad: Tensor, problem: Problem, weight: Tensor | None, needs: Sequence[bool], saved: Sequence[Tensor] = ()
+) -> Gradients:
+    x, A, B, folded, groups, active, out_features, scales, *_ = problem
     row_group = reference.row_groups(len(x), groups, x.device)
     grad_x = None
     if needs[0]:
-        weight = pyramid_weight(A, B, folded, in_features, out_features, scales).to(x.dtype)
-        grad_x = torch.einsum("to,toi->ti", grad, weight[row_group])
+        dense = reference.pyramid_weight(A, B, folded, _geometry(A, x.shape[1], out_features, scales)).to(x.dtype)
+        grad_x = torch.einsum("to,toi->ti", grad, dense[row_group])
+        if weight is not None:
+            grad_x = grad_x + grad @ weight
     member = (row_group[None] == torch.arange(len(folded), device=x.device)[:, None]).to(x.dtype)  # [G, T]
     grad_weight = torch.einsum("gt,to,ti->goi", member, grad, x).to(A.dtype)
-    grad_A, grad_B, grad_folded = pyramid_weight_backward(grad_weight, A, B, folded, scales, needs[1:])
+    grad_A, grad_B, grad_folded = delta_weight_backward(grad_weight, A, B, folded, scales, needs[1:])
     if grad_folded is not None and active is not None:
         grad_folded = mask_inactive(grad_folded, active, scales)
     return grad_x, grad_A, grad_B, grad_folded
-
-
-def pyramid_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    folded: Tensor,
-    groups: Tensor | None,
-    scales: Sequence[int],
-    needs: Sequence[bool],
-    active: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    grad_x, grad_A, grad_B, grad_folded = pyramid_delta_backward(grad, x, A, B, folded, groups, scales, needs, active)
-    return None if grad_x is None else grad_x + grad @ weight, grad_A, grad_B, grad_folded

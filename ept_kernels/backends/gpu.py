@@ -6,7 +6,7 @@ With ``W = r * sum(k)`` columns, ordered by scale, rank and slot, and the interl
     backward    dV = dy Bhat^T           dU = core^T(dV)         dx = dy W0,      dx += dU Ahat
                 dAhat = dU^T x           dBhat = V^T dy          dA, dB = gather(dAhat, dBhat)
 
-The products run on the vendor's library. A backend supplies the small kernels: in plain torch (``torch_backend``), in
+The products run on the vendor's library. A backend supplies the small kernels: in plain torch (``backends.torch``), in
 Triton or in CUDA C++. Forward keeps U ``[T, W]`` and the interleaved factors for the backward: at 8192 rows of bf16 and
 rank 8 that is 2.6 MB and, at 4096 x 4096, 2.6 MB more. ``EPT_RECOMPUTE=1`` keeps neither. Nothing here depends on
 values: no host synchronisation.
@@ -21,17 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kept import Kept, Stamp, captures
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+from ..problem import Base, Gradients, Kept, Output, Problem, Stamp, captures
 
 
 class SmallKernels(Protocol):
-    """What a backend supplies. ``scales`` are ascending; A is ``[r, w]``, B ``[h, r]``, folded ``[G, sum(k * k)]``.
-
-    ``groups [N]`` gives the row of ``folded`` for each of N equal runs of rows; None: row 0 for all. A row whose group
-    does not exist becomes NaN on a GPU. ``active [G, S]`` is False where a kernel is zero and wants no gradient.
-    """
+    """What a backend supplies; arguments as in ``problem.Problem``."""
 
     def interleave(
         self, A: Tensor, B: Tensor, in_features: int, out_features: int, scales: Sequence[int], dtype: torch.dtype
@@ -74,15 +68,6 @@ class SmallKernels(Protocol):
         """x with entries dropped as ``seed [1]`` says, the others divided by ``1 - p``; or that added to ``onto``."""
 
 
-class Output(NamedTuple):
-    """``y [T, out]`` and what the backward may use again; None where nothing is kept."""
-
-    y: Tensor
-    U: Tensor | None = None
-    A_hat: Tensor | None = None
-    B_hat: Tensor | None = None
-
-
 class _Update(NamedTuple):
     """``left [T, W] right [W, out]`` is the adapter's output; the rest is what the backward may use again."""
 
@@ -91,9 +76,6 @@ class _Update(NamedTuple):
     U: Tensor
     A_hat: Tensor
     B_hat: Tensor
-
-    def output(self, y: Tensor, keep: bool) -> Output:
-        return Output(y, self.U, self.A_hat, self.B_hat) if keep else Output(y)
 
 
 class _Factors(NamedTuple):
@@ -134,8 +116,12 @@ def _computed(folded: Tensor, rows: torch.dtype) -> Tensor:
     return folded.to(torch.promote_types(rows, torch.float32)).contiguous()
 
 
+def _like(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
+    return None if gradient is None else gradient.to(tensor.dtype)
+
+
 class Library:
-    """The four ops on rows of a backend.
+    """The ops of a backend (``problem.Backend``).
 
     Args:
         kernels: the backend's small kernels, a module or an object.
@@ -146,95 +132,45 @@ class Library:
         self.kernels = kernels
         self.products = products
 
-    def pyramid_delta(
-        self,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        folded: Tensor,
-        groups: Tensor | None,
-        out_features: int,
-        scales: Sequence[int],
-        dropout_p: float = 0.0,
-        seed: Tensor | None = None,
-        active: Tensor | None = None,
-        keep: bool = False,
-        kept: Kept | None = None,
-    ) -> Output:
-        """``keep``: give what the backward may use again. ``kept``: where inference finds what A, B and folded give."""
-        update = self._update(x, A, B, folded, groups, out_features, scales, dropout_p, seed, active, kept)
-        return update.output(update.left @ update.right, keep)
+    def forward(self, problem: Problem, base: Base | None, save: bool = False, kept: Kept | None = None) -> Output:
+        update = self._update(problem, kept)
+        left, right, *saved = update
+        y = left @ right if base is None else self.products(problem.x, base.weight, base.bias, left, right)
+        return Output(y, *saved) if save else Output(y)
 
-    def pyramid_linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        folded: Tensor,
-        groups: Tensor | None,
-        scales: Sequence[int],
-        dropout_p: float = 0.0,
-        seed: Tensor | None = None,
-        active: Tensor | None = None,
-        keep: bool = False,
-        kept: Kept | None = None,
-    ) -> Output:
-        """As ``pyramid_delta``, added to the base product."""
-        update = self._update(x, A, B, folded, groups, weight.shape[0], scales, dropout_p, seed, active, kept)
-        return update.output(self.products(x, weight, bias, update.left, update.right), keep)
-
-    def _update(
-        self,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        folded: Tensor,
-        groups: Tensor | None,
-        out_features: int,
-        scales: Sequence[int],
-        dropout_p: float,
-        seed: Tensor | None,
-        active: Tensor | None,
-        kept: Kept | None,
-    ) -> _Update:
-        if seed is not None:
-            x = self.kernels.dropout(x, seed, dropout_p)
+    def _update(self, problem: Problem, kept: Kept | None) -> _Update:
+        x, folded, groups, active, scales = self._dropped(problem), *problem[3:6], problem.scales
         folded = _computed(folded, x.dtype)
-        if kept is not None and not captures(x):
-            factors = self._kept_factors(kept, A, B, x.shape[1], out_features, scales, x.dtype)
-            if factors is not None:
-                U = x @ factors.A_hat.T
-                if groups is None and len(folded) == 1:
-                    return _Update(
-                        U, self._folded_right(kept, factors, folded, scales), U, factors.A_hat, factors.B_hat
-                    )
-                V = self.kernels.core(U, folded, groups, active, scales)
-                return _Update(V, factors.B_hat, U, factors.A_hat, factors.B_hat)
-        A_hat, B_hat = self.kernels.interleave(A, B, x.shape[1], out_features, scales, x.dtype)
+        factors = None if kept is None or captures(x) else self._kept_factors(problem, kept)
+        if factors is None:
+            A_hat, B_hat = self._interleave(problem)
+        else:
+            A_hat, B_hat = factors.A_hat, factors.B_hat
         U = x @ A_hat.T
+        if kept is not None and factors is not None and groups is None and len(folded) == 1:
+            return _Update(U, self._folded_right(kept, factors, folded, scales), U, A_hat, B_hat)
         return _Update(self.kernels.core(U, folded, groups, active, scales), B_hat, U, A_hat, B_hat)
 
-    def _kept_factors(
-        self,
-        kept: Kept,
-        A: Tensor,
-        B: Tensor,
-        in_features: int,
-        out_features: int,
-        scales: Sequence[int],
-        dtype: torch.dtype,
-    ) -> _Factors | None:
+    def _dropped(self, problem: Problem) -> Tensor:
+        """What the adapter sees of x."""
+        if problem.seed is None:
+            return problem.x
+        return self.kernels.dropout(problem.x, problem.seed, problem.dropout_p)
+
+    def _interleave(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        x, A, B = problem[:3]
+        return self.kernels.interleave(A, B, x.shape[1], problem.out_features, problem.scales, x.dtype)
+
+    def _kept_factors(self, problem: Problem, kept: Kept) -> _Factors | None:
         """The interleaved factors, made anew where A or B has changed; None where that cannot be told."""
         known: _Factors | None = kept.value
-        if known is not None and known.A_hat.dtype == dtype and known.stamp.holds(A, B):
+        if known is not None and known.A_hat.dtype == problem.x.dtype and known.stamp.holds(problem.A, problem.B):
             return known
-        stamp = Stamp.of(A, B)
-        if stamp is None:
-            return None
-        kept.value = _Factors(stamp, *self.kernels.interleave(A, B, in_features, out_features, scales, dtype))
-        return kept.value
+        stamp = Stamp.of(problem.A, problem.B)
+        if stamp is not None:
+            kept.value = _Factors(stamp, *self._interleave(problem))
+            return kept.value
+        return None
 
     def _folded_right(self, kept: Kept, factors: _Factors, folded: Tensor, scales: Sequence[int]) -> Tensor:
         """``Bhat`` with the one folded kernel applied to it, so that ``y += U right``: no core in between."""
@@ -248,81 +184,25 @@ class Library:
             kept.value = factors._replace(folded=stamp, right=right)
         return right
 
-    def pyramid_delta_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        folded: Tensor,
-        groups: Tensor | None,
-        scales: Sequence[int],
-        needs: Sequence[bool],
-        dropout_p: float = 0.0,
-        seed: Tensor | None = None,
-        active: Tensor | None = None,
-        U: Tensor | None = None,
-        A_hat: Tensor | None = None,
-        B_hat: Tensor | None = None,
-    ) -> Gradients:
-        """Gradients of x, A, B, folded, each only where ``needs`` asks."""
-        kept = (U, A_hat, B_hat)
-        return self._backward(grad, x, None, A, B, folded, groups, scales, needs, dropout_p, seed, active, kept)
-
-    def pyramid_linear_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        A: Tensor,
-        B: Tensor,
-        folded: Tensor,
-        groups: Tensor | None,
-        scales: Sequence[int],
-        needs: Sequence[bool],
-        dropout_p: float = 0.0,
-        seed: Tensor | None = None,
-        active: Tensor | None = None,
-        U: Tensor | None = None,
-        A_hat: Tensor | None = None,
-        B_hat: Tensor | None = None,
-    ) -> Gradients:
-        """As ``pyramid_delta_backward``; the gradient of x includes that of the base product."""
-        kept = (U, A_hat, B_hat)
-        return self._backward(grad, x, weight, A, B, folded, groups, scales, needs, dropout_p, seed, active, kept)
-
-    def _backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        folded: Tensor,
-        groups: Tensor | None,
-        scales: Sequence[int],
-        needs: Sequence[bool],
-        dropout_p: float,
-        seed: Tensor | None,
-        active: Tensor | None,
-        kept: tuple[Tensor | None, Tensor | None, Tensor | None],
+    def backward(
+        self, grad: Tensor, problem: Problem, weight: Tensor | None, needs: Sequence[bool], saved: Sequence[Tensor] = ()
     ) -> Gradients:
         need_x, need_A, need_B, need_folded = needs
         need_dU = need_x or need_A
         if not (need_dU or need_B or need_folded):
             return None, None, None, None
-        kernels, (U, A_hat, B_hat) = self.kernels, kept
-        if A_hat is None or B_hat is None:
-            A_hat, B_hat = kernels.interleave(A, B, x.shape[1], grad.shape[1], scales, x.dtype)
+        kernels, x, A, B = self.kernels, *problem[:3]
+        folded, groups, active, scales = *problem[3:6], problem.scales
+        U, A_hat, B_hat = saved or (None, *self._interleave(problem))
         dropped = x
-        if seed is not None and (need_A or (U is None and (need_B or need_folded))):
-            dropped = kernels.dropout(x, seed, dropout_p)
+        if need_A or (U is None and (need_B or need_folded)):
+            dropped = self._dropped(problem)
         if U is None and (need_B or need_folded):
             U = dropped @ A_hat.T
         dV = grad @ B_hat.T if need_dU or need_folded else None
         asked = (need_B, need_dU, need_folded)
         V, dU, grad_folded = kernels.core_backward(U, dV, _computed(folded, x.dtype), groups, active, scales, asked)
-        grad_x = self._grad_x(grad, weight, dU, A_hat, dropout_p, seed) if need_x and dU is not None else None
+        grad_x = self._grad_x(grad, problem, weight, dU, A_hat) if need_x and dU is not None else None
         grad_A, grad_B = kernels.gather(
             _sum_over_rows(dU, dropped) if need_A and dU is not None else None,
             _sum_over_rows(V, grad) if V is not None else None,
@@ -331,31 +211,24 @@ class Library:
             B.shape[0],
             scales,
         )
-        return (
-            grad_x,
-            None if grad_A is None else grad_A.to(A.dtype),
-            None if grad_B is None else grad_B.to(B.dtype),
-            None if grad_folded is None else grad_folded.to(folded.dtype),
-        )
+        return grad_x, _like(grad_A, A), _like(grad_B, B), _like(grad_folded, folded)
 
-    def _grad_x(
-        self, grad: Tensor, weight: Tensor | None, dU: Tensor, A_hat: Tensor, dropout_p: float, seed: Tensor | None
-    ) -> Tensor:
-        if seed is None:
+    def _grad_x(self, grad: Tensor, problem: Problem, weight: Tensor | None, dU: Tensor, A_hat: Tensor) -> Tensor:
+        if problem.seed is None:
             return dU @ A_hat if weight is None else self.products(grad, weight.T, None, dU, A_hat)
         base = None if weight is None else grad @ weight
-        return self.kernels.dropout(dU @ A_hat, seed, dropout_p, onto=base)
+        return self.kernels.dropout(dU @ A_hat, problem.seed, problem.dropout_p, onto=base)
 
-    def pyramid_weight(
+    def delta_weight(
         self, A: Tensor, B: Tensor, folded: Tensor, in_features: int, out_features: int, scales: Sequence[int]
     ) -> Tensor:
-        """The dense update of every group, ``[G, out, in]``: what ``pyramid_delta`` does to the rows of an identity."""
+        """The dense update of every group, ``[G, out, in]``: what ``forward`` does to the rows of an identity."""
         A_hat, B_hat = self.kernels.interleave(A, B, in_features, out_features, scales, A.dtype)
         U, groups = _of_identity(A_hat, folded)
         V = self.kernels.core(U, _computed(folded, A.dtype), groups, None, scales)
         return B_hat.T @ V.view(len(folded), in_features, len(A_hat)).mT
 
-    def pyramid_weight_backward(
+    def delta_weight_backward(
         self, grad: Tensor, A: Tensor, B: Tensor, folded: Tensor, scales: Sequence[int], needs: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of A, B and folded from that of the dense updates, ``grad [G, out, in]``."""
@@ -377,11 +250,7 @@ class Library:
             B.shape[0],
             scales,
         )
-        return (
-            None if grad_A is None else grad_A.to(A.dtype),
-            None if grad_B is None else grad_B.to(B.dtype),
-            None if grad_folded is None else grad_folded.to(folded.dtype),
-        )
+        return _like(grad_A, A), _like(grad_B, B), _like(grad_folded, folded)
 
 
 def _of_identity(A_hat: Tensor, folded: Tensor) -> tuple[Tensor, Tensor | None]:

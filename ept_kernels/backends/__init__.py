@@ -1,0 +1,1 @@
+"""Who computes the ops: each module is a ``problem.Backend``, and ``dispatch`` chooses among them."""
