@@ -121,7 +121,8 @@ class SampleTracker(TorchFunctionMode):
             return  # another thread runs the same layer
         if args[0] in self._followed:
             companion, always = self._followed[args[0]]
-            self._followed[output] = companion[..., :1].expand(output.shape), always
+            if companion.shape[:-1] == output.shape[:-1]:
+                self._followed[output] = companion[..., :1].expand(output.shape), always
         elif known:
             self.root(output)
 
