@@ -14,7 +14,7 @@ from .extras import train_extra
 with train_extra("ept-train"):
     from rich.console import Console
 
-    from .data import DataError, load_tasks
+    from .data import DataError, load_tasks, parse_roles
     from .files import WriteError, read_json
     from .models import ModelError
     from .training.checkpointing import newest_checkpoint
@@ -35,9 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_output(parser, settings)
     quieten_libraries()
     try:
-        tasks = load_tasks(settings.data, settings.tasks)
+        tasks = load_tasks(
+            settings.data,
+            settings.tasks,
+            columns=dict(map(parse_roles, settings.columns or ())),
+            say=(lambda line: None) if settings.quiet else lambda line: print(line, flush=True),
+        )
     except DataError as error:
-        parser.error(f"argument --data or --tasks: {error}")
+        parser.error(f"argument --data, --tasks or --columns: {error}")
     try:
         model, tokenizer = make_adapted(settings, tasks)
     except ModelError as error:

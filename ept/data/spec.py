@@ -99,13 +99,32 @@ class TaskData:
     """One task with its rows.
 
     Every split has the columns ``text`` (str), ``text_pair`` (str or None), ``label`` (int64 class index or float64)
-    and, for multiple choice, ``choices`` (list of str). ``test`` is None where there is no labelled test split.
+    and, for multiple choice, ``choices`` (list of str). ``make_split`` builds them. ``test`` is None where there is no
+    labelled test split.
+
+    Raises:
+        DataError: a split that is not such a table, or is empty.
     """
 
     spec: TaskSpec
     train: Dataset
     validation: Dataset
     test: Dataset | None = None
+
+    def __post_init__(self) -> None:
+        wanted = {"text", "text_pair", "label", *(["choices"] if self.spec.kind == "multiple_choice" else [])}
+        for split in ("train", "validation", "test"):
+            table = getattr(self, split)
+            if table is None and split == "test":
+                continue
+            where = f"task {self.spec.name!r}, split {split!r}"
+            if not isinstance(table, Dataset):
+                raise DataError(f"{where}: must be a datasets.Dataset (see make_split), got {type(table).__name__}")
+            missing = sorted(wanted - set(table.column_names))
+            if missing:
+                raise DataError(f"{where}: no column {missing[0]!r}; there is: {', '.join(table.column_names)}")
+            if len(table) == 0:
+                raise DataError(f"{where}: no rows; at least one is needed")
 
 
 def select(tasks: Sequence[str] | None, available: Sequence[str], source: str) -> list[str]:
@@ -157,6 +176,9 @@ def make_split(
         wrong = next(((i, value) for i, value in enumerate(column or ()) if not isinstance(value, str)), None)
         if wrong is not None:
             raise DataError(f"{where}, row {wrong[0]}: {name} is {wrong[1]!r}; a string is needed")
+        blank = next((i for i, value in enumerate(column or ()) if not value.strip()), None)
+        if blank is not None:
+            raise DataError(f"{where}, row {blank}: {name} is blank; a text is needed")
     if spec.kind == "multiple_choice":
         _check_choices(where, spec, choices or ())
     labels = _check_labels(where, spec, label, choices)

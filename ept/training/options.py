@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftConfig
 
+from ..data import parse_roles
 from ..methods import METHODS
 from .arguments import EPTTrainingArguments
 from .collator import TASK_BATCHING
@@ -175,6 +176,25 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
+def _columns(text: str) -> str:
+    try:
+        parse_roles(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+class _Sources(argparse.Action):
+    """One source as it is typed; several as a tuple."""
+
+    SEEN = "_sources"
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        sources = (*getattr(namespace, self.SEEN, ()), values)
+        setattr(namespace, self.SEEN, sources)
+        setattr(namespace, self.dest, sources if len(sources) > 1 else values)
+
+
 def _sizes(text: str) -> tuple[int, ...]:
     try:
         sizes = tuple(int(size) for size in text.split(","))
@@ -204,7 +224,20 @@ class RunSettings:
     output: str = _option(_WHAT, "folder to write to", "", decides=False, required=True)
     method: str = _option(_WHAT, "what to train", "ept", choices=tuple(SYSTEMS))
     model: str = _option(_WHAT, "minilm, smollm2, a model directory, or a hub id (ID@REVISION pins it)", "minilm")
-    data: str = _option(_WHAT, "sentiment, a folder with an index.json, or hub:<dataset id>", "sentiment")
+    data: str | tuple[str, ...] = _option(
+        _WHAT,
+        "sentiment, a file of one task (CSV, TSV, JSON lines, parquet) or NAME=FILE, a folder, or hub:<dataset id>; "
+        "may be repeated for files",
+        "sentiment",
+        action=_Sources,
+    )
+    columns: tuple[str, ...] | None = _option(
+        _WHAT,
+        "columns of a file's texts and label (default: by their names); may be repeated",
+        action="append",
+        type=_columns,
+        metavar="TASK=TEXT[,TEXT]:LABEL",
+    )
     tasks: tuple[str, ...] | None = _option(_WHAT, "names, separated by commas (default: all)", type=_names)
 
     lr: float | None = _option(_RECIPE, "peak learning rate", type=_number(above=0))
@@ -402,6 +435,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> RunSettings:
     """The settings that ``argv`` (None: the process's) asks for; exits with code 2 and a named error if one is bad."""
     given = vars(parser.parse_args(argv))
+    given.pop(_Sources.SEEN, None)
     try:
         settings = RunSettings(**{**given, "set": dict(given["set"])})
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ept import demo, train
+from ept import demo, predict, train
 from ept.data import TaskData, load_tasks
 from ept.export.cli import main as export_main
 from ept.files import read_json, write_json
@@ -88,7 +89,7 @@ def test_the_demo_verifies_a_run(finished: Path, tmp_path: Path, capsys: pytest.
     assert demo.main(["--verify", "--output", str(finished)]) == 0
     shown = capsys.readouterr().out
     assert "largest difference 0.0e+00" in shown
-    assert shown.count("unmerging restores them to the bit: True") == 3
+    assert shown.count("unmerging restores them bit-identically: True") == 3
     output = tmp_path / "tampered"
     subprocess.run(["cp", "-r", str(finished), str(output)], check=True)
     metrics = read_json(output / "metrics.json")
@@ -190,8 +191,11 @@ def test_a_text_to_label_model_runs_too(source: Path, command: Callable, tmp_pat
         ({"task_batching": "both"}, "argument --task-batching: invalid choice: 'both'"),
         ({"init_seed": "ones"}, "argument --init-seed: invalid choice: 'ones'"),
         ({"tasks": "topic,,degree"}, "argument --tasks: must be names separated by commas"),
-        ({"tasks": "topic,weather"}, "argument --data or --tasks: unknown task 'weather'"),
-        ({"data": "/no/such/folder"}, "argument --data or --tasks: data source '/no/such/folder' is not a directory"),
+        ({"tasks": "topic,weather"}, "argument --data, --tasks or --columns: unknown task 'weather'"),
+        (
+            {"data": "/no/such/folder"},
+            "argument --data, --tasks or --columns: data source '/no/such/folder' is not a directory",
+        ),
         ({"model": "/no/such/model"}, "argument --model: "),
         ({"target_modules": "nothing"}, "argument --model, --tasks or --target-modules: "),
         ({"kernel_sizes": "1,2,64"}, "argument --model, --tasks or --target-modules: "),
@@ -312,3 +316,27 @@ def test_a_folder_without_an_adapter_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "ept_tasks.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match="is not of format 1"):
         load_trained(tmp_path)
+
+
+def test_from_two_files_to_answers(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["poor", "fine", "wave", "cloud"]
+    lines = [f"the {words[i % 4]} a {words[i // 4 % 4]},{words[i % 4]}" for i in range(64)]
+    (tmp_path / "news.csv").write_text("headline,topic\n" + "\n".join(lines) + "\n")
+    rows = [{"text": f"very {words[i % 4]} {words[i // 4 % 4]}", "score": i % 4 + i / 64} for i in range(64)]
+    (tmp_path / "mood.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "run"
+    data = ["--data", f"topic={tmp_path / 'news.csv'}", "--data", str(tmp_path / "mood.jsonl")]
+    options = ["--max-steps", "2", "--batch-size", "4", "--save-steps", "1", "--output", str(out)]
+    options += ["--model", str(source / "model")]
+    assert train.main([*data, *options, "--columns", "mood=text:score"]) == 0
+    said = capsys.readouterr().out
+    assert "task 'topic': text 'headline', label 'topic' (4 classes: cloud, fine, poor, wave)" in said
+    assert "task 'mood': text 'text', label 'score' (a number)" in said
+    assert predict.main([str(out), "the poor cloud", "--task", "topic"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["scores"]) == set(words)
+    assert (
+        train.main([*data, *options, "--columns", "mood=text:score", "--save-steps", "1", "--resume", "--quiet"]) == 0
+    )
+    with pytest.raises(SystemExit):
+        train.main([*options, "--data", str(tmp_path / "news.csv"), "--columns", "news=headline", "--overwrite"])
+    assert "must be TASK=TEXT:LABEL" in capsys.readouterr().err
