@@ -52,10 +52,6 @@ class TaskPasses(BaseTuner):
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         return config
 
-    def _any_layer(self) -> EPTLinearLayer | None:
-        """One layer: all are disabled together."""
-        return next((module for module in self.model.modules() if isinstance(module, EPTLinearLayer)), None)
-
     @property
     def merged_task(self) -> int | None:
         """The task whose updates are in the base weights, or None."""
@@ -69,8 +65,8 @@ class TaskPasses(BaseTuner):
         return tuple(self.ept_task_tables[name] for name in self._active())
 
     def _disabled(self) -> bool:
-        layer = self._any_layer()
-        return layer is None or layer.disable_adapters
+        layers = (module for module in self.model.modules() if isinstance(module, EPTLinearLayer))
+        return next((layer.disable_adapters for layer in layers), True)  # all are disabled together
 
     @property
     def routes_by_task(self) -> bool:
@@ -113,16 +109,10 @@ class TaskPasses(BaseTuner):
         """Forward pre-hook of the wrapped model: take ``task_ids`` out of the call, put them beside it."""
         task_ids = kwargs.pop("task_ids", None)
         x = main_input(args, kwargs)
-        several = any(shared.num_tasks > 1 for shared in self.ept_task_tables.values())
-        needs_tasks = several and task_ids is None and self.routes_by_task
-        outer = current() if needs_tasks or not torch.compiler.is_compiling() else None  # Dynamo cannot read it
-        if outer is not None and outer.owner is module:  # left by a pass that Ctrl-C ended: hooks see no such end
-            pop(outer)
-            outer = current()
-        inherits = outer is not None and several and task_ids is None
+        outer = self._outer(module, task_ids)
         if self.merged_task is not None and self._disabled():
             self.unmerge_adapter()
-        if outer is not None and inherits:
+        if outer is not None and task_ids is None and self._has_several():
             entries = self._inherited(outer, self.find_out(outer.task_ids, args, kwargs), x, kwargs)
         else:
             entries = entries_of(self.find_out(task_ids, args, kwargs), x, kwargs)
@@ -131,10 +121,7 @@ class TaskPasses(BaseTuner):
         resolved = merged_task if by_merge else self.resolve_tasks(entries.ids, self._expected(entries, x, outer))
         if merged_task is not None and resolved is not None and self.routes_by_task:
             check_merged_task(resolved, merged_task)
-        config = self.peft_config.get(next(iter(self.active_adapters), ""))
-        pools, sums = (False, False)
-        if self.training and config is not None:
-            pools, sums = method_of(config).adapter.collects(config)
+        pools, sums = self._collects()
         context = TaskContext(
             resolved,
             kwargs.get("attention_mask"),
@@ -189,6 +176,25 @@ class TaskPasses(BaseTuner):
         }
         tracker = SampleTracker(context.count, (*args, *kwargs.values()))
         context.samples = tracker if tracker.begin(layers) else None
+
+    def _has_several(self) -> bool:
+        return any(shared.num_tasks > 1 for shared in self.ept_task_tables.values())
+
+    def _outer(self, module: nn.Module, task_ids: TaskIds | None) -> TaskContext | None:
+        """The context of a block or generation around this call, which may have its tasks."""
+        needs_tasks = task_ids is None and self.routes_by_task and self._has_several()
+        if torch.compiler.is_compiling() and not needs_tasks:  # Dynamo cannot read the context variable
+            return None
+        outer = current()
+        if outer is not None and outer.owner is module:  # left by a pass that Ctrl-C ended: hooks see no such end
+            pop(outer)
+            outer = current()
+        return outer
+
+    def _collects(self) -> tuple[bool, bool]:
+        """Whether this pass collects ``context.pooled`` and ``context.terms`` for the method's losses."""
+        config = self.peft_config.get(next(iter(self.active_adapters), ""))
+        return method_of(config).adapter.collects(config) if self.training and config is not None else (False, False)
 
     @staticmethod
     def _inherited(outer: TaskContext, ids: TaskIds | None, x: Tensor | None, kwargs: Mapping[str, Any]) -> Entries:
