@@ -10,8 +10,9 @@ from ..problem import RoutingStamp
 from .fold_backward import fold_backward
 from .fold_forward import fold
 
-__all__ = ["fold", "fold_backward", "mark", "most_experts"]
+__all__ = ["MOST_EXPERTS", "fold", "fold_backward", "mark", "most_experts"]
 
 #: More are left to the composition: programs compare all pairs of experts, in registers.
-most_experts = 64
+MOST_EXPERTS = 64
+most_experts = MOST_EXPERTS
 mark = RoutingStamp.of
