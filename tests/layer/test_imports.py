@@ -26,6 +26,7 @@ ROOMS = (
         "prototypes",
         "tasks",
         "rows",
+        "provenance",
         "config",
         "saved",
     ),
@@ -76,8 +77,9 @@ def imported(name: str) -> Iterator[str]:
 
 
 def room_of(name: str) -> int:
-    (found,) = (place for place, room in enumerate(ROOMS) if name.partition(".")[0] in room)
-    return found
+    found = [place for place, room in enumerate(ROOMS) if name.partition(".")[0] in room]
+    assert found, f"ept.{name} has no room: name it in ROOMS"
+    return found[0]
 
 
 @pytest.mark.parametrize("name", MODULES)
