@@ -35,9 +35,10 @@ demo: setup
 	$(BIN)/python -m ept.demo --output runs/demo
 
 # Triton decides at its first import whether it interprets kernels: the interpreter's tests are a run of their own.
+# worksteal: each worker takes a run of neighbours, which share what a module sets up (a training, a build).
 test: setup
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/triton_interpreter
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore=tests/triton_interpreter
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/triton_interpreter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/triton_interpreter
 
 # Out-of-bounds accesses, then races, then reads of memory that nobody wrote (without torch's caching allocator, which
 # would hide the first); a tool that finds something exits with 99.
@@ -82,8 +83,8 @@ compat: setup
 coverage: setup
 	$(BIN)/python -m pip install -q $(LOCKED) pytest-cov
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 \
-	  $(BIN)/python -m pytest -q -n 2 --cov=ept --cov=ept_kernels --cov-report= tests/triton_interpreter
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --cov=ept --cov=ept_kernels --cov-append --ignore=tests/triton_interpreter
+	  $(BIN)/python -m pytest -q -n 2 --dist worksteal --cov=ept --cov=ept_kernels --cov-report= tests/triton_interpreter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --cov=ept --cov=ept_kernels --cov-append --ignore=tests/triton_interpreter
 
 lock: setup
 	$(BIN)/python requirements/dependencies.py lock > requirements/ci-python$(VERSION_OF_PYTHON).lock

@@ -17,8 +17,8 @@ SOURCES = HERE.parents[1] / "csrc" / "cuda"
 #: Added to every compilation of a flavour. The runtime itself is compiled with the define alone (see runtime.cpp).
 FLAGS = {
     "plain": ["-O2"],
-    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
 }
 DEFINES = {"plain": [], "address": ["-DSHIM_ADDRESS_SANITIZER"], "thread": ["-DSHIM_THREAD_SANITIZER"]}
 
