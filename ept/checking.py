@@ -1,4 +1,4 @@
-"""``check_rows``: whether a model gives every row of a mixed batch its own task's weights, found out by trying."""
+"""``check_rows``: try whether a model gives every row of a mixed batch its own task's weights."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def check_rows(
 ) -> dict[str, float]:
     """Run a batch of several tasks, then each of its samples alone, and name the layers that differ.
 
-    In evaluation mode, without gradients, with random values in the adapter, which has its own again afterwards. A
-    layer differs where a row of its output for a sample alone is not among the rows of its output for the batch; the
-    first of several that differ is the cause.
+    Runs in evaluation mode, without gradients, with random values in the adapter, whose own are restored afterwards. A
+    layer differs where a row of its output for a sample alone is not among the rows of its output for the batch. Of
+    several layers that differ, the first is the cause.
 
     Args:
         model: from ``peft.get_peft_model`` with a config of this package.
@@ -78,7 +78,7 @@ def _part(batch: Mapping[str, Any], sample: int, size: int) -> dict[str, Any]:
 
 @contextmanager
 def _random_adapter(tuner: EPTModel) -> Iterator[None]:
-    """Every task's update large enough to be seen; a fresh adapter has none."""
+    """Make every task's update large enough to be seen; a fresh adapter has none."""
     parts = [module for module in tuner.modules() if isinstance(module, LayerAdapter)]
     parameters = {id(p): p for part in (*parts, tuner.ept_task_tables) for p in part.parameters()}
     kept = [(parameter, parameter.detach().clone()) for parameter in parameters.values()]

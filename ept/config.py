@@ -27,14 +27,13 @@ class TaskRoutedPeftType(str):
     """A PEFT type whose models take ``task_ids`` in forward and generate.
 
     ``peft.PeftType`` is an enum, and an enum with members cannot be extended; ``register_peft_method`` refuses other
-    names. Every table that PEFT keys by it (config, tuner and prefix mappings) is however a plain dict, and
-    ``PeftType`` members are strings: a string key serves as well, and needs no change to PEFT's files or classes.
+    names. But every table that PEFT keys by it (config, tuner and prefix mappings) is a plain dict, and ``PeftType``
+    members are strings, so a string key works and needs no change to PEFT's files or classes.
 
-    One more door is closed: the forward methods of ``PeftModelForCausalLM`` and its five siblings take ``task_ids``
-    from any caller, but hand them to the tuner only where ``peft_type == PeftType.POLY``, PEFT's own method that routes
-    by task. The methods here route by task too, so their type answers yes to that comparison. It is the only place
-    where PEFT compares with POLY; the hash stays that of the string, so no table is affected. The alternative was to
-    replace those six methods for every PEFT user.
+    The forward methods of ``PeftModelForCausalLM`` and its five siblings take ``task_ids`` from any caller, but pass
+    them to the tuner only where ``peft_type == PeftType.POLY``, PEFT's own method that routes by task. The methods here
+    route by task too, so their type is equal to POLY. PEFT compares with POLY nowhere else, and the hash stays that of
+    the string, so no table is affected. The alternative was to replace those six methods for every PEFT user.
     """
 
     @property
@@ -71,7 +70,7 @@ ALL_LINEAR = "all-linear"
 
 
 class NotALoRAError(AttributeError, ValueError):
-    """A config was asked for what a LoRA's alone has; also an ``AttributeError``, which ``hasattr`` understands."""
+    """A config was asked for an attribute of a LoRA's; an ``AttributeError`` too, so that ``hasattr`` is False."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -188,7 +187,7 @@ class AdapterConfig(PeftConfig):
 
     @property
     def runtime_config(self) -> Any:
-        """There is none: X-LoRA, which takes every adapter that it is given for a LoRA, asks for it."""
+        """Always refused; X-LoRA asks for it, which takes every adapter for a LoRA."""
         raise NotALoRAError(
             f"{type(self).__name__} configures no LoRA, and here a LoRA is needed (X-LoRA mixes several): "
             "ept.export_lora writes one task as a LoRA"
@@ -215,7 +214,7 @@ class AdapterConfig(PeftConfig):
         return config
 
     def _check_targets(self) -> None:
-        """What PEFT takes on trust."""
+        """Check what PEFT does not."""
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
             if value is None or (isinstance(value, str) and name != "modules_to_save"):
@@ -236,7 +235,7 @@ class AdapterConfig(PeftConfig):
         self._check_layers()
 
     def _check_layers(self) -> None:
-        """Restrictions to layers that would have no effect are refused; in a saved config they had none, and warn."""
+        """Refuse restrictions to layers that would have no effect; in a saved config, warn of them."""
         restricts = self.layers_to_transform is not None and self.layers_to_transform != []
         targets = self.target_modules
         if self.layers_pattern and not restricts:
@@ -267,7 +266,7 @@ class AdapterConfig(PeftConfig):
             setattr(self, name, dict(pattern))
 
     def _check_beside(self) -> None:
-        """What may train beside the adapter, and what ``LoraConfig`` knows and no method here can serve."""
+        """Check what trains beside the adapter; refuse arguments of ``LoraConfig`` that no method here supports."""
         check(
             isinstance(self.bias, str) and self.bias in BIASES,
             f"bias must be one of {', '.join(BIASES)}, got {self.bias!r}",

@@ -1,4 +1,4 @@
-"""Which extra of the package brings what an import lacks."""
+"""Name the extra to install where an import lacks a package."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _OURS = ("ept", "ept_kernels")
 
 @contextmanager
 def train_extra(what: str) -> Iterator[None]:
-    """Around the imports of ``what``: a third party's module that is missing becomes a call for ``[train]``.
+    """Around the imports of ``what``: where a package is missing, say that the extra ``[train]`` brings it.
 
     Raises:
-        ModuleNotFoundError: naming ``what``, the module that it lacks and the command that installs it. One of this
-            package's own modules is no matter of extras and is reported as it is.
+        ModuleNotFoundError: naming ``what``, the module that it lacks and the command that installs it. A missing
+            module of this package itself is reported as it is.
     """
     try:
         yield

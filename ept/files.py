@@ -32,7 +32,7 @@ class WriteError(OSError):
 
 
 def is_write_failure(error: BaseException) -> bool:
-    """Whether an error may be the disk's: safetensors, ``torch.save`` and tokenizers have each their own for that."""
+    """Whether an error may be the disk's: safetensors, ``torch.save`` and tokenizers each raise one of their own."""
     return isinstance(error, (OSError, SafetensorError)) or type(error) in (RuntimeError, Exception)
 
 

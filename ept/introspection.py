@@ -1,4 +1,4 @@
-"""Looking into an adapted model: tasks, routes, embeddings, parameters."""
+"""Look into an adapted model: tasks, routes, embeddings, parameters; fix a route of TuckA."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def routing(model: nn.Module, adapter_name: str | None = None) -> dict[str, tupl
 
 
 def parameter_breakdown(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
-    """Trained numbers of an adapter by what they are (for EPT: seed, kernels, gates, task embeddings), and others'."""
+    """Numbers of trained parameters by their part (for EPT: seed, kernels, gates, task embeddings, other)."""
     tuner = ept_model(model)
     shared = tuner.ept_task_tables[_active(tuner, adapter_name)]
     counts: Counter[str] = Counter()
@@ -111,7 +111,7 @@ def group_load(model: nn.Module, adapter_name: str | None = None) -> Tensor:
 def fix_route(model: nn.Module, group: int, weights: Sequence[float] | Tensor, adapter_name: str | None = None) -> None:
     """Treat every batch as if the router had chosen ``group`` with ``weights`` ``[t]``, until ``free_route``.
 
-    The model is then one dense model, and ``merge_adapter`` and ``merge_and_unload`` serve.
+    The model is then one dense model, which ``merge_adapter`` and ``merge_and_unload`` can merge.
 
     Raises:
         ValueError: no TuckA adapter, a group that does not exist, or another number of weights than experts in a group.

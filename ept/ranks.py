@@ -1,4 +1,4 @@
-"""Sums over the processes of a distributed run, for what a method defines over the whole batch."""
+"""Sums over the processes of a distributed run, for values that a method defines over the whole batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def number_of_ranks() -> int:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of every rank's ``x``, the same bits on all of them; ``x`` itself where there is one rank.
+    """The sum of every rank's ``x``, bit-identical on all of them; ``x`` itself where there is one rank.
 
     Every process of the default group must call it in the same order. Differentiable: with ranks whose gradients are
     averaged afterwards, as data-parallel training does, the result is the gradient of the mean of their losses.

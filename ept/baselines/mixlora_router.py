@@ -191,5 +191,5 @@ def load_balance(loads: Tensor) -> Tensor:
 
 
 def _key(block: str) -> str:
-    """A name for a block that may name a parameter."""
+    """The block's name as a parameter may be named: without dots."""
     return block.replace(".", "/") or "linear"

@@ -62,7 +62,7 @@ def decoder_of(model: Any) -> nn.Module | None:
 
 
 def decoder_mask(kwargs: dict[str, Any]) -> Tensor | None:
-    """1 for the tokens of a call's decoder and 0 for its padding, ``[batch, sequence]``, or None where nothing says.
+    """1 for the tokens of a call's decoder and 0 for its padding, ``[batch, sequence]``; None where not known.
 
     Where only ``labels`` are given, the model makes the decoder's tokens from them: one that is ignored is padding.
     """
@@ -137,7 +137,7 @@ def _is_plain(task: object) -> bool:
 
 
 def _places(count: int, batch: int, sequence: int, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The packed sample of every token, or None where nothing tells where samples begin."""
+    """The packed sample of every token, or None where it is not known where samples begin."""
     ends = next((kwargs[name] for name in ("cu_seq_lens_q", "cu_seqlens") if kwargs.get(name) is not None), None)
     if ends is not None and batch == 1:
         if len(ends) != count + 1:
@@ -160,7 +160,7 @@ def _places(count: int, batch: int, sequence: int, kwargs: Mapping[str, Any]) ->
 
 
 def _check(holds: Tensor, count: int, name: str) -> None:
-    """Without a host synchronisation, as for ids that are out of range."""
+    """Raise ValueError unless ``holds``; no host synchronisation on a GPU."""
     message = f"task_ids must hold one id for each of the packed samples that {name} tell apart, got {count} ids"
     if torch.compiler.is_compiling():
         torch._assert_async(holds, message)

@@ -24,20 +24,19 @@ class GrowingTasks(TaskPasses):
         new_kernels: Sequence[int] = (),
         adapter_name: str | None = None,
     ) -> int:
-        """Add a task to a trained EPT adapter: what is new will train alone, and no other task's output changes.
+        """Add a task to a trained EPT adapter. Only its own parameters train; no other task's output changes.
 
-        New are its embedding and, where ``new_kernels`` asks for them, experts of its own in every layer. Seed,
-        kernels, gates and the other tasks' embeddings are frozen, and stay so when the adapter is saved and
-        loaded (``config.finished_tasks``). Make the optimizer afterwards: an earlier one does not know the embedding.
-        So are other modules that train with the adapter (``modules_to_save``), but for a head of the new task's own
-        (``ept.training.add_task`` makes one).
+        Its own are an embedding and, with ``new_kernels``, experts in every layer. Seed, kernels, gates and the other
+        tasks' embeddings are frozen, and stay so when the adapter is saved and loaded (``config.finished_tasks``). So
+        are other modules that train with the adapter (``modules_to_save``), except a head of the new task's own
+        (``ept.training.add_task`` makes one). Make the optimizer afterwards: an earlier one lacks the embedding.
 
         Args:
             name: of the task, where the adapter names its tasks; None where it does not.
             like: the task whose embedding it starts from. None: the mean of all.
             new_kernels: kernel sizes of experts that this task and later ones may use beside the others, in every
-                layer; of scales that every layer has, since the seed is cut for those. They begin at zero and with
-                half of the task's weight or more: ``like`` is where its embedding starts then, not its output.
+                layer. Every layer must have their scales, since the seed is cut for these. They begin at zero with at
+                least half of the task's weight, so only the embedding starts at ``like``, not the output.
             adapter_name: default: the active one.
 
         Returns:
@@ -142,7 +141,7 @@ class GrowingTasks(TaskPasses):
                     saved.requires_grad_(False).zero_grad()
 
     def train_tables(self, names: Iterable[str]) -> None:
-        """Let what the layers of these adapters share train, and of no others; finished tasks stay as they are."""
+        """Make the shared tables of these adapters trainable, and those of no others; finished tasks stay frozen."""
         trained = set(names)
         for name, shared in self.ept_task_tables.items():
             shared.requires_grad_(name in trained)

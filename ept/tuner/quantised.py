@@ -1,4 +1,4 @@
-"""Base layers with a plain dense weight, and what those with a quantised one need."""
+"""Quantised base layers: which they are, their dequantised values, and training through them."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class SampleByFunction:
 
 
 class SelectedSamples:
-    """Whisper's ``generate_with_fallback``, which goes on with those recordings that have not ended.
+    """Whisper's ``generate_with_fallback``, which continues with the recordings that have not ended.
 
     An object, not a closure, so that ``copy.deepcopy`` of the model rebinds it to the copy.
     """
@@ -72,7 +72,7 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
 
 
 class FollowedForward:
-    """``forward`` of a block that hands tokens to parts of itself, under a ``RowTracker`` where tasks are mixed.
+    """``forward`` of a block that passes tokens to its parts, under a ``RowTracker`` where tasks are mixed.
 
     A mixture-of-experts block flattens its input ``[batch, sequence, d]`` and gives every expert some of the tokens.
 

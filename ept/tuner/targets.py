@@ -1,4 +1,4 @@
-"""Which modules of a model an adapter will take, settled and checked before anything is changed."""
+"""Which modules of a model an adapter targets: found and checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def target_features(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[
 
 
 def tied_layers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Of the layers ``names`` of ``model``, adapted or to be, those whose weight is another module's too, and whose."""
+    """Of the layers ``names``, those that share their weight with another module: ``{layer: the other}``."""
     holders: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -102,7 +102,7 @@ def matching(targets: Iterable[str], names: Iterable[str]) -> set[str]:
 
 
 def _is_wanted(config: AdapterConfig, name: str) -> bool:
-    """Whether a linear layer is a copy of none, and in ``layers_to_transform``, which PEFT skips for names in full."""
+    """Whether a linear layer is no copy and is in ``layers_to_transform``, which PEFT ignores for full names."""
     if any(part in name for part in _COPIES):
         return False
     if config.layers_to_transform is None or config.layers_to_transform == []:

@@ -35,7 +35,7 @@ def fixed_route(
     *,
     device: torch.device | None = None,
 ) -> Route:
-    """A route that no batch chose, for merging; on ``device``, or where ``weights`` is.
+    """A route chosen by the caller, for merging; on ``device``, or where ``weights`` is.
 
     Raises:
         ValueError: a group that does not exist, or another number of weights than experts in a group.
@@ -138,7 +138,7 @@ class CentroidRouter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As it was made: without centroids."""
+        """Drop the centroids, as after construction."""
         self.centroids.zero_()
         self.initialised.zero_()
         self.reset_group_load()
