@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: code 2, after a message that names the option, if one is bad; nothing has been written then. Code 1,
             after a message, if the training stopped at values that are not finite or something could not be written.
+            Code 130, after the command that resumes, if it was interrupted.
     """
     parser = build_parser()
     settings = parse(parser, argv)
@@ -53,7 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(settings, tasks, model, tokenizer, Console())
     except (FloatingPointError, WriteError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(
+            130, f"{parser.prog}: interrupted; {_resumption(settings, sys.argv[1:] if argv is None else argv)}\n"
+        )
     return 0
+
+
+def _resumption(settings: RunSettings, argv: Sequence[str]) -> str:
+    """How to go on with a run that was interrupted."""
+    if newest_checkpoint(Path(settings.output) / CHECKPOINT_FOLDER) is None:
+        return f"no checkpoint yet ({option_of('save_steps')} {settings.save_steps})"
+    words = [word for word in argv if word not in ("--overwrite", "--resume")]
+    return f"to go on: {shlex.join(['ept-train', *words, '--resume'])}"
 
 
 def _check_output(parser: argparse.ArgumentParser, settings: RunSettings) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
+import yaml
 from peft import LoraConfig, PeftConfig
 
 from ..data import parse_roles
@@ -205,6 +208,10 @@ def _sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
+#: Of transformers, those that need no further arguments.
+_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
+_TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+
 _WHAT, _RECIPE, _ADAPTER, _RUNNING = "what to train", "recipe", "adapter", "running"
 _DESCRIPTIONS = {_ADAPTER: "of methods that have the setting; not all do"}
 
@@ -260,6 +267,16 @@ class RunSettings:
     max_steps: int | None = _option(_RECIPE, "train for this many steps instead of --epochs", type=_integer(1))
     batch_size: int = _option(
         _RECIPE, "samples of a training batch", argument="per_device_train_batch_size", type=_integer(1)
+    )
+    gradient_accumulation_steps: int = _option(
+        _RECIPE, "batches of an optimizer step", argument="gradient_accumulation_steps", type=_integer(1)
+    )
+    lr_scheduler: str = _option(
+        _RECIPE, "how the rate falls after the warm-up", "linear", argument="lr_scheduler_type", choices=_SCHEDULERS
+    )
+    bf16: bool = _option(_RECIPE, "autocast to bfloat16", False, argument="bf16", action="store_true")
+    fp16: bool = _option(
+        _RECIPE, "autocast to float16 with a scaled loss; GPUs only", False, argument="fp16", action="store_true"
     )
     max_length: int = _option(_RECIPE, "tokens of a row at most", argument="max_length", type=_integer(8))
     task_batching: str = _option(
@@ -328,6 +345,17 @@ class RunSettings:
         argument="eval_limit",
         type=_integer(1),
     )
+    eval_steps: int | None = _option(
+        _RUNNING, "score every task after so many steps, too (default: at the end)", decides=False, type=_integer(1)
+    )
+    report_to: str = _option(
+        _RUNNING,
+        "where losses and scores go as they come",
+        "none",
+        argument="report_to",
+        decides=False,
+        choices=_TRACKERS,
+    )
     nan_policy: str = _option(
         _RUNNING,
         "a step whose loss or gradient is not finite: stop, or skip it",
@@ -348,6 +376,8 @@ class RunSettings:
         self._ablate()
         if self.lr is None:
             self._put("lr", system.learning_rate)
+        if self.bf16 and self.fp16:
+            raise ValueError("--fp16: not together with --bf16")
         configured = {name: option.config for name, option in OPTIONS.items() if option.config}
         for name, config_field in configured.items():
             if getattr(self, name) is None:
@@ -377,6 +407,8 @@ class RunSettings:
             "max_steps": self.max_steps or -1,
             "save_strategy": "steps" if self.save_steps else "no",
             "save_steps": self.save_steps or 500,
+            "eval_strategy": "steps" if self.eval_steps else "no",
+            "eval_steps": self.eval_steps,
             "disable_tqdm": self.quiet,
         }
 
@@ -409,14 +441,18 @@ def option_of(name: str) -> str:
 
 # ---- the command line
 
+_CONFIG = "--config"
+
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; its namespace has exactly the fields of ``RunSettings``."""
-    parser = argparse.ArgumentParser(
+    """The parser; its namespace has the fields of ``RunSettings``, and ``config``."""
+    parser = _Parser(
         prog="ept-train",
         description="Train one adapter of one method on several tasks; write adapter, metrics and pictures.",
         epilog="ablations: " + "; ".join(f"{name}: {ablation.text}" for name, ablation in ABLATIONS.items()) + ".",
     )
+    text = "settings by name, in YAML or JSON, such as the settings.json of a run; options that are typed come first"
+    parser.add_argument(_CONFIG, help=text, metavar="FILE")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for entry in fields(RunSettings):
         option = OPTIONS[entry.name]
@@ -432,9 +468,58 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line: nobody finds it below two screens of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _configured(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
+    """``words`` behind the options that the file of ``--config`` holds; what is typed takes their place."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument(_CONFIG)
+    path, typed = finder.parse_known_args(words)
+    if path.config is None:
+        return words
+    try:
+        content = yaml.safe_load(Path(path.config).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"argument {_CONFIG}: {path.config!r} cannot be read: {' '.join(str(error).split())}")
+    if not isinstance(content, dict):
+        parser.error(f"argument {_CONFIG}: {path.config!r} must hold settings by name, such as 'lr: 0.001'")
+    if "resume" in content or "processes" in content:  # of the run that wrote the file
+        content = {name: value for name, value in content.items() if name not in ("resume", "processes")}
+    unknown = [str(name) for name in content if name not in OPTIONS]
+    if unknown:
+        parser.error(
+            f"argument {_CONFIG}: {path.config!r} has no setting {unknown[0]!r}; allowed: {', '.join(OPTIONS)}"
+        )
+    heads = {word.partition("=")[0] for word in typed}
+    written = [word for name, value in content.items() if option_of(name) not in heads for word in _typed(name, value)]
+    return [*written, *typed]
+
+
+def _typed(name: str, value: Any) -> list[str]:
+    """A setting as it would be typed."""
+    option, default = OPTIONS[name], next(entry.default for entry in fields(RunSettings) if entry.name == name)
+    flag, action = option_of(name), option.parser.get("action")
+    if value is None or value == default:
+        return []
+    if action in ("store_true", "store_false"):
+        return [flag] if value is (action == "store_true") else []
+    if isinstance(value, dict):
+        return [f"{flag}={key}={json.dumps(entry)}" for key, entry in value.items()]
+    if isinstance(value, list) and action is not None:
+        return [f"{flag}={entry}" for entry in value]
+    return [f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}"]
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> RunSettings:
     """The settings that ``argv`` (None: the process's) asks for; exits with code 2 and a named error if one is bad."""
-    given = vars(parser.parse_args(argv))
+    words = _configured(parser, list(sys.argv[1:] if argv is None else argv))
+    given = vars(parser.parse_args(words))
+    given.pop(_CONFIG.lstrip("-"))
     given.pop(_Sources.SEEN, None)
     try:
         settings = RunSettings(**{**given, "set": dict(given["set"])})

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -340,3 +342,53 @@ def test_from_two_files_to_answers(tmp_path: Path, source: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         train.main([*options, "--data", str(tmp_path / "news.csv"), "--columns", "news=headline", "--overwrite"])
     assert "must be TASK=TEXT:LABEL" in capsys.readouterr().err
+
+
+def test_settings_come_from_a_file_and_from_an_earlier_run(
+    finished: Path, tmp_path: Path, command: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = build_parser()
+    written = tmp_path / "run.yaml"
+    written.write_text(
+        "lr: 0.002\nkernel_sizes: [2, 4]\ntop_k: 1\nset: {routing: token}\ndata: [a.csv, b=c.jsonl]\n"
+        "alp_scaling: false\nbf16: true\neval_steps: 5\n"
+    )
+    settings = parse(parser, ["--output", "x", "--config", str(written), "--lr", "0.5", "--data=sentiment"])
+    assert (settings.lr, settings.kernel_sizes, settings.set) == (0.5, (2, 4), {"routing": "token"})
+    assert (settings.data, settings.alp_scaling, settings.bf16) == ("sentiment", False, True)
+    assert settings.arguments()["eval_strategy"] == "steps"
+    assert parse(parser, ["--output", "x", f"--config={written}"]).data == ("a.csv", "b=c.jsonl")
+
+    earlier = parse(parser, command(finished))
+    again = parse(parser, ["--config", str(finished / "settings.json"), "--output", str(tmp_path)])
+    assert replace(again, output=earlier.output) == earlier
+
+    for content, message in [
+        ("lr: [", "cannot be read"),
+        ("- lr", "must hold settings by name"),
+        ("learning_rate: 1", "has no setting 'learning_rate'; allowed: output, method"),
+        ("lr: -1", "argument --lr: must be a number > 0, got '-1'"),
+    ]:
+        written.write_text(content)
+        with pytest.raises(SystemExit):
+            parse(parser, ["--output", "x", "--config", str(written)])
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    tmp_path: Path, command: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = command(tmp_path / "run", save_steps=1, gradient_accumulation_steps=2, lr_scheduler="cosine")
+    with monkeypatch.context() as patch:
+        patch.setattr("ept.training.run.write_metrics", stop)
+        with pytest.raises(SystemExit) as stopped:
+            train.main(arguments)
+    assert stopped.value.code == 130
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("ept-train: interrupted; to go on: ept-train --")
+    assert train.main(shlex.split(told.partition("to go on: ept-train ")[2])) == 0
+    assert (tmp_path / "run" / "metrics.json").is_file()
