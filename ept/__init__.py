@@ -33,6 +33,7 @@ from .recompute import checkpoint
 from .recompute import remember_tasks as _remember_tasks
 from .suggest import SuggestedPyramid, suggest_pyramid
 from .task_table import TaskTable
+from .trainers import EPTTrainerMixin, TaskCollator
 from .tuner import EPTModel
 from .tuner.model import register as _register
 from .version import __version__
@@ -43,6 +44,7 @@ __all__ = [
     "EPTConfig",
     "EPTLinear",
     "EPTModel",
+    "EPTTrainerMixin",
     "MOELoRAConfig",
     "MOELoRALinear",
     "MixLoRAConfig",
@@ -51,6 +53,7 @@ __all__ = [
     "MoRELinear",
     "Predictor",
     "SuggestedPyramid",
+    "TaskCollator",
     "TaskMixture",
     "TaskTable",
     "TuckAConfig",

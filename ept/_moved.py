@@ -51,7 +51,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "ept.training.plots": ("ept.plots",),
     "ept.training.progress": ("ept.training.report", "ept.training.trainer"),
     "ept.training.rows": ("ept.training.collator",),
-    "ept.training.sampler": ("ept.training.collator",),
+    "ept.training.sampler": ("ept.trainers",),
     "ept.training.systems": ("ept.training.options",),
     "ept.transforms": ("ept.adapted_linear",),
     "ept.tuner.alone": ("ept.tuner.structure",),

@@ -29,10 +29,18 @@ def auxiliary_losses(model: nn.Module) -> WeightedLosses:
 def auxiliary_loss(model: nn.Module) -> Tensor:
     """What to add to the task's loss after a training forward pass, a scalar: the weighted sum of the method's own.
 
+    In evaluation it is 0. Where transformers' ``Trainer`` divides a step among accumulated batches and processes, and
+    so gives ``num_items_in_batch`` to the pass, it is the part of this pass: the losses count once a step. In a loop of
+    your own, divide the sum of both losses as you divide the task's.
+
     Raises:
         ValueError: as ``auxiliary_losses``.
     """
-    losses = [weight * value for weight, value in auxiliary_losses(model).values()]
+    tuner = ept_model(model)
+    if not tuner.training:
+        return torch.zeros((), device=next(model.parameters()).device)
+    share = tuner.share_of_step()
+    losses = [share * weight * value for weight, value in tuner.auxiliary_losses().values()]
     return sum(losses[1:], losses[0]) if losses else torch.zeros((), device=next(model.parameters()).device)
 
 

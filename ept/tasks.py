@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from numbers import Integral
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,25 @@ def flat_ids(task_ids: Any) -> tuple[Any, tuple[int, int] | None]:
         batch, sequence = task_ids.shape
         return task_ids.reshape(-1), (batch, sequence)
     return task_ids, None
+
+
+def _who_dropped_them() -> str:
+    """In a call from a trainer of transformers: what keeps a column of the rows from the model, and what to write."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        trainer: Any = frame.f_locals.get("self")
+        if hasattr(trainer, "data_collator") and hasattr(trainer, "args"):
+            removes = getattr(trainer.args, "remove_unused_columns", None)
+            collator = getattr(trainer.data_collator, "__name__", type(trainer.data_collator).__name__)
+            first = "by remove_unused_columns=True or " if removes else ""
+            return (
+                f". {type(trainer).__name__} has probably dropped the rows' column of tasks, {first}in its collator, "
+                f"{collator}. Put ept.EPTTrainerMixin before the trainer "
+                "(class Mine(ept.EPTTrainerMixin, ...)), or set remove_unused_columns=False and "
+                "trainer.data_collator = ept.TaskCollator(trainer.data_collator)"
+            )
+        frame = frame.f_back
+    return ""
 
 
 class TaskSet(nn.Module):
@@ -112,7 +133,9 @@ class TaskSet(nn.Module):
         if task_ids is None:
             if self.num_tasks == 1:
                 return 0
-            raise ValueError(f"task_ids is missing: this adapter has {self.num_tasks} tasks ({self._allowed()})")
+            raise ValueError(
+                f"task_ids is missing: this adapter has {self.num_tasks} tasks ({self._allowed()}){_who_dropped_them()}"
+            )
         if isinstance(task_ids, np.ndarray):
             task_ids = torch.from_numpy(task_ids)
         if isinstance(task_ids, Tensor):

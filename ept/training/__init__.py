@@ -3,13 +3,13 @@
 from ..extras import train_extra
 
 with train_extra("ept.training"):
+    from ..trainers import EPTTrainerMixin, TaskBalancedSampler, TaskCollator
     from .arguments import EPTTrainingArguments
     from .checkpointing import newest_checkpoint
     from .collator import (
         CausalCollator,
         EncoderCollator,
         Seq2SeqCollator,
-        TaskBalancedSampler,
         TaskIdsCollator,
         TaskRows,
         evaluation_rows,
@@ -24,11 +24,13 @@ with train_extra("ept.training"):
 __all__ = [
     "CausalCollator",
     "EPTTrainer",
+    "EPTTrainerMixin",
     "EPTTrainingArguments",
     "EncoderCollator",
     "MultiTaskEncoder",
     "Seq2SeqCollator",
     "TaskBalancedSampler",
+    "TaskCollator",
     "TaskIdsCollator",
     "TaskRows",
     "add_task",

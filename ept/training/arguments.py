@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..pyramid.optim import GATE_LR_RATIO, KERNEL_LR_RATIO
-from .collator import TASK_BATCHING
+from ..trainers import TASK_BATCHING
 from .finite import NAN_POLICIES
 
 

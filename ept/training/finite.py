@@ -219,7 +219,9 @@ def _short(name: str) -> str:
 
 
 def _ids(inputs: Batch) -> Tensor:
-    return inputs["task_ids"]
+    """The tasks of a batch, ``[samples]`` or ``[tokens]``; with one task there need be none."""
+    ids = inputs.get("task_ids")
+    return torch.zeros(1, dtype=torch.long) if ids is None else ids.reshape(-1)
 
 
 def _tasks(batches: Sequence[tuple[Batch, Tensor]]) -> set[int]:

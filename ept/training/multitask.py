@@ -13,10 +13,10 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..config import AdapterConfig
 from ..data import TaskData, TaskSpec
 from ..introspection import parameter_breakdown
 from ..mixture import TaskMixture
+from ..trainers import adapter_config
 
 # Regression heads learn labels mapped linearly from the task's label_range onto this interval.
 REGRESSION_TARGETS = (0.0, 1.0)
@@ -253,14 +253,6 @@ def model_kind(model: nn.Module) -> str:
             "wrap an encoder in MultiTaskEncoder"
         )
     return "seq2seq" if base.config.is_encoder_decoder else "causal"
-
-
-def adapter_config(model: nn.Module) -> AdapterConfig | None:
-    """The active adapter's config if it is of one of this package's methods; None for any other adapter or none."""
-    if not isinstance(model, PeftModel) or not isinstance(model.active_adapter, str):
-        return None
-    config = model.peft_config[model.active_adapter]
-    return config if isinstance(config, AdapterConfig) else None
 
 
 def trained_parameters(model: PeftModel) -> dict[str, int]:

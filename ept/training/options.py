@@ -16,8 +16,8 @@ from peft import LoraConfig, PeftConfig
 
 from ..data import parse_roles
 from ..methods import METHODS
+from ..trainers import TASK_BATCHING
 from .arguments import EPTTrainingArguments
-from .collator import TASK_BATCHING
 from .finite import NAN_POLICIES
 
 

@@ -3,55 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalPrediction, TrainOutput
+from transformers.trainer_utils import EvalPrediction
 
-from ..config import EPTConfig
 from ..data import TaskData
-from ..losses import auxiliary_losses
-from ..methods import method_of
-from ..pyramid.optim import parameter_groups
-from ..tuner.calls import IGNORED
-from ..tuner.model import ept_model
+from ..trainers import EPTTrainerMixin, SamplerEpoch
 from .arguments import EPTTrainingArguments
 from .checkpointing import CheckpointingTrainer
-from .collator import TaskBalancedSampler, TaskRows, evaluation_rows, make_collator, training_rows
+from .collator import TaskRows, evaluation_rows, make_collator, training_rows
 from .evaluate import mean_headline, predict_batch, task_metrics
 from .finite import FiniteSteps
-from .multitask import adapter_config, ids_of_tasks, model_kind, takes_task_ids
+from .multitask import MultiTaskEncoder, base_model, ids_of_tasks, model_kind, takes_task_ids
 from .report import LossProgress
 
+__all__ = ["EPTTrainer", "SamplerEpoch"]
 
-class SamplerEpoch(TrainerCallback):
-    """Tells the sampler its epoch.
-
-    accelerate does so only where it finds the sampler under its own wrappers, which it does not after skipping
-    batches in a distributed run.
-    """
-
-    def __init__(self) -> None:
-        self.sampler: TaskBalancedSampler | None = None
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.sampler is not None:
-            self.sampler.set_epoch(int(state.epoch or 0))
+#: Options of ``Trainer`` that have no effect here, and their only value.
+_UNSERVED = {
+    "train_sampling_strategy": "random",
+    "prediction_loss_only": False,
+    "batch_eval_metrics": False,
+    "include_for_metrics": [],
+}
 
 
-class EPTTrainer(CheckpointingTrainer):
+class EPTTrainer(EPTTrainerMixin, CheckpointingTrainer):
     """Trains one adapter on several tasks, each drawn with probability 1/T.
 
     The total loss is the model's own loss plus the method's (``ept.auxiliary_losses``; for EPT ``contrastive_weight``
@@ -61,101 +44,105 @@ class EPTTrainer(CheckpointingTrainer):
     way without such a loss. A checkpoint is complete or not there (``newest_checkpoint``), whenever the process is
     killed.
 
+    Plain ``train_dataset``, ``eval_dataset`` and ``data_collator`` serve as well as ``tasks``: what ``EPTTrainerMixin``
+    says of them holds, evaluation then gives losses.
+
     Args:
-        model: a MultiTaskEncoder, seq2seq or causal language model, with its adapter.
+        model: a MultiTaskEncoder, seq2seq or causal language model, with its adapter; with plain datasets, any.
         args: recipe and options.
         tasks: what to train and evaluate on. A task's id is its place among the model's tasks (heads, or
-            ``task_names`` of the adapter), or in this sequence where the model names none.
-        processing_class: the model's tokenizer.
+            ``task_names`` of the adapter), or in this sequence where the model names none. None: plain datasets.
+        processing_class: the model's tokenizer; needed with ``tasks``.
         **options: further arguments of ``transformers.Trainer``.
 
     Raises:
-        ValueError: the tasks do not fit the model, or one process sees several GPUs.
-        TypeError: the model is of no supported kind.
+        ValueError: the tasks do not fit the model, an option that is not served, or one process sees several GPUs.
+        TypeError: the model is of no supported kind, or an argument that does not go with ``tasks``.
     """
 
     args: EPTTrainingArguments
     model: Any  # of any library
-    train_dataset: Any  # TaskRows
+    train_dataset: Any  # TaskRows, or a plain one
+    eval_dataset: Any
+    data_collator: Any
+    optimizer: Any
+    _signature_columns: Any
 
     def __init__(
         self,
         model: nn.Module,
         args: EPTTrainingArguments,
         *,
-        tasks: Sequence[TaskData],
-        processing_class: PreTrainedTokenizerBase,
+        tasks: Sequence[TaskData] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         **options: Any,
     ) -> None:
-        if args.n_gpu > 1:
+        if args.label_smoothing_factor and isinstance(base_model(model), MultiTaskEncoder):
             raise ValueError(
-                f"args: {args.n_gpu} GPUs in one process would replicate the model without its method's loss; "
-                "start one process per GPU with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES"
+                f"label_smoothing_factor is {args.label_smoothing_factor}, which a MultiTaskEncoder does "
+                "not serve; set it to 0"
             )
-        ids = ids_of_tasks(model, tasks)
-        specs = {task_id: task.spec for task_id, task in zip(ids, tasks, strict=True)}
-        self._generates = model_kind(model) != "encoder"
         self._takes_task_ids = takes_task_ids(model)
-        self._adapter_config = adapter_config(model)
-        self._specs = {spec.name: spec for spec in specs.values()}
-        self._names = {task_id: spec.name for task_id, spec in specs.items()}
-        self._evaluated = tasks[0].spec
-        self._sampler_epoch = SamplerEpoch()
         self._finite_steps = FiniteSteps(self)
         self._step: dict[str, Tensor] = {}  # losses of the step under way; those of the steps since the last log entry
         self._sums: dict[str, Tensor] = {}
         self._summed = self._skipped = 0
-        collator_options: dict[str, Any] = {"max_length": args.max_length}
-        train_collator = make_collator(model_kind(model), processing_class, specs, **collator_options)
-        self._eval_collator = make_collator(
-            model_kind(model), processing_class, specs, generate=self._generates, **collator_options
-        )
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=train_collator,
-            train_dataset=training_rows(tasks, ids),
-            eval_dataset={
-                task.spec.name: evaluation_rows(task, i, args.eval_limit) for i, task in zip(ids, tasks, strict=True)
-            },
-            processing_class=processing_class,
-            compute_metrics=self._task_metrics,
-            **options,
-        )
-        # T5 and its kin take any keyword but return the batch's mean over tokens whatever num_items_in_batch says.
-        self._means_tokens = model_kind(model) == "seq2seq" and self.model_accepts_loss_kwargs
-        self.add_callback(self._sampler_epoch)
+        self._names: dict[int, str] = {}
+        self._has_tasks = tasks is not None
+        if tasks is not None:
+            options |= self._of_tasks(model, args, tasks, processing_class, options)
+        super().__init__(model=model, args=args, processing_class=processing_class, **options)
         self.add_callback(self._finite_steps)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LossProgress)
         self.remove_callback(PrinterCallback)
 
-    def train(self, *args: Any, **options: Any) -> TrainOutput:
-        """As in ``Trainer``.
-
-        Raises:
-            ValueError: an adapter that cannot be sharded yet, under FSDP.
-        """
-        if self.is_fsdp_enabled and self._adapter_config is not None:
-            for shared in ept_model(self.model).ept_task_tables.values():
-                method_of(self._adapter_config).adapter.check_shardable(shared)
-        return super().train(*args, **options)
+    def _of_tasks(
+        self,
+        model: nn.Module,
+        args: EPTTrainingArguments,
+        tasks: Sequence[TaskData],
+        processing_class: PreTrainedTokenizerBase | None,
+        options: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """``Trainer``'s arguments for these tasks."""
+        if processing_class is None:
+            raise TypeError("processing_class is missing: tasks are texts, which need the model's tokenizer")
+        for name, only in _UNSERVED.items():
+            if (value := getattr(args, name, only)) != only:
+                raise ValueError(f"{name} is {value!r}, which is not served with tasks; leave it at {only!r}")
+        ids = ids_of_tasks(model, tasks)
+        specs = {task_id: task.spec for task_id, task in zip(ids, tasks, strict=True)}
+        self._generates = model_kind(model) != "encoder"
+        self._specs = {spec.name: spec for spec in specs.values()}
+        self._names = {task_id: spec.name for task_id, spec in specs.items()}
+        self._evaluated = tasks[0].spec
+        train_collator, self._eval_collator = (
+            make_collator(model_kind(model), processing_class, specs, max_length=args.max_length, generate=generate)
+            for generate in (False, self._generates)
+        )
+        evaluated = {
+            task.spec.name: evaluation_rows(task, i, args.eval_limit) for i, task in zip(ids, tasks, strict=True)
+        }
+        made = {
+            "data_collator": train_collator,
+            "train_dataset": training_rows(tasks, ids),
+            "eval_dataset": evaluated,
+            "compute_metrics": self._task_metrics,
+        }
+        if both := sorted(made.keys() & options.keys()):
+            raise TypeError(f"{both[0]} is given beside tasks, which make their own; give one of them")
+        return made
 
     # ---- data
 
-    def _get_train_sampler(self, train_dataset: TaskRows | None = None) -> TaskBalancedSampler:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        sampler = self._sampler_epoch.sampler = TaskBalancedSampler(
-            rows.sizes,
-            self._train_batch_size,
-            world_size=self.args.world_size,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            task_batching=self.args.task_batching,
-        )
-        return sampler
+    def _places(self, rows: Any) -> tuple[Sequence[int], np.ndarray | None] | None:
+        return (rows.sizes, None) if isinstance(rows, TaskRows) else super()._places(rows)
 
     def get_eval_dataloader(self, eval_dataset: str | TaskRows | None = None) -> torch.utils.data.DataLoader:
         """As in ``Trainer``, with prompts instead of prompts and answers for text-to-label models."""
+        if not self._has_tasks:
+            return super().get_eval_dataloader(eval_dataset)
         train_collator, self.data_collator = self.data_collator, self._eval_collator
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -170,41 +157,12 @@ class EPTTrainer(CheckpointingTrainer):
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """Task loss plus the method's weighted losses, with ``Trainer``'s rules for gradient accumulation.
-
-        Every sample, or in a language model every answer token, of a step counts alike, however the step's batch is
-        divided among accumulated batches and processes.
-        """
-        loss, outputs = super().compute_loss(model, self.model_inputs(inputs), True, num_items_in_batch)
-        # A loss over num_items_in_batch is a share of the accumulated batch's; a batch mean is yet to be divided.
-        accumulated = self.current_gradient_accumulation_steps
-        is_share = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        if is_share and num_items_in_batch is not None and self._means_tokens:
-            loss = loss * (inputs["labels"] != IGNORED).sum() / num_items_in_batch
-        self._add_to_log("task_loss", loss if is_share else loss / accumulated)
-        if self._adapter_config is not None:
-            for name, (weight, value) in auxiliary_losses(self.model).items():
-                self._add_to_log(name, value / accumulated)
-                loss = loss + weight * value / (accumulated if is_share else 1)
-        self._finite_steps.see(inputs, loss)
-        return (loss, outputs) if return_outputs else loss
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of ``args.optim``, over ``ept.parameter_groups`` if the adapter is EPT."""
-        if self.optimizer is None and isinstance(self._adapter_config, EPTConfig):
-            trained: Any = self.model if model is None else model
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            groups = parameter_groups(
-                trained,
-                self.args.learning_rate,
-                weight_decay=self.args.weight_decay,
-                kernel_lr_ratio=self.args.kernel_lr_ratio,
-                gate_lr_ratio=self.args.gate_lr_ratio,
-            )
-            self.optimizer = optimizer_class(groups, **options)
-        # Without an argument where there is none: transformers 5.0 takes no model.
-        return super().create_optimizer() if model is None else super().create_optimizer(model)
+    ) -> Any:
+        """As ``EPTTrainerMixin.compute_loss``; whether the loss is finite is looked at before the step is taken."""
+        found = super().compute_loss(model, self.model_inputs(inputs), return_outputs, num_items_in_batch)
+        if self.model.training:
+            self._finite_steps.see(inputs, found[0] if return_outputs else found)
+        return found
 
     def model_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch as the model takes it: with ``task_ids``, if it has a use for them."""
@@ -212,7 +170,8 @@ class EPTTrainer(CheckpointingTrainer):
 
     def task_name(self, task_id: int) -> str:
         """The name of a task of this trainer."""
-        return self._names[task_id]
+        names = None if self._adapter_config is None else self._adapter_config.task_names
+        return self._names.get(task_id) or (names[task_id] if names else str(task_id))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in ``Trainer``; training entries get the parts of the loss, averaged over the steps since the last one.
@@ -238,7 +197,7 @@ class EPTTrainer(CheckpointingTrainer):
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._step = {}
 
-    def _add_to_log(self, name: str, value: Tensor) -> None:
+    def _note_loss(self, name: str, value: Tensor) -> None:
         value = value.detach().float()
         self._step[name] = self._step[name] + value if name in self._step else value
 
@@ -246,7 +205,7 @@ class EPTTrainer(CheckpointingTrainer):
 
     def evaluate(
         self,
-        eval_dataset: Sequence[str] | None = None,
+        eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -255,6 +214,8 @@ class EPTTrainer(CheckpointingTrainer):
         Raises:
             ValueError: a task that this trainer does not have.
         """
+        if not self._has_tasks:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         names = list(self._specs) if eval_dataset is None else list(eval_dataset)
         start = time.time()
         by_task = self.evaluate_by_task(names, metric_key_prefix)
@@ -294,12 +255,14 @@ class EPTTrainer(CheckpointingTrainer):
         inputs: dict[str, Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Tensor | tuple[Tensor, Tensor], Tensor]:
+    ) -> Any:
         """Predictions, with losses unless answers are generated, and labels; all ``[batch]``.
 
         No mean loss: ``Trainer``'s mean over batches would count twice the samples that fill up the last batches of a
         distributed run, while it takes them out of what is returned here.
         """
+        if not self._has_tasks:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         tokenizer: Any = self.processing_class
         with self.compute_loss_context_manager(), self.accelerator.autocast():

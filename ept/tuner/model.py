@@ -53,6 +53,7 @@ class EPTModel(GrowingTasks):
     def _pre_injection_hook(self, model: nn.Module, config: AdapterConfig, adapter_name: str) -> None:
         self.ept_task_tables = nn.ModuleDict()
         self._trained = None
+        self._items = None
         self._merged = ()
         self._unknown = []
         self._hooks: list[RemovableHandle] = []

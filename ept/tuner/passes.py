@@ -24,7 +24,7 @@ from ..provenance import SampleTracker
 from ..recompute import checkpoint_with_tasks
 from ..rows import repeat, take
 from ..tasks import AUTO, ResolvedTasks, TaskIds, TaskSet, count_samples, wants_auto
-from .calls import Entries, batch_size, decoder_mask, decoder_of, entries_of, has_sequence, main_input, takes
+from .calls import IGNORED, Entries, batch_size, decoder_mask, decoder_of, entries_of, has_sequence, main_input, takes
 from .layer import EPTLinearLayer
 from .structure import is_followed, takes_choices
 
@@ -38,6 +38,7 @@ class TaskPasses(BaseTuner):
     _merged: tuple[EPTLinearLayer, ...]  # one layer that is merged, if any is: all are merged together
     _unknown: list[LayerAdapter]  # whose rows may be others than they seem
     _trained: TaskContext | None  # of the last training pass, for the method's losses
+    _items: tuple[Tensor, Any] | None  # its labels, and how many of them its optimizer step has, where that is said
 
     def adapters(self, adapter_name: str) -> dict[str, LayerAdapter]:
         """The adapter of every adapted layer, by the layer's name in the base model."""
@@ -148,7 +149,11 @@ class TaskPasses(BaseTuner):
         if takes(module, "task_ids"):
             tokens: Any = context.task_ids
             kwargs["task_ids"] = resolved if entries.shape is None else tokens.view(entries.shape)
-        self._trained = context if pools or sums else None
+        if (trains := self._trains()) or not self.training:
+            self._trained = context if pools or sums else None
+            labels, count = kwargs.get("shift_labels", kwargs.get("labels")), kwargs.get("num_items_in_batch")
+            counts = trains and count is not None and isinstance(labels, Tensor)
+            self._items = (self._counted(labels, kwargs), count) if counts else None
         return args, kwargs
 
     def _find_unknown(self) -> None:
@@ -194,7 +199,33 @@ class TaskPasses(BaseTuner):
     def _collects(self) -> tuple[bool, bool]:
         """Whether this pass collects ``context.pooled`` and ``context.terms`` for the method's losses."""
         config = self.peft_config.get(next(iter(self.active_adapters), ""))
-        return method_of(config).adapter.collects(config) if self.training and config is not None else (False, False)
+        return method_of(config).adapter.collects(config) if self._trains() and config is not None else (False, False)
+
+    def _trains(self) -> bool:
+        """Whether this pass is one of training: not so one of the base alone, DPO's reference."""
+        return self.training and not self._disabled()
+
+    def _counted(self, labels: Any, kwargs: Mapping[str, Any]) -> Tensor:
+        """The labels of a pass that transformers' ``Trainer`` counts."""
+        from transformers import Trainer  # no library of a pass that does not come from one
+
+        counts = getattr(Trainer, "_get_num_items_in_batch", None)
+        shifts = counts is not None and "_loss_shifts_labels" in counts.__code__.co_names  # not before 5.13
+        causal = getattr(self.model, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
+        if shifts and causal and "shift_labels" not in kwargs and decoder_of(self.model) is None:
+            return labels[..., 1:]
+        return labels
+
+    def share_of_step(self) -> Tensor | float:
+        """Which part of its optimizer step the last training pass was: 1 unless ``num_items_in_batch`` said otherwise.
+
+        It counts the step of all processes, as ``Trainer`` does by default, whose gradients are then averaged.
+        """
+        if self._items is None:
+            return 1.0
+        labels, count = self._items
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        return (labels != IGNORED).sum() * processes / count
 
     @staticmethod
     def _inherited(outer: TaskContext, ids: TaskIds | None, x: Tensor | None, kwargs: Mapping[str, Any]) -> Entries:

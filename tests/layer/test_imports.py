@@ -34,7 +34,7 @@ ROOMS = (
     ("pyramid", "baselines"),
     ("methods",),
     ("tuner",),
-    ("introspection", "losses", "checking", "suggest", "plots", "data", "export", "inspecting", "training"),
+    ("introspection", "losses", "checking", "suggest", "plots", "data", "trainers", "export", "inspecting", "training"),
     ("train", "predict", "demo"),
 )
 
