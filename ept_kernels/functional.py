@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from .tracing import autocast_dtype, constant_in_graphs, is_eager, without_autoc
 _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _IDS = frozenset((torch.int64, torch.int32))
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_layout, _dtype, _device = attrgetter("layout"), attrgetter("dtype"), attrgetter("device")
+_layout, _dtype, _device, _shape = map(attrgetter, ("layout", "dtype", "device", "shape"))
 
 
 def _are_sound(floats: dict[str, Tensor | None], groups: Tensor | None, active: Tensor | None) -> bool:
@@ -396,12 +396,14 @@ def fold_kept(
         IndexError, ValueError, TypeError, RuntimeError: as ``fold_tasks``.
     """
     _check_tasks(tasks)
-    if not is_eager() or torch.is_grad_enabled() or backend_for(gate.device, torch.float32).folder is None:
+    if not is_eager() or torch.is_grad_enabled():
         return None
     routing = Routing(gate, table, tasks, tuple(kernels), top_k, scaling, geometry)
+    _check_routing(routing)
+    if folder_of(routing) is None:
+        return None
     found = find_kept(routing, kept)
     if found is None:
-        _check_routing(routing)
         found = find_kept(routing, kept) if keep(routing, kept, kept_table) else None
     return found
 
@@ -418,31 +420,35 @@ class LayerKept(NamedTuple):
 
 
 def _suits(x: Tensor, base: Base | None, factors: tuple[Tensor, Tensor], routing: Routing) -> bool:
-    """Whether a call is one that ``routed_linear`` takes."""
-    (A, B), (gate, table, tasks, kernels, *_, g) = factors, routing
-    rows = [x] if base is None else [x, base.weight] if base.bias is None else [x, *base]
-    tensors = [*rows, A, B, gate, table, *kernels]
-    device = x.device
-    if not is_eager(*tensors) or {*map(_layout, tensors)} != {torch.strided} or {*map(_device, tensors)} != {device}:
+    """Whether a call is one that ``routed_linear`` takes. Few steps: a small layer would notice more."""
+    gate, table, tasks, kernels, *_, g = routing
+    trained = [*factors, gate, table, *kernels]
+    tensors = [x, *trained] if base is None else [x, *base, *trained]
+    if not is_eager(*tensors) or autocast_dtype(x) is not None:
         return False
+    device, dtype = x.device, x.dtype
+    everything = [tensor for tensor in tensors if tensor is not None]
+    if {*map(_layout, everything)} != {torch.strided} or {*map(_device, everything)} != {device}:
+        return False
+    if {*map(_dtype, trained)} != {torch.float32} or not all(map(Tensor.is_contiguous, trained)):
+        return False
+    if x.dim() == 0 or x.shape[-1] != g.in_features or dtype not in _FLOATS:
+        return False
+    shapes = [*map(_shape, trained)]
+    if shapes != [*g.factor_shapes, (len(kernels), table.shape[-1]), table.shape, *g.kernel_shapes]:
+        return False
+    if base is not None:
+        weight, bias = base
+        if weight.dtype != dtype or weight.shape != (g.out_features, g.in_features):
+            return False
+        if bias is not None and (bias.dtype != dtype or bias.shape != (g.out_features,)):
+            return False
     if isinstance(tasks, Tensor):
-        count = tasks.numel()
         if tasks.device != device or tasks.dtype not in _IDS or tasks.dim() > 1:
             return False
-        if not count or x.numel() // g.in_features % count:
-            return False
-    shapes = [tensor.shape for tensor in tensors[1:]]
-    expected: list[Any] = [] if base is None else [(g.out_features, g.in_features), (g.out_features,)][: len(rows) - 1]
-    expected += [(g.rank, g.seed_width), (g.seed_height, g.rank), (len(kernels), table.shape[-1]), table.shape]
-    return (
-        {*map(_dtype, rows)} == {x.dtype}
-        and A.dtype is B.dtype
-        and {x.dtype, A.dtype} <= _FLOATS
-        and x.dim() > 0
-        and x.shape[-1] == g.in_features
-        and shapes == expected + [(k, k) for k in g.kernel_sizes]
-        and autocast_dtype(x) is None
-    )
+        count = tasks.numel()
+        return count > 0 and x.numel() // g.in_features % count == 0
+    return True
 
 
 def routed_linear(
@@ -468,35 +474,36 @@ def routed_linear(
     """
     if not _suits(x, base, factors, routing):
         return None
-    folder = folder_of(routing)
-    if folder is None:
+    gate, table, tasks, *_, g = routing
+    folder = backend_for(x.device, torch.float32).folder
+    if folder is None or gate.shape[0] > folder.most_experts:
         return None
-    rows = x.reshape(-1, routing.geometry.in_features)
-    backend, tasks = backend_for(x.device, x.dtype), routing.tasks
+    flat = x.dim() == 2
+    rows = x if flat else x.reshape(-1, g.in_features)
+    backend = backend_for(x.device, x.dtype)
     if kept is not None and not torch.is_grad_enabled():
         found = find_kept(routing, kept.fold)
         if found is None and keep(routing, kept.fold, kept.table):
             found = find_kept(routing, kept.fold)
         if found is not None:
             folded, groups, active = found
-            g = routing.geometry
             problem = Problem(rows, *factors, folded, groups, active, g.out_features, g.scales)
-            y = backend.forward(problem, base, False, kept.factors if x.is_cuda else None).y
-            return y.contiguous().view(*x.shape[:-1], g.out_features)
+            y = backend.forward(problem, base, False, kept.factors if x.is_cuda else None).y.contiguous()
+            return y if flat else y.view(*x.shape[:-1], g.out_features)
     groups = None
     if isinstance(tasks, Tensor) and tasks.dim():
         count, device = len(tasks), tasks.device
-        if count > len(routing.table):  # every task once
+        if count > len(table):  # every task once
             groups, routing = tasks, routing._replace(tasks=None)
         elif count > 1:
             groups = torch.arange(count, device=device)
     seed = None
     if dropout_p > 0:
         if not backend.fuses_dropout:
-            call = Routed(folder, routing, groups, 0.0, None)
+            call = Routed(backend, folder, routing, groups)
             y = run_routed(call, F.dropout(rows, dropout_p), None, *factors)
-            y = y.view(*x.shape[:-1], -1)
+            y = y if flat else y.view(*x.shape[:-1], g.out_features)
             return y if base is None else F.linear(x, *base) + y
         seed = _dropout_seed(x)
-    y = run_routed(Routed(folder, routing, groups, dropout_p, seed), rows, base, *factors)
-    return y.view(*x.shape[:-1], routing.geometry.out_features)
+    y = run_routed(Routed(backend, folder, routing, groups, dropout_p, seed), rows, base, *factors)
+    return y if flat else y.view(*x.shape[:-1], g.out_features)

@@ -34,6 +34,7 @@ class PyramidGeometry:
         alp_factors: the dimension-aware scale ``s_k`` of each scale.
         offsets: where each scale's ``k * k`` block starts in a packed folded kernel ``[G, folded_size]``.
         columns: where each scale's ``r * k`` block starts in a row of intermediates ``[T, shrink_size]``.
+        factor_shapes, kernel_shapes: of A and B, and of the kernels in their order.
         seed_width, seed_height: ``A`` is ``[rank, seed_width]``, ``B`` is ``[seed_height, rank]``.
 
     Raises:
@@ -58,6 +59,8 @@ class PyramidGeometry:
     shrink_size: int = field(init=False, compare=False)
     seed_width: int = field(init=False, compare=False)
     seed_height: int = field(init=False, compare=False)
+    factor_shapes: tuple[tuple[int, int], tuple[int, int]] = field(init=False, compare=False)
+    kernel_shapes: tuple[tuple[int, int], ...] = field(init=False, compare=False)
     _hash: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +92,8 @@ class PyramidGeometry:
             "shrink_size": self.rank * sum(scales),
             "seed_width": widths[0],
             "seed_height": heights[0],
+            "factor_shapes": ((self.rank, widths[0]), (heights[0], self.rank)),
+            "kernel_shapes": tuple((k, k) for k in sizes),
             "_hash": hash((self.in_features, self.out_features, self.rank, sizes, self.alp_scaling)),
         }
         for name, value in derived.items():

@@ -294,11 +294,12 @@ class _Rows(torch.autograd.Function):
 class Routed(NamedTuple):
     """A call whose kernels are folded in it: rows of ``Problem`` without ``folded`` and ``active``."""
 
+    backend: Backend
     folder: Folder
     routing: Routing
     groups: Tensor | None
-    dropout_p: float
-    seed: Tensor | None
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
 
     def problem(self, x: Tensor, A: Tensor, B: Tensor, fold: Folded) -> Problem:
         geometry = self.routing.geometry
@@ -315,7 +316,7 @@ class _RoutedRows(torch.autograd.Function):
         fold = call.folder.fold(call.routing, True)
         problem = call.problem(x, A, B, fold)
         base = None if weight is None else Base(weight, bias)
-        output = _backend(x).forward(problem, base, not recomputes())
+        output = call.backend.forward(problem, base, call.backend.keeps and not recomputes())
         ctx.folder, ctx.sizes = call.folder, problem[6:9]
         save_routing(ctx, call.routing, fold, *_tensors(problem, base, output))
         return output.y.contiguous()
@@ -342,7 +343,8 @@ def run_routed(call: Routed, x: Tensor, base: Base | None, A: Tensor, B: Tensor)
     weight, bias = (None, None) if base is None else base
     if torch.is_grad_enabled():
         return apply_eagerly(_RoutedRows, call, x, weight, bias, A, B, *call.routing.parameters)
-    return _backend(x).forward(call.problem(x, A, B, call.folder.fold(call.routing, False)), base).y.contiguous()
+    problem = call.problem(x, A, B, call.folder.fold(call.routing, False))
+    return call.backend.forward(problem, base).y.contiguous()
 
 
 # Read once while a graph is traced: the choice is the graph's.

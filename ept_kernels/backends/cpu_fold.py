@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +20,6 @@ from ..problem import Folded, Kept, Routing
 from .cpu_library import module
 
 most_experts = sys.maxsize
-
-_dtype, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 
 @lru_cache(maxsize=1024)
@@ -93,20 +91,17 @@ class _Values(NamedTuple):
     table: Any
 
     def holds(self, routing: Routing) -> bool:
-        """Whether the parameters hold the same bits. Comparing reads what folding would read, and does no more.
+        """Whether the parameters, which a folder could take, hold the same bits. Comparing reads what folding would.
 
         Raises:
             IndexError: a task that the table lacks.
         """
         gate, table, tasks, kernels, *_ = routing
-        own, everything = (gate, *kernels), (table, gate, *kernels)
-        if len(own) != len(self.parameters) or not all(map(is_, own, self.parameters)):
-            return False
-        # by ``map``: a loop would take longer than the comparison
-        if not (all(map(_is_cpu, everything)) and all(map(Tensor.is_contiguous, everything))):
+        own = (gate, *kernels)  # by ``map``: a loop would take longer than the comparison
+        if not gate.is_cpu or len(own) != len(self.parameters) or not all(map(is_, own, self.parameters)):
+            return False  # a layer that went to a GPU has the same parameters, at addresses there
+        if (table.numel(), *map(Tensor.numel, own)) != self.sizes:
             return False  # ``parameter.data`` was given another tensor
-        if {*map(_dtype, everything)} != {torch.float32} or tuple(map(Tensor.numel, everything)) != self.sizes:
-            return False
         if not self.layer.equals([*map(Tensor.data_ptr, own)]):
             return False
         count, width = table.shape
