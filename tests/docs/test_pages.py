@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 
 import ept
 from ept.export.cli import build_parser as export_parser
@@ -66,7 +67,7 @@ def test_both_scripts_of_every_block_run(number: int, sign: str, tiny_models: No
     tasks = {"task_ids": torch.tensor([0, 1])} if ours else {}
     namespace = {
         "loader": torch.utils.data.DataLoader([_batch(**tasks) for _ in range(3)], batch_size=None),
-        "rows": [{**row, **({"task_ids": i % 2} if ours else {})} for i, row in enumerate(_rows(8))],
+        "rows": Dataset.from_list([{**row, **({"task_ids": i % 2} if ours else {})} for i, row in enumerate(_rows(8))]),
         "loaders": {name: [_batch()] for name in ("arc", "boolq")},
         "mixed_loader": [_batch(task_ids=["arc", "boolq"])],
         "train": _train,
