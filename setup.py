@@ -81,7 +81,11 @@ class BuildNative(build_ext):
         command = ["-S", ROOT, "-B", self.folder, f"-DPython_EXECUTABLE={sys.executable}"]
         if ninja:
             command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        refused = self.folder / "refused.txt"
+        refused.unlink(missing_ok=True)
         if not self.cmake(*command):
+            if refused.exists():
+                raise SystemExit(refused.read_text().strip())
             if not all(extension.optional for extension in self.extensions):
                 raise SystemExit("the native kernels cannot be built: what CMake says is above")
             say("the native kernels are left out: what CMake says is above")

@@ -175,6 +175,15 @@ def test_without_a_compiler_the_wheel_fits_every_platform(tree: Path) -> None:
     assert [path.name.endswith("-none-any.whl") for path in tree.glob("dist/*.whl")] == [True]
     done = setup(tree, "bdist_wheel", CXX="false", EPT_BUILD_CPU="1", EPT_BUILD_CUDA="0")
     assert done.returncode != 0
+    assert done.stderr.endswith("EPT_BUILD_CPU=1, but: the C++ compiler does not work: CXX=false\n")
+
+
+@needs_cmake
+def test_what_is_no_architecture_ends_the_build(tree: Path) -> None:
+    """Though nobody demands the CUDA kernels: they would be missing by mistake."""
+    done = setup(tree, "build_ext", EPT_BUILD_CPU="0", CUDACXX="false", TORCH_CUDA_ARCH_LIST="Ampere")
+    assert done.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST holds 'Ampere'" in done.stderr.splitlines()[-1]
 
 
 @needs_compiler
