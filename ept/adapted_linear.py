@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from ept_kernels.tracing import is_eager
@@ -77,6 +78,12 @@ def merged_weight(
         message = f"merging task {task} gives a weight that is not finite; nothing was changed"
         raise ValueError(f"{whose if names else ''}{message}")
     return total
+
+
+def computes_weight(module: nn.Module) -> bool:
+    """Whether a weight or bias of ``module`` is computed, by a parametrisation or a hook such as ``weight_norm``'s."""
+    held = (module.__dict__.get(name) for name in ("weight", "bias"))
+    return is_parametrized(module) or any(isinstance(value, Tensor) for value in held)
 
 
 def check_stored_weight(module: nn.Module, name: str) -> None:
@@ -235,7 +242,8 @@ class AdaptedLinear(LayerAdapter):
 
         Raises:
             TypeError: not an ``nn.Linear``.
-            ValueError: its weight or bias is computed at every call, so there is no parameter to share.
+            ValueError: its weight or bias is computed at every call, so there is no parameter to share, or its class
+                has a ``forward`` of its own, which the layer would not run.
         """
         return cls._from_linear(linear, config, shared=shared)
 
@@ -244,6 +252,11 @@ class AdaptedLinear(LayerAdapter):
         """``from_linear``, with what layers share by the name that the class gives this argument."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        if type(linear).forward is not nn.Linear.forward:
+            raise ValueError(
+                f"linear ({type(linear).__name__}) has a forward pass of its own, which the layer would not run: "
+                "adapt its model by get_peft_model"
+            )
         if not {"weight", "bias"} <= linear._parameters.keys():
             raise ValueError(
                 f"linear ({type(linear).__name__}) computes its weight or bias at every call (a parametrisation, "

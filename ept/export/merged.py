@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..adapted_linear import computes_weight
 from ..tuner.model import EPTModel, ept_model
 from ..tuner.quantised import is_quantised
 from .parts import (
@@ -61,7 +63,8 @@ def export_merged(
 
     Raises:
         ValueError: a method that does not merge, an unknown task, an adapter that is not there, a quantised base
-            without ``dequantise``, or an adapted weight that is shared with a module that is not adapted.
+            without ``dequantise``, an adapted weight that is shared with a module that is not adapted, or a weight
+            anywhere that is computed at every call where the base's class has an ordinary one.
         TypeError: a base without ``save_pretrained``.
         FileExistsError: a file, or a folder with content.
     """
@@ -82,6 +85,7 @@ def export_merged(
         raise TypeError(
             f"model must adapt a transformers model, which has save_pretrained; its base is {type(plain).__name__}"
         )
+    _check_loads(whole)
 
     def write(folder: Path) -> None:
         whole.save_pretrained(folder, **save_options)
@@ -90,6 +94,25 @@ def export_merged(
             tokenizer.save_pretrained(folder)
 
     return write_folder(target, write)
+
+
+def _check_loads(model: PreTrainedModel) -> None:
+    """Refuse computed weights that the class does not build itself: a loaded model would get fresh ones in their place.
+
+    Raises:
+        ValueError: a weight that is parametrised, normed or pruned.
+    """
+    computed = [path for path, module in model.named_modules() if computes_weight(module)]
+    if not computed:
+        return
+    with torch.device("meta"):
+        known = type(model)(model.config).state_dict()
+    for path in computed:
+        if not {f"{path}.{key}" for key in model.get_submodule(path).state_dict()} <= known.keys():
+            raise ValueError(
+                f"module {path!r} computes its weight at every call (a parametrisation, weight_norm, spectral_norm, "
+                f"pruning), which a {type(model).__name__} when loaded would not: make it an ordinary parameter first"
+            )
 
 
 def _check_quantised(tuner: EPTModel, allowed: bool) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -55,11 +55,24 @@ def shadow(tuner: EPTModel, adapter_name: str) -> EPTModel:
 
     Args:
         adapter_name: made the active adapter, so that unloading leaves the modules trained with it.
+
+    Raises:
+        ValueError: a module is saved with the adapter that cannot be copied.
     """
+    for path, module in tuner.model.named_modules():
+        # PEFT's wrapper hands on every attribute, and a parametrised module copies itself without the wrapper.
+        if isinstance(module, AuxiliaryTrainingWrapper) and hasattr(module, "__deepcopy__"):
+            raise ValueError(
+                f"module {path!r}, which is saved with the adapter, computes its weight at every call (a "
+                "parametrisation), which no export can write: make it an ordinary parameter first"
+            )
     memo: dict[int, object] = {id(tuner._trained): None}  # the last pass: may hold a graph, which cannot be copied
     for tensor in (*tuner.parameters(), *tuner.buffers()):
         plain = type(tensor) is nn.Parameter  # a quantised one is shared as it is: nobody replaces its storage
         memo[id(tensor)] = nn.Parameter(tensor.data, requires_grad=False) if plain else tensor
+    for module in tuner.modules():  # what weight_norm's hook computed in the last pass has a graph too
+        results = (value for value in module.__dict__.values() if isinstance(value, Tensor))
+        memo |= {id(value): value.detach() for value in results}
     quantizer = getattr(tuner.model, "hf_quantizer", None)
     memo[id(quantizer)] = quantizer
     twin = copy.deepcopy(tuner, memo)

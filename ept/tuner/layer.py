@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,8 @@ from ..methods import method_of
 from ..tasks import TaskSet
 from .quantised import has_dense_weight
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def base_features(layer: Any) -> tuple[int, int]:
     """``(in_features, out_features)`` of a layer that can be adapted.
@@ -34,6 +37,34 @@ def base_features(layer: Any) -> tuple[int, int]:
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
         return layer.in_features, layer.out_features
     raise TypeError(f"EPT adapts nn.Linear and layers like it, and GPT-2's Conv1D; got {type(layer).__name__}")
+
+
+def not_a_map(layer: Any) -> str | None:
+    """Why an adapter cannot add to what ``layer`` returns: it does not map ``[..., in]`` to ``[..., out]``.
+
+    Classes that derive from ``nn.Linear`` may return a router's choice, or want their input in groups. One that has its
+    own ``forward`` and an ordinary weight is tried on a row of zeros, as a copy and in evaluation mode.
+    """
+    weight = layer._parameters.get("weight")
+    ordinary = type(weight) is nn.Parameter and weight.dtype in _DTYPES
+    if not ordinary or type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return None
+    in_features, out_features = base_features(layer)
+    if weight.shape != (out_features, in_features):  # sharded or transposed
+        return None
+    twin = copy.copy(layer)
+    twin.training = False
+    row = torch.zeros(1, 1, in_features, dtype=weight.dtype, device=weight.device)
+    try:
+        with torch.no_grad():
+            output = type(layer).forward(twin, row)
+    except Exception as error:
+        return f"it fails for an input of {list(row.shape)} ({error})"
+    if not isinstance(output, Tensor):
+        return f"it returns a {type(output).__name__}"
+    if output.shape != (1, 1, out_features):
+        return f"it returns {list(output.shape)} for an input of {list(row.shape)}"
+    return None
 
 
 def _call(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Tensor:

@@ -291,7 +291,9 @@ class EPTModel(GrowingTasks):
         return super().unload()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AuxiliaryTrainingWrapper):  # PEFT's version wants every trained module to have a weight
+        # PEFT's version wants every trained module to have a weight, and sets the weight of a layer that is put back
+        # to itself, which a parametrisation cannot, or stores in other numbers.
+        if isinstance(child, AuxiliaryTrainingWrapper) or new_module is getattr(child, "base_layer", None):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

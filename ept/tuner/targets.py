@@ -10,12 +10,12 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.error import NoMatchingPeftModuleError
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import AdapterConfig
 from ..methods import method_of
 from ..readers import find_reader
-from .layer import base_features
+from .layer import base_features, not_a_map
 
 #: Inside PEFT's wrapper of a module that is saved with an adapter: its copies of the module.
 _COPIES = (".original_module", ".modules_to_save.")
@@ -24,16 +24,21 @@ _COPIES = (".original_module", ".modules_to_save.")
 def target_features(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, int]]:
     """``(in_features, out_features)`` of every module that ``config`` targets in ``model``, by name.
 
+    "all-linear" passes over linears that are more than that, such as routers that derive from ``nn.Linear``.
+
     Raises:
         NoMatchingPeftModuleError: a name in ``target_modules`` that matches nothing, or nothing matched at all.
         ValueError: a targeted layer that does not fit ``config``, such as a scale larger than it.
         TypeError: a targeted module that cannot be adapted.
     """
+    _check_saved(model, config)
     every = isinstance(config.target_modules, str)
     _maybe_include_all_linear_layers(config, model)
     if every and not isinstance(config.target_modules, str):  # "all-linear"
         found: Any = config.target_modules  # a set, which PEFT does not declare
-        config.target_modules = type(found)(name for name in found if _is_wanted(config, name))
+        config.target_modules = type(found)(
+            name for name in found if _is_wanted(config, name) and not_a_map(_base(model.get_submodule(name))) is None
+        )
     names = module_names(model)
     matched = [name for name in names if check_target_module_exists(config, name)]
     if isinstance(config.target_modules, (set, list, tuple)):
@@ -64,11 +69,27 @@ def target_features(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[
             )
         try:
             features[name] = base_features(_base(module))
+            if (reason := not_a_map(_base(module))) is not None:
+                raise TypeError(f"{type(_base(module)).__name__} is no linear map of its input: {reason}")
             method_of(config).adapter.check_features(config.for_layer(name), *features[name])
         except (TypeError, ValueError) as error:
             raise type(error)(f"target module {name!r}: {error}") from None
     _warn_of_idle_patterns(config, matched)
     return features
+
+
+def _check_saved(model: nn.Module, config: AdapterConfig) -> None:
+    """Raise ValueError if a module to save cannot be copied, as PEFT will do after it has changed the model."""
+    saved = tuple(config.modules_to_save or ())
+    for path, module in model.named_modules():
+        if not any(path == name or path.endswith(f".{name}") for name in saved):
+            continue
+        for inner, part in module.named_modules(prefix=path):
+            if any(isinstance(value, Tensor) and not value.is_leaf for value in part.__dict__.values()):
+                raise ValueError(
+                    f"modules_to_save: {inner!r} has a weight that a hook computes (weight_norm, spectral_norm, "
+                    "pruning), which cannot be copied; use torch.nn.utils.parametrizations, or make it a parameter"
+                )
 
 
 def tied_layers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+from rows_models import ARCHITECTURES
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import ept
 
@@ -78,18 +80,104 @@ def test_a_weight_that_has_been_untied_merges() -> None:
         torch.testing.assert_close(model(x), expected)
 
 
+class Scaled(nn.Module):
+    """A parametrisation without an inverse."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.1 * x
+
+
+#: What computes a layer's weight at every call.
+COMPUTES: dict[str, Callable[[nn.Module], object]] = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "parametrisation": lambda layer: parametrize.register_parametrization(layer, "weight", Scaled()),
+    "hook of weight_norm": weight_norm,
+    "hook of spectral_norm": spectral_norm,
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+}
+computed = pytest.mark.parametrize("compute", COMPUTES.values(), ids=COMPUTES)
+
+
+@computed
 @pytest.mark.parametrize("late", [False, True], ids=["before adapting", "after adapting"])
 @pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
-def test_a_base_weight_that_is_computed(merge: Callable, late: bool) -> None:
-    net = Pair()
+def test_a_base_weight_that_is_computed(merge: Callable, late: bool, compute: Callable) -> None:
+    net = Pair().eval()
     if not late:
-        parametrizations.weight_norm(net.first)
+        compute(net.first)
     model, x = _adapted(net, ["first", "second"]), torch.randn(3, 16)
     if late:
-        parametrizations.weight_norm(_layer(model, "first").get_base_layer())
+        compute(_layer(model, "first").get_base_layer())
     with torch.no_grad():
         expected = model(x, task_ids=1)
         with pytest.raises(ValueError, match=r"layer 'first' .* computes its weight at every call"):
             merge(model, "first")
         assert model.base_model.merged_task is None
         assert torch.equal(model(x, task_ids=1), expected)
+
+
+@computed
+def test_a_computed_weight_is_given_back_as_it_was(compute: Callable) -> None:
+    net = Pair().eval()
+    compute(net.first)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    _adapted(net, ["first", "second"]).unload()
+    assert net.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def _classifier(compute: Callable, of: str) -> tuple[nn.Module, dict]:
+    case = CASES["bert"]
+    net = case.build().eval()
+    compute(net.get_submodule(of))
+    return net, case.batch()
+
+
+@computed
+def test_a_merged_model_is_not_written_with_a_weight_that_its_class_would_not_find(
+    compute: Callable, tmp_path: Path
+) -> None:
+    net, batch = _classifier(compute, "bert.pooler.dense")
+    config = CASES["bert"].config(target_modules=["query", "key"])
+    model = awaken(peft.get_peft_model(net, config)).eval()
+    with torch.no_grad():
+        expected = model(**batch, task_ids=1).logits
+        with pytest.raises(ValueError, match=r"module 'bert\.pooler\.dense' computes its weight at every call"):
+            ept.export_merged(model, 1, tmp_path / "merged")
+        assert not list(tmp_path.iterdir())
+        ept.export_lora(model, 1, tmp_path / "lora")  # of the adapted layers alone
+        torch.testing.assert_close(model.merge_and_unload(task=1)(**batch).logits, expected)
+
+
+@computed
+def test_a_computed_weight_that_is_saved_with_the_adapter(compute: Callable, tmp_path: Path) -> None:
+    net, batch = _classifier(compute, "classifier")
+    config = CASES["bert"].config(modules_to_save=["classifier"])
+    if not net.classifier.weight.is_leaf and not parametrize.is_parametrized(net.classifier):
+        before = list(net.named_modules())
+        with pytest.raises(ValueError, match="modules_to_save: 'classifier' has a weight that a hook computes"):
+            peft.get_peft_model(net, config)
+        assert list(net.named_modules()) == before
+        return
+    model = awaken(peft.get_peft_model(net, config)).eval()
+    expected = model(**batch, task_ids=1).logits.detach()
+    with pytest.raises(ValueError, match=r"module 'classifier'.* computes its weight at every call"):
+        ept.export_merged(model, 1, tmp_path / "merged")
+    if parametrize.is_parametrized(net.classifier.original_module):
+        with pytest.raises(ValueError, match=r"module 'classifier'.* computes its weight at every call"):
+            ept.export_lora(model, 1, tmp_path / "lora")
+        assert not list(tmp_path.iterdir())
+    torch.testing.assert_close(model.merge_and_unload(task=1)(**batch).logits, expected)
+
+
+def test_a_computed_weight_that_the_class_builds_itself_is_written(tmp_path: Path) -> None:
+    """Wav2Vec2 norms the weight of its convolution over positions."""
+    torch.manual_seed(0)
+    net = ARCHITECTURES["Wav2Vec2"].make().eval()
+    model = _adapted(net, ["q_proj"])
+    batch = ARCHITECTURES["Wav2Vec2"].batch(6)
+    with torch.no_grad():
+        expected = model(**batch, task_ids=1).logits
+        loaded = type(net).from_pretrained(ept.export_merged(model, 1, tmp_path / "merged")).eval()
+        torch.testing.assert_close(loaded(**batch).logits, expected, atol=1e-5, rtol=1e-4)
