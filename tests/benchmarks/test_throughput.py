@@ -137,13 +137,13 @@ def _measured(names: list[str] = ["linear", "ept:torch", "ept:reference"]) -> di
 
 def scale_outputs(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """The torch backend's forward, wrong by ``factor``."""
-    right = torch_backend.pyramid_linear
+    right = torch_backend.forward
 
     def scaled(*args, **options):
         output = right(*args, **options)
         return output._replace(y=output.y * factor)
 
-    monkeypatch.setattr(torch_backend, "pyramid_linear", scaled)
+    monkeypatch.setattr(torch_backend, "forward", scaled)
 
 
 @pytest.mark.parametrize("factor", [1.0001, float("nan")], ids=["a little off", "nan"])
@@ -161,14 +161,14 @@ def test_wrong_output_is_refused(factor: float, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("place", range(4), ids=["x", "A", "B", "kernels"])
 def test_wrong_gradient_is_refused_in_the_backward_pass_alone(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch_backend.pyramid_linear_backward
+    right = torch_backend.backward
 
     def wrong(*args, **options):
         gradients = list(right(*args, **options))
         gradients[place] = gradients[place] * 1.001
         return tuple(gradients)
 
-    monkeypatch.setattr(torch_backend, "pyramid_linear_backward", wrong)
+    monkeypatch.setattr(torch_backend, "backward", wrong)
     found = _measured()
     assert found["ept:torch", "forward"]["status"] == measure.OK
     row = found["ept:torch", "forward+backward"]
@@ -180,7 +180,7 @@ def test_failing_backend_is_reported_and_the_others_measured(monkeypatch: pytest
     def broken(*args, **options):
         raise NotImplementedError("no such tile\nand more")
 
-    monkeypatch.setattr(torch_backend, "pyramid_linear", broken)
+    monkeypatch.setattr(torch_backend, "forward", broken)
     found = _measured()
     row = found["ept:torch", "forward"]
     assert (row["status"], row["note"], row["ratio"]) == (measure.FAILED, "NotImplementedError: no such tile", "")
@@ -391,7 +391,7 @@ def test_tritons_plans_stand_side_by_side_on_a_gpu(monkeypatch: pytest.MonkeyPat
 def test_a_plan_is_forced_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan's variable reaches forward and backward; the torch backend stands in for Triton's."""
     seen = set()
-    right = torch_backend.pyramid_linear
+    right = torch_backend.forward
 
     def watched(*args, **options):
         seen.add((os.environ["EPT_BACKEND"], os.environ.get("EPT_GPU_PLAN")))
