@@ -49,6 +49,7 @@ def parameter_groups(
     for owner in model.modules():  # PEFT may have made all of an adapter trainable
         if hasattr(owner, "freeze_finished"):
             owner.freeze_finished()
+            owner.recipe_missing.discard("ept.parameter_groups")
     kernels: dict[int, nn.Parameter] = {}
     gates: dict[int, dict[int, nn.Parameter]] = {}
     shared: dict[int, nn.Parameter] = {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..adapted_linear import check_merged_task
-from ..config import AdapterConfig
+from ..config import AdapterConfig, EPTConfig
 from ..layer_adapter import WeightedLosses
 from ..methods import METHODS, method_of
 from ..readers import find_reader
@@ -54,6 +54,8 @@ class EPTModel(GrowingTasks):
         self.ept_task_tables = nn.ModuleDict()
         self._trained = None
         self._items = None
+        self._passes = 0
+        self.recipe_missing = {"ept.auxiliary_loss", "ept.parameter_groups"} if isinstance(config, EPTConfig) else set()
         self._merged = ()
         self._unknown = []
         self._hooks: list[RemovableHandle] = []
@@ -152,6 +154,7 @@ class EPTModel(GrowingTasks):
 
     def auxiliary_losses(self) -> WeightedLosses:
         """The method's own losses of the last training forward, with their weights. See ``ept.auxiliary_losses``."""
+        self.recipe_missing.discard("ept.auxiliary_loss")
         name = self.active_adapters[0]
         config, shared, adapters = self.peft_config[name], self.ept_task_tables[name], self.adapters(name)
         weights = [option for option in ("contrastive_weight", "orthogonality_weight") if getattr(config, option, 0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,9 @@ from .calls import IGNORED, Entries, batch_size, decoder_mask, decoder_of, entri
 from .layer import EPTLinearLayer
 from .structure import is_followed, takes_choices
 
+#: Training passes after which a recipe that is not followed is no oversight of the moment.
+_PASSES_WATCHED = 50
+
 
 class TaskPasses(BaseTuner):
     """A tuner whose adapters have tasks: ``ept_task_tables`` holds those of each, and what its layers share."""
@@ -38,6 +42,8 @@ class TaskPasses(BaseTuner):
     _merged: tuple[EPTLinearLayer, ...]  # one layer that is merged, if any is: all are merged together
     _unknown: list[LayerAdapter]  # whose rows may be others than they seem
     _trained: TaskContext | None  # of the last training pass, for the method's losses
+    recipe_missing: set[str]  # functions of EPT's recipe that nobody has called yet
+    _passes: int  # training passes that have been watched for them
     _items: tuple[Tensor, Any] | None  # its labels, and how many of them its optimizer step has, where that is said
 
     def adapters(self, adapter_name: str) -> dict[str, LayerAdapter]:
@@ -154,6 +160,8 @@ class TaskPasses(BaseTuner):
             labels, count = kwargs.get("shift_labels", kwargs.get("labels")), kwargs.get("num_items_in_batch")
             counts = trains and count is not None and isinstance(labels, Tensor)
             self._items = (self._counted(labels, kwargs), count) if counts else None
+            if not torch.compiler.is_compiling() and trains and self.recipe_missing and torch.is_grad_enabled():
+                self._watch_recipe()
         return args, kwargs
 
     def _find_unknown(self) -> None:
@@ -204,6 +212,23 @@ class TaskPasses(BaseTuner):
     def _trains(self) -> bool:
         """Whether this pass is one of training: not so one of the base alone, DPO's reference."""
         return self.training and not self._disabled()
+
+    def _watch_recipe(self) -> None:
+        """Warn once of an EPT that has trained for a while without what the recipe adds to a plain trainer."""
+        self._passes += 1
+        if self._passes < _PASSES_WATCHED:
+            return
+        names, self.recipe_missing = sorted(self.recipe_missing), set()
+        config = self.peft_config[self.active_adapters[0]]
+        if config.contrastive_weight == 0 or config.num_tasks == 1:
+            names = [name for name in names if name != "ept.auxiliary_loss"]
+        if names:
+            warnings.warn(
+                f"EPT has trained for {_PASSES_WATCHED} passes without {' and '.join(names)}, which its recipe needs: "
+                "put ept.EPTTrainerMixin before the trainer (class Mine(ept.EPTTrainerMixin, ...)), or see README",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _counted(self, labels: Any, kwargs: Mapping[str, Any]) -> Tensor:
         """The labels of a pass that transformers' ``Trainer`` counts."""

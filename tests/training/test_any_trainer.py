@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,6 +251,39 @@ def test_a_lost_column_is_traced(tmp_path: Path, removes: bool, message: str) ->
     trainer = Trainer(adapted(), arguments(tmp_path, remove_unused_columns=removes), train_dataset=data, **collate)
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def test_a_recipe_that_is_lost_is_told_once(tmp_path: Path) -> None:
+    """Fifty passes of a plain trainer; the mixin, and a loop that follows the recipe, get no warning."""
+    data = rows(task="task_ids").map(lambda row: {"task_ids": TASKS.index(row["task_ids"])})
+    given = arguments(tmp_path, max_steps=120, per_device_train_batch_size=1, remove_unused_columns=False)
+    with pytest.warns(RuntimeWarning, match=r"without ept.auxiliary_loss and ept.parameter_groups") as seen:
+        Trainer(adapted(), given, train_dataset=data).train()
+    assert len([warning for warning in seen if "ept.auxiliary_loss" in str(warning.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="EPT has trained")
+        Mixed(adapted(), given, train_dataset=data).train()
+
+
+# ---- EPTTrainer
+
+
+def encoder_trainer(folder: Path, **options: Any) -> EPTTrainer:
+    names = {name: options.pop(name) for name in ("tasks", "train_dataset", "processing_class") if name in options}
+    return EPTTrainer(adapted(), arguments(folder, EPTTrainingArguments, **options), **names)
+
+
+def test_tasks_and_plain_datasets_are_one_or_the_other(tmp_path: Path, tasks: Any, tokenizer: Any) -> None:
+    specs = [dataclasses.replace(task.spec, name=name) for task, name in zip(tasks, TASKS, strict=False)]
+    renamed = [dataclasses.replace(task, spec=spec) for task, spec in zip(tasks, specs, strict=False)]
+    given = {"tasks": renamed, "processing_class": tokenizer}
+    with pytest.raises(TypeError, match="train_dataset is given beside tasks"):
+        encoder_trainer(tmp_path, **given, train_dataset=rows())
+    with pytest.raises(TypeError, match="processing_class is missing"):
+        encoder_trainer(tmp_path, tasks=renamed)
+    for name, value in {"train_sampling_strategy": "group_by_length", "batch_eval_metrics": True}.items():
+        with pytest.raises(ValueError, match=f"{name} is {value!r}, which is not served with tasks"):
+            encoder_trainer(tmp_path, **given, **{name: value})
 
 
 # ---- TRL
