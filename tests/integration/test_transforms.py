@@ -19,6 +19,7 @@ CONFIGS = {
     "more": lambda: ept.MoREConfig(r=4, **TARGETS),
     "moelora": lambda: ept.MOELoRAConfig(r=4, num_experts=2, **TARGETS),
     "dcft": lambda: ept.DCFTConfig(kernel_size=4, **TARGETS),
+    "tucka": lambda: ept.TuckAConfig(**TARGETS),
 }
 
 

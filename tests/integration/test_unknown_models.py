@@ -166,6 +166,22 @@ def test_rows_that_are_the_samples_are_told_by_what_made_them(net: type[nn.Modul
     assert _get_current_function_mode() is None
 
 
+@pytest.mark.parametrize("net", [Net, Attention, SequenceFirstAttention, Pooled, Steps])
+def test_gradients_of_a_mixed_batch_are_the_sum_of_its_rows(net: type[nn.Module]) -> None:
+    model, ids = adapted(net()), tokens(6)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for _ in range(2):  # watched, and then known
+        mixed = torch.autograd.grad(model(input_ids=ids, task_ids=IDS).square().sum(), list(trained.values()))
+        rows = [model(input_ids=ids[i : i + 1], task_ids=task).square().sum() for i, task in enumerate(IDS)]
+        alone = torch.autograd.grad(torch.stack(rows).sum(), list(trained.values()))
+        for name, given, wanted in zip(trained, mixed, alone, strict=True):
+            assert wanted.abs().max() > 0, name
+            scale = wanted.abs().max()
+            torch.testing.assert_close(
+                given / scale, wanted / scale, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
 @pytest.mark.parametrize(
     ("net", "layer", "length"),
     [
