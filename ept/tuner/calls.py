@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..mixture import TaskMixture
@@ -157,6 +158,35 @@ def _places(count: int, batch: int, sequence: int, kwargs: Mapping[str, Any]) ->
     found = starts.reshape(-1).cumsum(0) - 1
     _check((starts.sum() == count) & starts[:, 0].all(), count, "position_ids")
     return found
+
+
+def packed_samples(tasks: Tensor, shape: tuple[int, int], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Which sample every token belongs to, and the samples' tasks, where the ids are one a token.
+
+    Args:
+        tasks: ``[batch * sequence]``. shape: ``(batch, sequence)``. kwargs: of the call, as for ``entries_of``.
+
+    Returns:
+        Samples ``[batch * sequence]``, and ``[batch * sequence]`` tasks, of which those after the last sample are no
+        sample's; None where nothing tells samples apart.
+    """
+    ends = next((kwargs[name] for name in ("cu_seq_lens_q", "cu_seqlens") if kwargs.get(name) is not None), None)
+    index, positions = kwargs.get("seq_idx"), kwargs.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() == 3:
+        positions = positions[0]
+    if isinstance(ends, Tensor) and shape[0] == 1:
+        first = torch.zeros(shape[1] + 1, dtype=torch.bool, device=ends.device).index_fill(0, ends.long(), True)
+        starts = first[None, :-1]
+    elif isinstance(index, Tensor) and index.shape == shape:
+        starts = F.pad(index[:, 1:] != index[:, :-1], (1, 0), value=True)
+    elif isinstance(positions, Tensor) and positions.shape == shape:
+        starts = positions == 0
+    else:
+        return None
+    own = tasks.to(starts.device).view(shape)
+    changes = F.pad(own[:, 1:] != own[:, :-1], (1, 0), value=True)
+    places = (starts | changes).reshape(-1).cumsum(0) - 1
+    return places, own.new_zeros(own.numel()).index_copy_(0, places, own.reshape(-1))
 
 
 def _check(holds: Tensor, count: int, name: str) -> None:

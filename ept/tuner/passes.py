@@ -25,7 +25,18 @@ from ..provenance import SampleTracker
 from ..recompute import checkpoint_with_tasks
 from ..rows import repeat, take
 from ..tasks import AUTO, ResolvedTasks, TaskIds, TaskSet, count_samples, wants_auto
-from .calls import IGNORED, Entries, batch_size, decoder_mask, decoder_of, entries_of, has_sequence, main_input, takes
+from .calls import (
+    IGNORED,
+    Entries,
+    batch_size,
+    decoder_mask,
+    decoder_of,
+    entries_of,
+    has_sequence,
+    main_input,
+    packed_samples,
+    takes,
+)
 from .layer import EPTLinearLayer
 from .structure import is_followed, takes_choices
 
@@ -144,6 +155,13 @@ class TaskPasses(BaseTuner):
         )
         if context.count is not None:
             self._spread(context, entries, x, outer)
+            if (
+                entries.shape is not None
+                and pools
+                and context.segments is None
+                and isinstance(context.task_ids, Tensor)
+            ):
+                context.segments = packed_samples(context.task_ids, entries.shape, kwargs)
             if entries.shape is not None and "position_ids" in kwargs and takes(module, "use_cache"):
                 kwargs.setdefault("use_cache", False)  # transformers keeps packed samples apart only without a cache
         if self.training:

@@ -134,6 +134,23 @@ def test_long_recordings_of_several_tasks_keep_theirs_when_others_end() -> None:
         assert given[: len(wanted)].tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("threshold", [-1.0, -2.5, -3.0, -3.5, 0.0])
+def test_recordings_that_are_decoded_again_keep_their_tasks(threshold: float) -> None:
+    """Whisper falls back to the next temperature for those of low probability; both are 0, so that nothing is drawn."""
+    model = whisper()
+    torch.manual_seed(2)
+    recordings = torch.randn(BATCH, 8, 64)
+    arguments = {
+        "max_new_tokens": 4, "return_timestamps": True, "temperature": (0.0, 0.0), "logprob_threshold": threshold,
+    }  # fmt: skip
+    mask = torch.ones(BATCH, 64, dtype=torch.long)
+    mixed = model.generate(input_features=recordings, attention_mask=mask, **arguments, task_ids=IDS)
+    for i, task in enumerate(IDS):
+        one = {"input_features": recordings[i : i + 1], "attention_mask": mask[i : i + 1]}
+        alone = model.generate(**one, **arguments, task_ids=task)[0]
+        assert mixed[i][: len(alone)].tolist() == alone.tolist()
+
+
 def test_other_rows_than_a_generation_announced_are_refused() -> None:
     model = adapted(ARCHITECTURES["Llama"])
     tuner = ept.tuner.model.ept_model(model)
@@ -199,6 +216,22 @@ def test_the_contrastive_loss_of_packed_samples_is_that_of_the_samples(ids: obje
     given = ept.contrastive_loss(model)
     losses = []
     for sample, task in zip(samples, IDS, strict=True):
+        model(input_ids=sample, task_ids=[task])
+        losses.append(ept.contrastive_loss(model))
+    torch.testing.assert_close(given, torch.stack(losses).mean(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("by", ["samples", "tokens", "tokens and lengths"])
+def test_packed_samples_of_one_task_count_once_each_in_the_contrastive_loss(by: str) -> None:
+    model = adapted(ARCHITECTURES["Llama"]).train()
+    samples, batch = packed()
+    tasks = [1, 1, 0]
+    ids: Any = tasks if by == "samples" else torch.tensor([[1] * 8 + [0] * 4])
+    ends = {"cu_seq_lens_q": torch.tensor([0, 3, 8, 12], dtype=torch.int32)} if by == "tokens and lengths" else {}
+    model(**batch, **ends, task_ids=ids)
+    given = ept.contrastive_loss(model)
+    losses = []
+    for sample, task in zip(samples, tasks, strict=True):
         model(input_ids=sample, task_ids=[task])
         losses.append(ept.contrastive_loss(model))
     torch.testing.assert_close(given, torch.stack(losses).mean(), atol=1e-5, rtol=1e-4)
