@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from transformers import BertTokenizer
 
 from ept.data import load_tasks
-from ept.training.collator import TaskBalancedSampler, make_collator, training_rows
+from ept.trainers import TaskBalancedSampler
+from ept.training.collator import make_collator, training_rows
 
 from .training_run import _WORDS, make_data
 
