@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging
 
-from .export.load import load_adapter
-from .files import ADAPTER_FOLDER, TASKS_FILE, write_atomically
+from .config import is_int
+from .export.load import load_with_tasks
+from .files import write_atomically
 from .introspection import task_names
 
 Text = str | Sequence[str] | Mapping[str, Any]
@@ -39,19 +41,9 @@ def load(adapter: str | Path, base: str | None = None, *, device: str | torch.de
         FileNotFoundError: no adapter there.
         ValueError: the adapter is damaged or not stored as safetensors, names no base, or has no tokenizer.
     """
-    folder = Path(adapter)
-    specs = None
-    if (folder / TASKS_FILE).is_file() or (folder / ADAPTER_FOLDER / TASKS_FILE).is_file():
-        from .training.saving import load_trained  # needs the extra [train]
-
-        if base is not None:
-            raise ValueError(f"base is {base!r}, but {str(folder)!r} was written by ept-train and names its own")
-        model, tokenizer, specs = load_trained(folder)
-    else:
-        model, found = load_adapter(folder, base)
-        if found is None:
-            raise ValueError(f"adapter {str(adapter)!r} has no tokenizer, and neither has its base; save one beside it")
-        tokenizer = found
+    model, tokenizer, specs = load_with_tasks(adapter, base)
+    if tokenizer is None:
+        raise ValueError(f"adapter {str(adapter)!r} has no tokenizer, and neither has its base; save one beside it")
     chosen = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     return Predictor(model.to(chosen), tokenizer, specs)
 
@@ -192,7 +184,7 @@ class Predictor:
             if len(self.tasks) > 1:
                 raise ValueError(f"task is missing: the adapter has {len(self.tasks)} of them; name one of: {allowed}")
             return 0 if self.tasks else None
-        if isinstance(task, int) and not isinstance(task, bool) and 0 <= task < len(self.tasks):
+        if isinstance(task, int) and is_int(task) and 0 <= task < len(self.tasks):
             return task
         if task in self.tasks:
             return self.tasks.index(str(task))
@@ -283,16 +275,21 @@ class Predictor:
                 answers.append({"task": spec.name, "label": label, "text": text})
         return answers
 
+    @cached_property
+    def _prompt_tokenizer(self) -> PreTrainedTokenizerBase:
+        """A copy, since the caller's keeps its sides and its padding; made once, which takes as long as a batch."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if not self._config.is_encoder_decoder:
+            tokenizer.padding_side = tokenizer.truncation_side = "left"
+        return tokenizer
+
     def _padded(
         self, texts: Sequence[str], *, max_length: int | None = None, special: bool = True
     ) -> dict[str, Tensor]:
         """Prompts of one batch: a causal model's are padded on the left and lose their beginning, if they are long."""
-        tokenizer = copy.deepcopy(self.tokenizer)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        causal = not self._config.is_encoder_decoder
-        if causal:
-            tokenizer.padding_side = tokenizer.truncation_side = "left"
+        tokenizer, causal = self._prompt_tokenizer, not self._config.is_encoder_decoder
         limit: dict[str, Any] = {} if max_length is None else {"truncation": True, "max_length": max_length}
         encoded = tokenizer(list(texts), add_special_tokens=special, **limit)["input_ids"]
         if causal:  # an end token would end the answer before it begins
@@ -389,7 +386,7 @@ def _row(text: Any, place: int) -> dict[str, Any]:
 
 def _check_positive(**numbers: int) -> None:
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_int(value) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 

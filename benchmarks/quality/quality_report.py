@@ -16,6 +16,7 @@ from quality_plan import Bench, Run, best_rate, candidates, system_of
 from quality_run import Record, RunLog
 from training_run import mean_and_error
 
+from ept.data.metrics import measure
 from ept.plots import heat_map
 
 #: Names in print, the order of the table's rows.
@@ -159,26 +160,22 @@ def _resampled(records: Sequence[Record], others: Sequence[Record], draws: int =
     random = np.random.default_rng(0)
     names = list(pairs[0][0]["scores"])
     answers = [[{t: np.array(v) for t, v in record["answers"].items()} for record in pair] for pair in pairs]
+    classes = {t: int(v[1].max()) + 1 for t, v in answers[0][0].items()}
     found = []
     for _ in range(draws):
         drawn = {t: random.integers(len(v[0]), size=len(v[0])) for t, v in answers[0][0].items()}
         means = [
-            [np.mean([score(own[t][:, drawn[t]], record["metrics"][t]) for t in names]) for own in pair]
+            [np.mean([score(own[t][:, drawn[t]], record["metrics"][t], classes[t]) for t in names]) for own in pair]
             for pair, (record, _) in zip(answers, pairs, strict=True)
         ]
         found.append(np.mean([mine - theirs for mine, theirs in means]))
     return float(np.std(found, ddof=1))
 
 
-def score(answers: np.ndarray, metric: str) -> float:
-    """A headline metric of ``[predictions, labels] [2, N]``, as ``ept.data.metrics`` defines it, without its checks."""
+def score(answers: np.ndarray, metric: str, num_labels: int | None = None) -> float:
+    """A headline metric of ``[predictions, labels] [2, N]``; ``num_labels`` None: as many classes as there are."""
     predictions, labels = answers
-    if metric == "accuracy":
-        return float(np.mean(predictions == labels))
-    if metric in ("pearson", "matthews"):  # Matthews' coefficient of two classes is their correlation
-        constant = np.ptp(predictions) == 0 or np.ptp(labels) == 0
-        return 0.0 if constant else float(np.corrcoef(predictions, labels)[0, 1])
-    raise ValueError(f"no resampling of the metric {metric!r}; known: accuracy, pearson, matthews")
+    return measure(metric, predictions, labels, int(labels.max()) + 1 if num_labels is None else num_labels)
 
 
 def power(results: Results, method: str) -> str:

@@ -37,7 +37,12 @@ def compute(spec: TaskSpec, predictions: np.ndarray, labels: np.ndarray) -> dict
         )
     _check_finite(spec, "predictions", predictions)
     _check_finite(spec, "labels", labels)
-    return {name: float(_METRICS[name](spec, predictions, labels)) for name in spec.metrics}
+    return {name: measure(name, predictions, labels, spec.num_labels) for name in spec.metrics}
+
+
+def measure(metric: str, predictions: np.ndarray, labels: np.ndarray, num_labels: int) -> float:
+    """One metric of ``predictions [N]`` as ``compute`` defines it, of input that it has checked."""
+    return float(_METRICS[metric](num_labels, predictions, labels))
 
 
 def baseline(spec: TaskSpec, train_labels: np.ndarray, eval_labels: np.ndarray) -> dict[str, float]:
@@ -59,13 +64,13 @@ def _check_finite(spec: TaskSpec, name: str, values: np.ndarray) -> None:
         raise ValueError(f"task {spec.name!r}: {name}[{row}] is {values[row]}; finite numbers are needed")
 
 
-def _f1(spec: TaskSpec, predictions: np.ndarray, labels: np.ndarray) -> float:
-    classes = [1] if spec.num_labels == 2 else list(range(spec.num_labels))
+def _f1(num_labels: int, predictions: np.ndarray, labels: np.ndarray) -> float:
+    classes = [1] if num_labels == 2 else list(range(num_labels))
     return f1_score(labels, predictions, labels=classes, average="macro", zero_division=0)
 
 
 def _correlation(measure: Callable[[np.ndarray, np.ndarray], tuple[float, float]]) -> Callable[..., float]:
-    def score(_: TaskSpec, predictions: np.ndarray, labels: np.ndarray) -> float:
+    def score(_: int, predictions: np.ndarray, labels: np.ndarray) -> float:
         if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
             return 0.0
         return measure(predictions.astype(np.float64), labels.astype(np.float64))[0]
@@ -73,7 +78,7 @@ def _correlation(measure: Callable[[np.ndarray, np.ndarray], tuple[float, float]
     return score
 
 
-_METRICS: dict[str, Callable[[TaskSpec, np.ndarray, np.ndarray], float]] = {
+_METRICS: dict[str, Callable[[int, np.ndarray, np.ndarray], float]] = {
     "accuracy": lambda _, predictions, labels: accuracy_score(labels, predictions),
     "f1": _f1,
     "matthews": lambda _, predictions, labels: matthews_corrcoef(labels, predictions),

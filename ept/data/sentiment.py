@@ -41,7 +41,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .spec import DataError, TaskData, TaskSpec, make_split, select
+from .spec import DataError, TaskData, TaskSpec, draw, make_split, select
 
 _INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _MEMBER = "hutto_ICWSM_2014/{}_GroundTruth.txt"
@@ -132,8 +132,7 @@ def _build(register: _Register, content: bytes) -> TaskData:
 
 
 def _split_of(task: str, group: str) -> str:
-    digest = hashlib.sha256(f"{task}:{group}".encode()).digest()
-    return "validation" if int.from_bytes(digest[:8], "big") < _VALIDATION_SHARE * 2**64 else "train"
+    return "validation" if draw(task, group) < _VALIDATION_SHARE else "train"
 
 
 def _key(text: str) -> str:

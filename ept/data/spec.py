@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import re
@@ -125,6 +126,12 @@ class TaskData:
                 raise DataError(f"{where}: no column {missing[0]!r}; there is: {', '.join(table.column_names)}")
             if len(table) == 0:
                 raise DataError(f"{where}: no rows; at least one is needed")
+
+
+def draw(task: str, key: str) -> float:
+    """A number in [0, 1) that is the same everywhere: whether a task's rows under ``key`` are held out."""
+    digest = hashlib.sha256(f"{task}:{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def select(tasks: Sequence[str] | None, available: Sequence[str], source: str) -> list[str]:

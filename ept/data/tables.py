@@ -12,7 +12,6 @@ and equal texts stay together.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import logging
 import math
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .spec import DataError, TaskData, TaskSpec, make_split
+from .spec import DataError, TaskData, TaskSpec, draw, make_split
 
 logger = logging.getLogger(__name__)
 
@@ -324,14 +323,14 @@ def _spec(
 
 def _hold_out(name: str, splits: Mapping[str, Columns], roles: Roles) -> dict[str, Columns]:
     table = splits["train"]
-    draws = [_draw(name, texts) for texts in zip(*(table[column] for column in roles.texts), strict=True)]
+    draws = [draw(name, _key(texts)) for texts in zip(*(table[column] for column in roles.texts), strict=True)]
     if len(set(draws)) < 2:
         raise DataError(
             f"task {name!r}: {len(draws)} rows are too few to hold out a validation split; give one (a column "
             "'split', or a folder with train and validation)"
         )
     limit = max(_HELD_OUT, min(draws))  # of few rows at least one text
-    held = [draw <= limit for draw in draws]
+    held = [drawn <= limit for drawn in draws]
 
     def chosen(wanted: bool) -> Columns:
         return {
@@ -342,8 +341,6 @@ def _hold_out(name: str, splits: Mapping[str, Columns], roles: Roles) -> dict[st
     return {**splits, "train": chosen(False), "validation": chosen(True)}
 
 
-def _draw(name: str, texts: Iterable[Any]) -> float:
-    """A number in [0, 1) that is the same for texts that differ in case and spacing alone."""
-    key = "\n".join(re.sub(r"\s+", " ", str(text)).strip().casefold() for text in texts)
-    digest = hashlib.sha256(f"{name}:{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+def _key(texts: Iterable[Any]) -> str:
+    """What texts that differ in case and spacing alone have in common."""
+    return "\n".join(re.sub(r"\s+", " ", str(text)).strip().casefold() for text in texts)

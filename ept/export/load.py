@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
@@ -21,6 +21,9 @@ from transformers import (
 
 from ..files import ADAPTER_FOLDER, TASKS_FILE
 from ..saved import read_adapter
+
+if TYPE_CHECKING:
+    from ..data import TaskSpec  # needs the extra [train]
 
 _AUTO_CLASS: dict[str | None, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -46,9 +49,23 @@ def load_adapter(
         FileNotFoundError: no adapter there.
         ValueError: the adapter is damaged or not stored as safetensors, has no base, or a task type that is not served.
     """
+    model, tokenizer, _ = load_with_tasks(adapter, base, num_labels=num_labels)
+    return model, tokenizer
+
+
+def load_with_tasks(
+    adapter: str | Path, base: str | None = None, *, num_labels: int | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase | None, list[TaskSpec] | None]:
+    """As ``load_adapter``, and the tasks that ``ept-train`` wrote down; None of an adapter that it did not train."""
     folder = Path(adapter)
     if (folder / TASKS_FILE).is_file() or (folder / ADAPTER_FOLDER / TASKS_FILE).is_file():
-        return _load_trained(folder, base)
+        if base is not None:
+            raise ValueError(
+                f"argument --base: {base!r} is not for {str(folder)!r}, which ept-train wrote and which names its own"
+            )
+        from ..training.saving import load_trained  # needs the extra [train]
+
+        return load_trained(folder)
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"adapter {str(adapter)!r} holds no {CONFIG_NAME}")
     config = read_adapter(folder).config
@@ -61,7 +78,7 @@ def load_adapter(
     model = _load_base(source, _AUTO_CLASS[config.task_type], num_labels, revision)
     tokenizers = [place for place in (folder, source) if (Path(place) / "tokenizer_config.json").is_file()]
     tokenizer = AutoTokenizer.from_pretrained(tokenizers[0]) if tokenizers else None
-    return PeftModel.from_pretrained(model, folder).eval(), tokenizer
+    return PeftModel.from_pretrained(model, folder).eval(), tokenizer, None
 
 
 def _load_base(source: str, auto_class: Any, num_labels: int | None, revision: str | None) -> nn.Module:
@@ -70,14 +87,3 @@ def _load_base(source: str, auto_class: Any, num_labels: int | None, revision: s
     labels = {} if num_labels is None else {"num_labels": num_labels}
     base_config = AutoConfig.from_pretrained(source, **options, **labels)
     return auto_class.from_pretrained(source, config=base_config, use_safetensors=True, **options)
-
-
-def _load_trained(folder: Path, base: str | None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    if base is not None:
-        raise ValueError(
-            f"argument --base: {base!r} is not for {str(folder)!r}, which ept-train wrote and which names its own"
-        )
-    from ..training.saving import load_trained  # needs the extra [train]
-
-    model, tokenizer, _ = load_trained(folder)
-    return model, tokenizer

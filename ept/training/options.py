@@ -488,8 +488,8 @@ def _configured(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
         parser.error(f"argument {_CONFIG}: {path.config!r} cannot be read: {' '.join(str(error).split())}")
     if not isinstance(content, dict):
         parser.error(f"argument {_CONFIG}: {path.config!r} must hold settings by name, such as 'lr: 0.001'")
-    if "resume" in content or "processes" in content:  # of the run that wrote the file
-        content = {name: value for name, value in content.items() if name not in ("resume", "processes")}
+    own = ("resume", "processes")  # of the run that wrote the file
+    content = {name: value for name, value in content.items() if name not in own}
     unknown = [str(name) for name in content if name not in OPTIONS]
     if unknown:
         parser.error(

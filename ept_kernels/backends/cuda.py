@@ -136,7 +136,7 @@ def _spans(rows: int, groups: int) -> tuple[int, int]:
     return -(-rows // max(length, 1)) or 1, length
 
 
-def _core(
+def core_backward(
     U: Tensor | None,
     dV: Tensor | None,
     folded: Tensor,
@@ -145,6 +145,11 @@ def _core(
     scales: Sequence[int],
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``V [T, W]`` again, its adjoint ``dU [T, W]`` and ``grad_folded [G, F]`` fp32, each where ``needs`` asks.
+
+    U may be None where dU alone is wanted, dV where V alone is. The gradient sums in a fixed order; rows of a group
+    that ``folded`` lacks add to none of it.
+    """
     need_V, need_dU, need_folded = needs
     if U is not None:
         U = U.contiguous()
@@ -207,26 +212,9 @@ def core(U: Tensor, folded: Tensor, groups: Tensor | None, active: Tensor | None
         U: ``[T, W]``. folded: ``[G, F]`` fp32. groups: ``[N]`` int64 or int32, each for T / N rows; None: group 0.
         active: ``[G, S]`` bool, or None.
     """
-    V, _, _ = _core(U, None, folded, groups, active, scales, (True, False, False))
+    V, _, _ = core_backward(U, None, folded, groups, active, scales, (True, False, False))
     assert V is not None
     return V
-
-
-def core_backward(
-    U: Tensor | None,
-    dV: Tensor | None,
-    folded: Tensor,
-    groups: Tensor | None,
-    active: Tensor | None,
-    scales: Sequence[int],
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``V [T, W]`` again, its adjoint ``dU [T, W]`` and ``grad_folded [G, F]`` fp32, each where ``needs`` asks.
-
-    U may be None where dU alone is wanted, dV where V alone is. The gradient sums in a fixed order; rows of a group
-    that ``folded`` lacks add to none of it.
-    """
-    return _core(U, dV, folded, groups, active, scales, needs)
 
 
 def dropout(x: Tensor, seed: Tensor, p: float, onto: Tensor | None = None) -> Tensor:

@@ -125,17 +125,23 @@ class Experts(Structure):
     ]
 
 
+#: What a fold and its gradient read, in the order of both structs.
+_ROUTED: list[tuple[str, Any]] = [
+    ("experts", Experts),
+    ("kernels", c_void_p * MOST_EXPERTS),
+    ("gate", c_void_p),
+    ("table", c_void_p),
+    ("tasks", c_void_p),
+    ("first_task", c_int64),
+    ("num_tasks", c_int64),
+    ("groups", c_int64),
+    ("folded_size", c_int64),
+]
+
+
 class FoldParams(Structure):
     _fields_ = [
-        ("experts", Experts),
-        ("kernels", c_void_p * MOST_EXPERTS),
-        ("gate", c_void_p),
-        ("table", c_void_p),
-        ("tasks", c_void_p),
-        ("first_task", c_int64),
-        ("num_tasks", c_int64),
-        ("groups", c_int64),
-        ("folded_size", c_int64),
+        *_ROUTED,
         ("folded", c_void_p),
         ("active", c_void_p),
         ("gates", c_void_p),
@@ -148,15 +154,7 @@ class FoldParams(Structure):
 
 class FoldGradParams(Structure):
     _fields_ = [
-        ("experts", Experts),
-        ("kernels", c_void_p * MOST_EXPERTS),
-        ("gate", c_void_p),
-        ("table", c_void_p),
-        ("tasks", c_void_p),
-        ("first_task", c_int64),
-        ("num_tasks", c_int64),
-        ("groups", c_int64),
-        ("folded_size", c_int64),
+        *_ROUTED,
         ("grad", c_void_p),
         ("gates", c_void_p),
         ("probability", c_void_p),

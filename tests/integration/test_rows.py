@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,17 +209,22 @@ def test_lengths_tell_packed_samples_apart_too() -> None:
         model(**batch, task_ids=torch.tensor([PER_TOKEN])[:, 1:])
 
 
+def mean_loss_of(model: nn.Module, samples: Sequence[Tensor], tasks: Sequence[int]) -> Tensor:
+    """The contrastive loss of every sample in a call of its own, averaged."""
+    losses = []
+    for sample, task in zip(samples, tasks, strict=True):
+        model(input_ids=sample, task_ids=[task])
+        losses.append(ept.contrastive_loss(model))
+    return torch.stack(losses).mean()
+
+
 @pytest.mark.parametrize("ids", [IDS, torch.tensor([PER_TOKEN])], ids=["samples", "tokens"])
 def test_the_contrastive_loss_of_packed_samples_is_that_of_the_samples(ids: object) -> None:
     model = adapted(ARCHITECTURES["Llama"]).train()
     samples, batch = packed()
     model(**batch, task_ids=ids)
     given = ept.contrastive_loss(model)
-    losses = []
-    for sample, task in zip(samples, IDS, strict=True):
-        model(input_ids=sample, task_ids=[task])
-        losses.append(ept.contrastive_loss(model))
-    torch.testing.assert_close(given, torch.stack(losses).mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(given, mean_loss_of(model, samples, IDS), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("by", ["samples", "tokens", "tokens and lengths"])
@@ -230,11 +236,7 @@ def test_packed_samples_of_one_task_count_once_each_in_the_contrastive_loss(by: 
     ends = {"cu_seq_lens_q": torch.tensor([0, 3, 8, 12], dtype=torch.int32)} if by == "tokens and lengths" else {}
     model(**batch, **ends, task_ids=ids)
     given = ept.contrastive_loss(model)
-    losses = []
-    for sample, task in zip(samples, tasks, strict=True):
-        model(input_ids=sample, task_ids=[task])
-        losses.append(ept.contrastive_loss(model))
-    torch.testing.assert_close(given, torch.stack(losses).mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(given, mean_loss_of(model, samples, tasks), atol=1e-5, rtol=1e-4)
 
 
 def test_ids_of_tokens_are_refused_by_an_encoder_decoder() -> None:
