@@ -195,3 +195,11 @@ def keep(routing: Routing, kept: Kept, kept_table: Kept) -> bool:
     folded, active, *_ = folder.fold(routing._replace(tasks=None), save=False)
     kept.value = _KeptFold(routing[4:], mark, folded, active, {})
     return True
+
+
+def find_or_keep(routing: Routing, kept: Kept, kept_table: Kept) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """What ``find_kept`` gives, after folding where nothing held; None where nothing can be kept."""
+    found = find_kept(routing, kept)
+    if found is None and keep(routing, kept, kept_table):
+        found = find_kept(routing, kept)
+    return found

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .dispatch import backend_for
-from .folding import find_kept, fold_by, folder_of, keep
+from .folding import find_or_keep, fold_by, folder_of
 from .geometry import PyramidGeometry
 from .ops import Routed, run, run_routed
 from .problem import Base, Kept, Problem, Routing
@@ -400,12 +400,7 @@ def fold_kept(
         return None
     routing = Routing(gate, table, tasks, tuple(kernels), top_k, scaling, geometry)
     _check_routing(routing)
-    if folder_of(routing) is None:
-        return None
-    found = find_kept(routing, kept)
-    if found is None:
-        found = find_kept(routing, kept) if keep(routing, kept, kept_table) else None
-    return found
+    return None if folder_of(routing) is None else find_or_keep(routing, kept, kept_table)
 
 
 # --- both in one call -------------------------------------------------------------------------------------------------
@@ -482,9 +477,7 @@ def routed_linear(
     rows = x if flat else x.reshape(-1, g.in_features)
     backend = backend_for(x.device, x.dtype)
     if kept is not None and not torch.is_grad_enabled():
-        found = find_kept(routing, kept.fold)
-        if found is None and keep(routing, kept.fold, kept.table):
-            found = find_kept(routing, kept.fold)
+        found = find_or_keep(routing, kept.fold, kept.table)
         if found is not None:
             folded, groups, active = found
             problem = Problem(rows, *factors, folded, groups, active, g.out_features, g.scales)

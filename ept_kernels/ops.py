@@ -224,15 +224,18 @@ def _linear_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor 
     return grad_x, *of_base, *grad_adapter, *[None] * (len(ctx.needs_input_grad) - 6)
 
 
-def _delta_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup(ctx: Any, call: tuple[Problem, Base | None, bool], output: tuple[Tensor, ...]) -> None:
     """What is kept is among the outputs, empty where it is not."""
-    problem, base, keep = _delta_call(inputs)
+    problem, base, keep = call
     _save(ctx, problem, base, Output(*output) if keep else Output(output[0]))
+
+
+def _delta_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _setup(ctx, _delta_call(inputs), output)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    problem, base, keep = _linear_call(inputs)
-    _save(ctx, problem, base, Output(*output) if keep else Output(output[0]))
+    _setup(ctx, _linear_call(inputs), output)
 
 
 def _weight_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
